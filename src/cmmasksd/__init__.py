@@ -1,0 +1,38 @@
+"""CM-MaskSD: referring image segmentation with cross-modal masked self-distillation.
+
+The names below are loaded when they are first used, so that `import cmmasksd` and `cmmasksd --help` stay quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cmmasksd.errors import UserError as UserError
+    from cmmasksd.inference.predictor import Segmentation as Segmentation
+    from cmmasksd.inference.predictor import Segmenter as Segmenter
+    from cmmasksd.model.configuration import CMMaskSDConfig as CMMaskSDConfig
+    from cmmasksd.model.modeling import CMMaskSDModel as CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor as CMMaskSDProcessor
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "UserError": "cmmasksd.errors",
+    "Segmentation": "cmmasksd.inference.predictor",
+    "Segmenter": "cmmasksd.inference.predictor",
+    "CMMaskSDConfig": "cmmasksd.model.configuration",
+    "CMMaskSDModel": "cmmasksd.model.modeling",
+    "CMMaskSDProcessor": "cmmasksd.model.processing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,318 @@
+"""The command line: demo | train | evaluate | predict | data | pretrain | report.
+
+Exit codes: 0 when the command did its work, 2 for a user's mistake (one line on standard error says what is wrong and how to
+mend it), 130 when interrupted. Heavy imports live inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmmasksd.config import (
+    DATASETS,
+    Config,
+    DataConfig,
+    DistillationConfig,
+    ModelConfig,
+    PretrainConfig,
+    TrainingConfig,
+)
+from cmmasksd.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+SCENE_REFERENCES = 1500
+"""References of a generated split, where a command is not told how many."""
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from cmmasksd import __version__
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    parser = ArgumentParser(prog="cmmasksd", description="Type a sentence, get the mask of the object it names.", version=__version__)
+    commands = parser.add_subcommands(dest="command", required=True)
+
+    demo = ArgumentParser(description="Train on generated scenes, score, and write a page to look at.")
+    demo.add_argument("--config", action="config", help="settings of the run; the built-in ones train in minutes")
+    _add_config(demo)
+    commands.add_subcommand("demo", demo, help="train on generated scenes, score, and write report.html")
+
+    train = ArgumentParser(description="Train a model. Settings come from --config and from single --keys.")
+    train.add_argument("--config", action="config", help="YAML file of settings (see configs/)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in training.out")
+    _add_config(train)
+    commands.add_subcommand("train", train, help="train a model")
+
+    evaluate = ArgumentParser(description="Score a model on every sentence of a split, at the images' own size.")
+    evaluate.add_argument("--model", required=True, help="folder of a trained model, or hub id")
+    evaluate.add_argument("--data", required=True, help=f"one of {', '.join(DATASETS)}")
+    evaluate.add_argument("--root", type=Path | None, help="folder that holds refcoco/… and images/train2014/…")
+    evaluate.add_argument("--split", required=True, help="such as val, testA, testB or test")
+    evaluate.add_argument("--out", type=Path, required=True, help="folder for results.json and expressions.jsonl")
+    evaluate.add_argument("--references", type=int, default=SCENE_REFERENCES, help="of generated scenes: how many")
+    evaluate.add_argument("--scene_seed", type=int, default=0, help="of generated scenes: their seed")
+    evaluate.add_argument("--scene_size", type=int, default=128, help="of generated scenes: side of the image in pixels")
+    evaluate.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
+    evaluate.add_argument("--workers", type=int, default=0, help="processes that read images")
+    commands.add_subcommand("evaluate", evaluate, help="score a model on a split")
+
+    predict = ArgumentParser(description="Find what sentences name in an image.")
+    predict.add_argument("--model", required=True, help="folder of a trained model, or hub id")
+    predict.add_argument("--image", type=Path, required=True, help="image file")
+    predict.add_argument("--text", action="append", type=str, required=True, help="a sentence; give it again for more")
+    predict.add_argument("--out", type=Path, default=Path("."), help="folder for the masks and overlays")
+    predict.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
+    predict.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
+    commands.add_subcommand("predict", predict, help="masks for the sentences about an image")
+
+    data = ArgumentParser(description="Make and look at data.")
+    commands.add_subcommand("data", data, help="write generated scenes to files")
+    kinds = data.add_subcommands(dest="kind", required=True)
+    scenes = ArgumentParser(description="Write generated scenes as a REFER release: refs(unc).p, instances.json, images.")
+    scenes.add_argument("--out", type=Path, required=True, help="folder for the release")
+    scenes.add_argument("--name", type=str, default="scenes", help="style: scenes, scenes+ or scenesg")
+    scenes.add_argument("--train", type=int, default=1500, help="references of the training split")
+    scenes.add_argument("--test", type=int, default=300, help="references of val, testA and testB each")
+    scenes.add_argument("--seed", type=int, default=0, help="of the scenes")
+    scenes.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    kinds.add_subcommand("scenes", scenes, help="write generated scenes as a REFER release")
+
+    pretrain = ArgumentParser(description="Train a small CLIP on generated scenes and their captions.")
+    pretrain.add_argument("--config", action="config", help="YAML file of settings")
+    pretrain.add_class_arguments(PretrainConfig, "pretrain")
+    commands.add_subcommand("pretrain", pretrain, help="train the small CLIP that the package ships")
+
+    report = ArgumentParser(description="Write a page of overlays, scores and curves for a scored split.")
+    report.add_argument("--model", required=True, help="the model that was scored")
+    report.add_argument("--results", type=Path, required=True, help="folder that evaluate wrote")
+    report.add_argument("--root", type=Path | None, help="folder of the data, as given to evaluate")
+    report.add_argument("--metrics", type=Path | None, help="metrics.jsonl of the training, for its curves")
+    report.add_argument("--out", type=Path, required=True, help="the HTML file")
+    commands.add_subcommand("report", report, help="a page of overlays for a scored split")
+    return parser
+
+
+def _add_config(parser: ArgumentParser) -> None:
+    for kind, key in ((DataConfig, "data"), (ModelConfig, "model"), (DistillationConfig, "distillation"), (TrainingConfig, "training")):
+        parser.add_class_arguments(kind, key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def _config(settings: Namespace, parser: ArgumentParser) -> tuple[Config, str]:
+    """The settings as dataclasses, and as the YAML that is saved beside the checkpoints."""
+    made = parser.instantiate_classes(settings)
+    config = Config(made.data, made.model, made.distillation, made.training)
+    if getattr(settings, "resume", False):
+        config.training.resume = True
+    import yaml
+
+    return config, yaml.safe_dump(config.as_dict(), sort_keys=False)
+
+
+def _demo(settings: Namespace, parser: ArgumentParser) -> None:
+    config, text = _config(settings, parser)
+    from cmmasksd.evaluation.results import format_table, read_results
+    from cmmasksd.training.checkpoint import STATE
+    from cmmasksd.training.loop import train
+
+    out = Path(config.training.out)
+    config.training.resume = (out / "last" / STATE).is_file()  # a second `demo` goes on, or only scores
+    train(config, text)
+    data = config.data
+    results = []
+    for split in (data.val_split, "testB"):
+        _score(
+            model=str(out / "best"), name=data.name, root=data.root, split=split, out=out / split,
+            references=SCENE_REFERENCES, seed=data.scene_seed, size=data.scene_size, workers=data.workers,
+        )
+        results.append(read_results(out / split))
+    page = _write_report(str(out / "best"), [out / data.val_split, out / "testB"], data.root, out / "metrics.jsonl", out / "report.html")
+    print(format_table(results))
+    print(f"These are scores on generated scenes. Look at the pictures: {page}")
+
+
+def _train(settings: Namespace, parser: ArgumentParser) -> None:
+    config, text = _config(settings, parser)
+    from cmmasksd.training.loop import train
+
+    scores = train(config, text)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(
+            f"last validation: oIoU {100 * scores['oIoU']:.2f}  mIoU {100 * scores['mIoU']:.2f}  "
+            f"(best mIoU {100 * scores['best']:.2f}); models: {config.training.out}/best and last"
+        )
+
+
+def _evaluate(settings: Namespace) -> None:
+    from cmmasksd.evaluation.results import format_table, read_results
+
+    main = _score(
+        model=settings.model, name=settings.data, root=settings.root, split=settings.split, out=settings.out,
+        references=settings.references, seed=settings.scene_seed, size=settings.scene_size,
+        threshold=settings.threshold, workers=settings.workers,
+    )
+    if main:
+        print(format_table([read_results(settings.out)]))
+
+
+def _score(
+    *, model: str, name: str, root: Path | None, split: str, out: Path, references: int, seed: int, size: int,
+    threshold: float = 0.5, workers: int = 0,
+) -> bool:
+    """Score a split and write its result files; true in the process that wrote them."""
+    from dataclasses import replace
+
+    from accelerate import Accelerator
+
+    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.evaluation.evaluate import evaluate
+    from cmmasksd.evaluation.protocols import ORIGINAL
+    from cmmasksd.evaluation.results import write_results
+    from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+    protocol = replace(ORIGINAL, threshold=threshold)
+    data = open_dataset(name, split, root=root, references=references, seed=seed, canvas=size)
+    accelerator = Accelerator()
+    network = CMMaskSDModel.from_pretrained(model).to(accelerator.device)
+    processor = CMMaskSDProcessor.from_pretrained(model)
+    rows, scores, truncated = evaluate(
+        network, processor, data, protocol=protocol, accelerator=accelerator, workers=workers
+    )
+    if accelerator.is_main_process:
+        extra: dict[str, Any] = {"data": name, "model": model, "truncated_expressions": truncated}
+        if root is None:
+            extra |= {"references": len(data), "scene_seed": seed, "scene_size": size}
+        write_results(out, split, rows, scores, protocol, extra)
+    return accelerator.is_main_process
+
+
+def _predict(settings: Namespace) -> None:
+    import numpy as np
+    from PIL import Image
+
+    from cmmasksd.data.images import read_image
+    from cmmasksd.inference.predictor import Segmenter
+    from cmmasksd.inference.visualize import PALETTE
+
+    for text in settings.text:
+        if not text.strip():
+            raise UserError("--text is empty: give a sentence of at least one word")
+    pixels = read_image(settings.image, exif=True)
+    segmenter = Segmenter.from_pretrained(settings.model, device=settings.device, threshold=settings.threshold)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for nth, found in enumerate(segmenter.segment(pixels, settings.text)):
+        stem = f"{settings.image.stem}_{nth + 1}_{_slug(found.text)}"
+        mask, picture = settings.out / f"{stem}_mask.png", settings.out / f"{stem}_overlay.png"
+        Image.fromarray(found.mask.astype(np.uint8) * 255).save(mask)
+        Image.fromarray(found.overlay(PALETTE[nth % len(PALETTE)])).save(picture)
+        share = 100 * float(found.mask.mean())
+        print(f"{found.text!r}: {share:.1f} % of the image, score {found.score:.2f} -> {mask}, {picture}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "sentence"
+
+
+def _data(settings: Namespace) -> None:
+    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.data.refer import write_refer_release
+
+    how = settings.scenes
+    counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
+    splits = [
+        open_dataset(how.name, split, references=count, seed=how.seed, canvas=how.size) for split, count in counts.items()
+    ]
+    write_refer_release(how.out, splits)
+    print(f"{sum(map(len, splits))} references in {how.out}; read them with --data refcoco --root {how.out}")
+
+
+def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
+    from cmmasksd.training.pretrain import pretrain
+
+    print(f"the CLIP is in {pretrain(parser.instantiate_classes(settings).pretrain)}")
+
+
+def _report(settings: Namespace) -> None:
+    print(_write_report(settings.model, [settings.results], settings.root, settings.metrics, settings.out))
+
+
+def _write_report(model: str, folders: list[Path], root: Path | None, metrics: Path | None, out: Path) -> Path:
+    """A page for the first folder's split (examples), with the scores of all folders."""
+    import json
+
+    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.evaluation.report import choose_examples, collect_examples, write_report
+    from cmmasksd.evaluation.results import read_expressions, read_results
+    from cmmasksd.inference.predictor import Segmenter
+
+    results = [read_results(folder) for folder in folders]
+    first = results[0]
+    data = open_dataset(
+        first["data"], first["split"], root=root, references=first.get("references", 0),
+        seed=first.get("scene_seed", 0), canvas=first.get("scene_size", 128),
+    )
+    segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
+    chosen = choose_examples(read_expressions(folders[0]), 12)
+    rows = []
+    if metrics is not None:
+        if not metrics.is_file():
+            raise UserError(f"there is no log {metrics}: leave out --metrics, or give the metrics.jsonl of a run")
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return write_report(
+        out,
+        title=f"CM-MaskSD on {first['data']} {first['split']}",
+        results=results,
+        examples=collect_examples(data, segmenter, chosen),
+        curves=rows,
+        facts={"model": model},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    parser = build_parser()
+    settings = parser.parse_args(arguments)
+    command = settings.command
+    chosen: Namespace = settings[command]
+    own = parser._subcommands_action._name_parser_map[command]  # pyright: ignore
+    run: dict[str, Callable[[], None]] = {
+        "demo": lambda: _demo(chosen, own),
+        "train": lambda: _train(chosen, own),
+        "evaluate": lambda: _evaluate(chosen),
+        "predict": lambda: _predict(chosen),
+        "data": lambda: _data(chosen),
+        "pretrain": lambda: _pretrain(chosen, own),
+        "report": lambda: _report(chosen),
+    }
+    try:
+        run[command]()
+    except UserError as error:
+        print(f"cmmasksd {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"cmmasksd {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

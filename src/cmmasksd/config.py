@@ -1,0 +1,239 @@
+"""Every setting of a training run: Data, Model, Distillation, Training. YAML in and out through jsonargparse.
+
+[P] marks what the paper says, [I] our reading of what it leaves open; every [I] is a switch. Unknown keys fail, and the
+resolved configuration is saved beside every checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from cmmasksd.errors import UserError
+
+DATASETS = ("scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google")
+
+
+@dataclass
+class DataConfig:
+    """What to train and validate on.
+
+    Attributes:
+        name: one of DATASETS.
+        root: folder that holds `refcoco/…` and `images/train2014/…`; none for scenes.
+        train_split: split to train on.
+        val_split: split that chooses the best checkpoint.
+        train_references: of generated scenes, how many references an epoch has. Real data brings its own number.
+        val_references: score at most this many references while training (0: all). Scenes: how many to generate.
+        scene_seed: seed of the generated scenes.
+        scene_size: side of the generated images in pixels.
+        per_image: references of one image that are trained together in a batch (at most). One image encoding serves
+            them all; 1 draws every reference on its own, as the peers do.
+        workers: processes that read images.
+    """
+
+    name: str = "scenes"
+    root: Path | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    train_references: int = 12000
+    val_references: int = 600
+    scene_seed: int = 0
+    scene_size: int = 128
+    per_image: int = 1
+    workers: int = 2
+
+
+@dataclass
+class ModelConfig:
+    """The network and how pictures get into it.
+
+    Attributes:
+        backbone: a CLIP in transformers' format by folder or hub id, or "tiny", the small one that this package ships.
+        size: (height, width) of the input in pixels.
+        resize: "warp" to the canvas, or "letterbox".
+        max_tokens: of a sentence, start and end included; more are cut (and counted).
+        decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see CMMaskSDConfig. [I]
+    """
+
+    backbone: str = "tiny"
+    size: tuple[int, int] = (128, 128)
+    resize: Literal["warp", "letterbox"] = "warp"
+    max_tokens: int = 48
+    decoder_width: int = 192
+    decoder_layers: int = 3
+    decoder_heads: int = 4
+    decoder_mlp: int = 384
+    head_width: int = 64
+    dropout: float = 0.0
+
+
+@dataclass
+class DistillationConfig:
+    """Masked self-distillation (training only).
+
+    Attributes:
+        vision: LMVSD, the branch with masked patches. [P]
+        language: VMLSD, the branch with masked words. [P]
+        vision_which: which patches are masked: those of high or low correlation, or random ones. [I]
+        language_which: the same for words. [I]
+        vision_guide: a patch's score is its max or mean correlation over the words, or that with the sentence. [I]
+        correlation: from the patches, or from the values of CLIP's last attention (MaskCLIP's dense features). [I]
+        vision_ratio: fraction of the patches that is masked. [I]
+        language_ratio: fraction of the words that is masked, at least one word. [I]
+        vision_level: "feature" masks after the encoder; "input" drops patches from a second encoder pass. [I]
+        language_level: "input" runs the text tower again without the words; "feature" hides them from the decoder only,
+            so they leak through the end-of-text token. [I]
+        hide_single_word: also hide the word of a sentence that has only one. [I]
+        loss: per-pixel Bernoulli KL, mean squared error of probabilities, or soft-target cross-entropy. [I]
+        temperature: of both distributions in "kl" and "soft_bce". [I]
+        vision_weight, language_weight: lambda_v and lambda_l. [I]
+        warmup: fraction of the training over which both weights rise from 0: the teacher is poor at first. [I]
+        share_weights: one decoder for all three branches [P]; off: a decoder of its own for each (ablation).
+        ground_truth: weight of the ground-truth loss on the masked branches. [I]
+        segmentation: loss of the main branch, BCE + Dice or BCE alone. [I]
+    """
+
+    vision: bool = True
+    language: bool = True
+    vision_which: Literal["high", "low", "random"] = "high"
+    language_which: Literal["high", "low", "random"] = "high"
+    vision_guide: Literal["max", "mean", "sentence"] = "max"
+    correlation: Literal["patches", "values"] = "patches"
+    vision_ratio: float = 0.5
+    language_ratio: float = 0.3
+    vision_level: Literal["feature", "input"] = "feature"
+    language_level: Literal["feature", "input"] = "input"
+    hide_single_word: bool = False
+    loss: Literal["kl", "mse", "soft_bce"] = "kl"
+    temperature: float = 1.0
+    vision_weight: float = 1.0
+    language_weight: float = 1.0
+    warmup: float = 0.5
+    share_weights: bool = True
+    ground_truth: float = 0.0
+    segmentation: Literal["bce_dice", "bce"] = "bce_dice"
+
+    def __post_init__(self) -> None:
+        for name in ("vision_ratio", "language_ratio"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} is no fraction: give a number between 0 and 1")
+        if not 0 <= self.warmup <= 1:
+            raise UserError(f"warmup {self.warmup} is no fraction of the training: give a number from 0 to 1")
+        if self.temperature <= 0:
+            raise UserError(f"a temperature of {self.temperature} is impossible: give a positive number")
+
+
+@dataclass
+class TrainingConfig:
+    """The run.
+
+    Attributes:
+        out: folder of the run: checkpoints, log, resolved configuration.
+        epochs: passes over the references; each draws one sentence per reference.
+        batch_size: references per step and process.
+        accumulate: steps whose gradients are summed before an update.
+        lr: of the new layers (AdamW). [I, from relatives]
+        clip_lr_scale: CLIP trains at this fraction of it. [I]
+        weight_decay: of matrices; biases, norms and embeddings have none.
+        warmup_steps: of the learning rate, linear.
+        final_lr_scale: the cosine ends at this fraction.
+        max_grad_norm: gradients are clipped to this norm.
+        precision: "no" is float32; "bf16" autocasts.
+        seed: of weights, order, sentences and masks.
+        log_every: updates between lines of metrics.jsonl.
+        validate_every: epochs between validations; the last epoch is always validated.
+        save_every: also save after so many updates within an epoch (0: at the end of epochs only).
+        resume: go on from the last checkpoint in `out`.
+    """
+
+    out: Path = Path("runs/train")
+    epochs: int = 1
+    batch_size: int = 24
+    accumulate: int = 1
+    lr: float = 1e-3
+    clip_lr_scale: float = 0.1
+    weight_decay: float = 0.05
+    warmup_steps: int = 50
+    final_lr_scale: float = 0.01
+    max_grad_norm: float = 1.0
+    precision: Literal["no", "bf16"] = "no"
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 1
+    save_every: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "log_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+
+
+@dataclass
+class Config:
+    """A whole training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            if isinstance(value, Path):
+                return str(value)
+            return list(value) if isinstance(value, tuple) else value
+
+        return plain(asdict(self))
+
+
+@dataclass
+class PretrainConfig:
+    """Contrastive training of a small CLIP.
+
+    Attributes:
+        out: folder for the model, its log and the state to resume from.
+        steps: optimiser steps.
+        batch_size: scenes per step.
+        phrases: phrases about single objects per scene.
+        lr: peak learning rate of AdamW, after `warmup` steps, then a cosine down to a hundredth.
+        weight_decay: of matrices; biases, norms and embeddings have none.
+        region_weight: of the late-interaction term.
+        image_size: side of the scenes in pixels.
+        patch_size: side of a patch in pixels.
+        width: of both towers and of the joint space.
+        vision_layers: blocks of the image tower.
+        text_layers: blocks of the text tower.
+        vocabulary: entries of the tokenizer, at least 512 (256 bytes, twice).
+        context: the most tokens of a sentence, start and end included.
+        workers: processes that draw scenes.
+        seed: of everything.
+        bf16: autocast to bfloat16.
+        save_every: steps between states to resume from.
+    """
+
+    out: Path = Path("runs/tiny-clip")
+    steps: int = 3000
+    batch_size: int = 64
+    phrases: int = 3
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 150
+    region_weight: float = 1.0
+    image_size: int = 128
+    patch_size: int = 16
+    width: int = 192
+    vision_layers: int = 6
+    text_layers: int = 3
+    vocabulary: int = 768
+    context: int = 64
+    workers: int = 1
+    seed: int = 0
+    bf16: bool = True
+    save_every: int = 250

@@ -1,0 +1,243 @@
+"""From a referring data set to batches: which references, which of their sentences, in which order.
+
+Unusual here:
+
+- Everything random is a function of (seed, epoch, reference). No worker holds state, so a run can be resumed at any batch
+  and any number of workers or processes draws the same sentences.
+- References of one image can be trained together (`per_image`): the image is encoded once for all of them.
+- A batch is cut from one global order, process r taking the r-th part: nothing is padded, nothing is seen twice.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.data.scenes import STYLES, SceneDataset
+from cmmasksd.errors import UserError
+
+if TYPE_CHECKING:
+    from cmmasksd.model.clip import Tokens
+    from cmmasksd.model.processing import CMMaskSDProcessor, Frame
+
+
+def open_dataset(
+    name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, canvas: int = 128
+) -> ReferringDataset:
+    """Open one split of a data set by the name the command line uses.
+
+    Args:
+        name: see `cmmasksd.config.DATASETS`.
+        split: of the data set.
+        root: folder of the real data sets.
+        references, seed, canvas: of generated scenes, see `SceneDataset`.
+
+    Raises:
+        UserError: for an unknown name, and whatever the reader finds wrong.
+    """
+    from cmmasksd.config import DATASETS
+
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    if name in STYLES:
+        if root is not None:
+            raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
+        if split == "pretrain":
+            raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
+        return SceneDataset(name, split, references or 1500, seed=seed, canvas=canvas)
+    if root is None:
+        raise UserError(f"{name} is read from files: say with --root which folder holds refcoco/… and images/train2014/…")
+    from cmmasksd.data.refer import ReferDataset
+
+    return ReferDataset(name, root, split)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """References of one image to load together, in an epoch (which decides their sentences)."""
+
+    epoch: int
+    references: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A training batch. M images, B references.
+
+    Attributes:
+        images: (M, 3, h, w) uint8, each image once.
+        tokens: of B sentences.
+        targets: (B, h / stride, w / stride) float in [0, 1].
+        image_index: (B,) int64, the image of each reference.
+    """
+
+    images: Tensor
+    tokens: Tokens
+    targets: Tensor
+    image_index: Tensor
+
+
+class TrainingBatches(Sampler[list[Draw]]):
+    """The batches of one epoch, for one process.
+
+    Args:
+        groups: references that share an image (see `ReferringDataset.groups`).
+        batch_size: references per batch and process.
+        per_image: at most so many references of an image are drawn together.
+        seed: of the order.
+        rank, world: this process, and how many there are.
+
+    Raises:
+        UserError: when there are fewer references than one batch of every process.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[int]],
+        batch_size: int,
+        *,
+        per_image: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.groups, self.per_image, self.seed, self.rank, self.world = groups, per_image, seed, rank, world
+        self.total = sum(len(group) for group in groups)
+        self.batch_size = batch_size if world > 1 else min(batch_size, self.total)
+        self.epoch, self.start = 0, 0
+        if self.total < self.batch_size * world:
+            raise UserError(
+                f"{self.total} references are fewer than one batch of {batch_size} on {world} processes: "
+                "lower training.batch_size"
+            )
+
+    def __len__(self) -> int:
+        return self.total // (self.batch_size * self.world)
+
+    def at(self, epoch: int, start: int = 0) -> TrainingBatches:
+        """Choose the epoch, and the batch of it to start from (to resume in the middle)."""
+        self.epoch, self.start = epoch, start
+        return self
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        draw = random.Random(f"{self.seed}/order/{self.epoch}")
+        chunks = []
+        for group in self.groups:
+            order = list(group)
+            draw.shuffle(order)
+            chunks += [order[i : i + self.per_image] for i in range(0, len(order), self.per_image)]
+        draw.shuffle(chunks)
+        owner = [(chunk, reference) for chunk, of_chunk in enumerate(chunks) for reference in of_chunk]
+        size = self.batch_size
+        for step in range(self.start, len(self)):
+            begin = (step * self.world + self.rank) * size
+            together: dict[int, list[int]] = {}
+            for chunk, reference in owner[begin : begin + size]:
+                together.setdefault(chunk, []).append(reference)
+            yield [Draw(self.epoch, tuple(references)) for references in together.values()]
+
+
+class TrainingItems(Dataset):
+    """Loads a `Draw`: one image, one random sentence for each of its references, and their targets."""
+
+    def __init__(self, data: ReferringDataset, processor: CMMaskSDProcessor, *, stride: float, seed: int = 0) -> None:
+        self.data, self.processor, self.stride, self.seed = data, processor, stride, seed
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, list[str], list[Tensor]]:
+        image, frame, texts, targets = None, None, [], []
+        for index in draw.references:
+            reference = self.data[index]
+            if image is None or frame is None:
+                image, frame = self.processor.image(self.data.image(reference))
+            choice = random.Random(f"{self.seed}/sentence/{draw.epoch}/{index}").choice(reference.expressions)
+            texts.append(choice.text)
+            targets.append(self.processor.target(self.data.mask(reference), frame, self.stride))
+        assert image is not None  # a draw is never empty
+        return image, texts, targets
+
+    def collate(self, items: list[tuple[Tensor, list[str], list[Tensor]]]) -> Batch:
+        """Items to a batch."""
+        images, texts, targets = zip(*items, strict=True)
+        return Batch(
+            torch.stack(images),
+            self.processor.tokens([text for of_image in texts for text in of_image]),
+            torch.stack([target for of_image in targets for target in of_image]),
+            torch.arange(len(items)).repeat_interleave(torch.tensor([len(of_image) for of_image in texts])),
+        )
+
+
+def training_loader(items: TrainingItems, batches: TrainingBatches, workers: int) -> DataLoader:
+    """A loader that leaves torch's global random state alone (so that a resumed run draws the same masks)."""
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=items.collate,
+        generator=torch.Generator().manual_seed(0),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringItem:
+    """One image with all the sentences of some of its references. K sentences, R references.
+
+    Attributes:
+        image: (3, h, w) uint8 on the canvas.
+        frame: how it was laid there.
+        tokens: of the K sentences.
+        sentences: (ref_id, image_id, sent_id, text) of each.
+        masks: (R, H, W) bool at the original size.
+        mask_index: (K,) int64, the reference of each sentence.
+    """
+
+    image: Tensor
+    frame: Frame
+    tokens: Tokens
+    sentences: list[tuple[int, int, int, str]]
+    masks: Tensor
+    mask_index: Tensor
+
+
+class ScoringItems(Dataset):
+    """Loads an image with all sentences of all its references (never one per reference, as while training)."""
+
+    def __init__(self, data: ReferringDataset, processor: CMMaskSDProcessor, groups: Sequence[Sequence[int]]) -> None:
+        self.data, self.processor, self.groups = data, processor, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> ScoringItem:
+        references = [self.data[i] for i in self.groups[index]]
+        image, frame = self.processor.image(self.data.image(references[0]))
+        sentences, masks, mask_index = [], [], []
+        for nth, reference in enumerate(references):
+            mask = self.data.mask(reference)
+            if mask.shape != frame.original:
+                raise UserError(
+                    f"the mask of reference {reference.ref_id} is {mask.shape}, its image {frame.original}: "
+                    "they must have one size"
+                )
+            masks.append(torch.from_numpy(mask))
+            for expression in reference.expressions:
+                sentences.append((reference.ref_id, reference.image_id, expression.sent_id, expression.text))
+                mask_index.append(nth)
+        tokens = self.processor.tokens([sentence[-1] for sentence in sentences])
+        return ScoringItem(image, frame, tokens, sentences, torch.stack(masks), torch.tensor(mask_index))

@@ -1,0 +1,530 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg, read from the files of their release as they are: no conversion, no index files.
+
+    <root>/refcoco/refs(unc).p        <root>/refcoco+/refs(unc).p
+    <root>/refcocog/refs(umd).p       <root>/refcocog/refs(google).p
+    <root>/<folder>/instances.json    <root>/images/train2014/COCO_train2014_*.jpg
+
+The format is REFER's (Kazemzadeh et al. 2014; Yu et al. 2016). We deviate from its ``refer.py`` where that misleads:
+the refs file is a pickle from the internet, and is read without ever running what it may hold; crowd annotations are
+decoded; a split is matched by its whole name; lengths come from the data. The text is the cleaned ``sent``, not
+``raw``, with its white space evened out.
+
+``write_refer_release`` goes the other way: it writes any ``ReferringDataset`` as such a release.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NoReturn
+
+import numpy as np
+
+from cmmasksd.data.images import MAX_PIXELS, read_image
+from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
+from cmmasksd.data.samples import Expression, Reference, ReferringDataset
+from cmmasksd.errors import UserError
+
+_SOURCES = {  # name: (folder, who made the splits)
+    "refcoco": ("refcoco", "unc"),
+    "refcoco+": ("refcoco+", "unc"),
+    "refcocog-umd": ("refcocog", "umd"),
+    "refcocog-google": ("refcocog", "google"),
+}
+NAMES = tuple(_SOURCES)
+"""The names ``ReferDataset`` knows."""
+
+MAX_REFS_BYTES = 512 * 1024 * 1024
+"""Refs files beyond this are refused; the largest of the release has some 30 MB."""
+
+# Where the images lie under the root: our documentation's place, and that of the original toolbox.
+_IMAGE_FOLDERS = (Path("images/train2014"), Path("images/mscoco/images/train2014"))
+
+
+class ReferDataset:
+    """One split of RefCOCO, RefCOCO+ or RefCOCOg; implements ``ReferringDataset``.
+
+    Everything is checked on construction except the pixels: a file that is missing should stop a run before it starts.
+    Masks are decoded and images read on demand.
+
+    Args:
+        name: one of ``NAMES``.
+        root: the folder that holds ``refcoco``, ``refcoco+``, ``refcocog`` and ``images``.
+        split: as the refs file calls it, such as "train", "val", "testA".
+        images: the folder of the image files, where it is not ``<root>/images/train2014``.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not fit the others.
+    """
+
+    def __init__(self, name: str, root: str | Path, split: str, *, images: str | Path | None = None) -> None:
+        self.name = name
+        self.split = split
+        refs_path, self._instances_path = _release_files(name, Path(root))
+        refs = _read_refs(refs_path)
+        chosen = [ref for ref in refs if ref["split"] == split]
+        if not chosen:
+            raise UserError(f"{name} has no split {split!r}: {refs_path} holds {_shown_splits(refs)}")
+        self._references = tuple(_reference(ref, refs_path) for ref in chosen)
+        self._images, self._segmentations = _read_instances(self._instances_path, self._references)
+        self._image_folder = _image_folder(Path(root), images)
+        missing = [file for file, *_ in self._images.values() if not (self._image_folder / file).is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(self._images)} images of {name} {split} are missing from "
+                f"{self._image_folder}, the first is {missing[0]}: unpack COCO's train2014.zip there, or name the "
+                "folder that has them"
+            )
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+    def __getitem__(self, index: int) -> Reference:
+        return self._references[index]
+
+    def image(self, reference: Reference) -> np.ndarray:
+        """The reference's image, (H, W, 3) uint8 RGB, in the frame of the stored pixels (EXIF is not applied).
+
+        Raises:
+            UserError: the file is missing or damaged, or its size is not the one in instances.json.
+        """
+        file, height, width = self._images[reference.image_id]
+        image = read_image(self._image_folder / file)
+        if image.shape[:2] != (height, width):
+            raise UserError(
+                f"image {self._image_folder / file} is {image.shape[1]}x{image.shape[0]} pixels but "
+                f"{self._instances_path} says {width}x{height}: its masks would not fit, use the original file"
+            )
+        return image
+
+    def mask(self, reference: Reference) -> np.ndarray:
+        """The reference's object, (H, W) bool: the union of its annotations and of their parts.
+
+        Raises:
+            UserError: an annotation's segmentation is malformed.
+        """
+        _, height, width = self._images[reference.image_id]
+        mask = np.zeros((height, width), dtype=bool)
+        for ann_id in reference.ann_ids:
+            try:
+                mask |= decode_segmentation(json.loads(self._segmentations[ann_id]), height, width)
+            except ValueError as error:  # our own UserError, or JSON's
+                raise UserError(f"annotation {ann_id} of {self._instances_path}: {error}") from None
+        return mask
+
+    def groups(self) -> list[list[int]]:
+        """Indices of the references that share an image, images in the order in which they first appear."""
+        groups: dict[int, list[int]] = {}
+        for index, reference in enumerate(self._references):
+            groups.setdefault(reference.image_id, []).append(index)
+        return list(groups.values())
+
+
+def splits(name: str, root: str | Path) -> dict[str, int]:
+    """The splits of a data set and their numbers of references; needs the refs file only.
+
+    Args:
+        name: one of ``NAMES``.
+        root: as for ``ReferDataset``.
+
+    Returns:
+        Number of references by split, in the order of the file.
+
+    Raises:
+        UserError: the refs file is missing or damaged.
+    """
+    return dict(Counter(ref["split"] for ref in _read_refs(_release_files(name, Path(root))[0])))
+
+
+def coco_file_name(image_id: int) -> str:
+    """The file name that COCO gives to an image of train2014."""
+    return f"COCO_train2014_{image_id:012d}.jpg"
+
+
+def write_refer_release(
+    out: str | Path,
+    datasets: Iterable[ReferringDataset],
+    *,
+    folder: str = "refcoco",
+    by: str = "unc",
+    file_name: Callable[[int], str] = coco_file_name,
+    quality: int = 95,
+) -> None:
+    """Write splits of a data set in the files of a REFER release, which ``ReferDataset`` and other tools read.
+
+    The refs file comes last, so that a release without it was not finished. Masks are kept exactly (polygons along the
+    pixel edges); images are JPEG without chroma subsampling. Everything belongs to one category, "object".
+
+    Args:
+        out: the release's root; made where missing.
+        datasets: one per split. Their ids are kept and must not repeat.
+        folder: the data set's folder under the root.
+        by: the name in ``refs(<by>).p``.
+        file_name: image_id -> name of the image file.
+        quality: of the JPEG files, 1 to 95.
+
+    Raises:
+        UserError: a release or another image is already there, an id appears twice, or a reference cannot be written
+            (REFER holds exactly one annotation with a mask per reference).
+    """
+    from PIL import Image
+    from tqdm import tqdm
+
+    out, datasets = Path(out), list(datasets)
+    refs_path, instances_path = out / folder / f"refs({by}).p", out / folder / "instances.json"
+    for path in (refs_path, instances_path):
+        if path.exists():
+            raise UserError(f"{path} already exists: delete that release or write to another folder")
+    if not any(len(dataset) for dataset in datasets):
+        raise UserError(f"nothing to write to {out}: the data sets hold no reference")
+    image_folder = out / _IMAGE_FOLDERS[0]
+    image_folder.mkdir(parents=True, exist_ok=True)
+    refs_path.parent.mkdir(parents=True, exist_ok=True)
+
+    seen: set[tuple[str, int | str]] = set()
+
+    def claim(kind: str, value: int | str) -> None:
+        if (kind, value) in seen:
+            raise UserError(f"{kind} {value} appears twice: a release needs it once over all its splits, renumber them")
+        seen.add((kind, value))
+
+    refs, images, annotations = [], [], []
+    progress = tqdm(total=sum(len(dataset) for dataset in datasets), desc=f"writing {folder}", unit="ref", disable=None)
+    with progress:
+        for dataset in datasets:
+            for group in dataset.groups():
+                image_id = dataset[group[0]].image_id
+                pixels = dataset.image(dataset[group[0]])
+                file = _checked_file_name(file_name(image_id), f"image {image_id}")
+                claim("image_id", image_id)
+                claim("file name", file)
+                height, width = pixels.shape[:2]
+                images.append({"id": image_id, "file_name": file, "height": height, "width": width, "license": 0})
+                content = io.BytesIO()
+                Image.fromarray(pixels).save(content, "JPEG", quality=quality, subsampling="4:4:4")
+                _write_image(image_folder / file, content.getvalue())
+                for index in group:
+                    reference = dataset[index]
+                    annotation = _annotation(reference, dataset.mask(reference), (height, width))
+                    claim("ref_id", reference.ref_id)
+                    claim("ann_id", annotation["id"])
+                    for expression in reference.expressions:
+                        claim("sent_id", expression.sent_id)
+                    annotations.append(annotation)
+                    refs.append(_ref(reference, file))
+                    progress.update()
+    instances = {
+        "info": {"description": folder},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "object", "supercategory": "object"}],
+    }
+    _write_whole(instances_path, json.dumps(instances).encode())
+    _write_whole(refs_path, pickle.dumps(refs, protocol=2))  # the newest that the original toolbox's Python reads
+
+
+# ---------------------------------------------------------------------------------------------------------- refs file
+
+# Every instruction of a pickle that makes plain values, by the size of its argument. Narrower than pickle's own are r
+# and p, which give the index of a memo entry: Python allocates up to it, and 5 bytes can ask for 64 GB, so it has 24
+# bits or 7 digits.
+_FIXED_SIZE = re.compile(
+    rb"""(?:
+        [(.012Nldtaesu\])}\x85-\x89\x8f-\x91\x94]   # no argument: marks, containers, None, True, False, STOP
+        | [Kqh]. | \x80[\x00-\x05] | M.. | [Jj].... | r...\x00 | [G\x95].{8}
+        | [ILFSVg][^\n]*\n | p[0-9]{1,7}\n
+    )*+""",
+    re.VERBOSE | re.DOTALL,
+)
+# Strings, bytes and long integers: the number of bytes in which they say how many bytes follow.
+_COUNTED = {ord(code): n for codes, n in (("UC\x8c\x8a", 1), ("XTB\x8b", 4), ("\x8d\x8e", 8)) for code in codes}
+_GLOBAL = b"ci\x93"  # look up a class or function by its name
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads containers, strings and numbers. A class or function is what makes a pickle dangerous: none is admitted."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
+        raise UserError(f"it asks for {module_name}.{global_name}, which could run any code and no refs file needs")
+
+
+def _load_plain_pickle(path: Path) -> object:
+    """The plain value in a pickle of any protocol, Python 2's included; a UserError for whatever else it holds."""
+    size = path.stat().st_size
+    if size > MAX_REFS_BYTES:
+        raise UserError(f"{path} has {size} bytes, more than the {MAX_REFS_BYTES} allowed: it is not a plain refs file")
+    data = path.read_bytes()
+    try:
+        _check_instructions(data)
+        try:  # Python 2's str holds bytes: ASCII in the release, UTF-8 or Latin-1 in copies
+            return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+        except UnicodeDecodeError:
+            return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path} is not a plain refs file: {error}; download it again from its release") from None
+
+
+def _check_instructions(data: bytes) -> None:
+    """Refuse a pickle with any instruction that plain values do not need, before Python follows the first of them."""
+    at = 0
+    while True:
+        match = _FIXED_SIZE.match(data, at)
+        at = match.end() if match else at
+        if at >= len(data) or data[at] in _GLOBAL:  # reading ends there, in find_class, which says what was asked for
+            return
+        length_bytes = _COUNTED.get(data[at])
+        if length_bytes is None:
+            raise UserError(f"unexpected instruction {data[at : at + 1]!r} at byte {at}")
+        at += 1 + length_bytes
+        at += int.from_bytes(data[at - length_bytes : at], "little")
+
+
+def _read_refs(path: Path) -> list[dict[str, Any]]:
+    """All refs of a file, with their ids and splits checked."""
+    refs = _load_plain_pickle(path)
+    if not isinstance(refs, list) or not refs or not all(isinstance(ref, dict) for ref in refs):
+        raise UserError(f"{path} is not a refs file: expected a pickled list of dicts, one per reference")
+    seen: set[int] = set()
+    for ref in refs:
+        ref_id = _whole_number(ref, "ref_id", f"{path}: a reference")
+        if ref_id in seen:
+            raise UserError(f"{path}: ref_id {ref_id} appears twice: remove one of the references or renumber it")
+        seen.add(ref_id)
+        _text(ref, "split", f"{path}: reference {ref_id}")
+    return refs
+
+
+def _reference(ref: dict[str, Any], path: Path) -> Reference:
+    where = f"{path}: reference {ref['ref_id']}"
+    sentences = ref.get("sentences")
+    if not isinstance(sentences, list) or not sentences or not all(isinstance(item, dict) for item in sentences):
+        raise UserError(f"{where} has 'sentences' {_shown(sentences)}: expected a list of at least one dict")
+    expressions = []
+    for sentence in sentences:
+        sent_id = _whole_number(sentence, "sent_id", f"{where}: a sentence")
+        text = " ".join(_text(sentence, "sent", f"{where}: sentence {sent_id}").split())
+        if not text:
+            raise UserError(f"{where}: sentence {sent_id} (sent_id) is empty: remove it or write at least one word")
+        expressions.append(Expression(sent_id, text))
+    return Reference(
+        ref_id=ref["ref_id"],
+        image_id=_whole_number(ref, "image_id", where),
+        ann_ids=(_whole_number(ref, "ann_id", where),),
+        split=ref["split"],
+        expressions=tuple(expressions),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- instances.json
+
+
+# Nearly all of instances.json is polygons, of which a split needs a part. Before parsing, each list of them is replaced
+# by [[start, end]], its place in the file: a sixth of the time and less than half the memory.
+_POLYGONS = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[[-+0-9.eE,\s\[\]]*\]\s*\])')
+
+
+def _read_instances(
+    path: Path, references: Sequence[Reference]
+) -> tuple[dict[int, tuple[str, int, int]], dict[int, bytes]]:
+    """What the references need of instances.json: (file, height, width) by image id, segmentation by annotation id.
+
+    Segmentations stay JSON text until a mask is asked for. As lists of floats they would take ten times the memory, in
+    every worker of a data loader.
+    """
+    text = path.read_bytes()
+    try:
+        content = json.loads(_POLYGONS.sub(lambda match: b'"segmentation":[[%d,%d]]' % match.span(1), text))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}; download it again from its release") from None
+    parts = []
+    for key in ("images", "annotations"):
+        records = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise UserError(f"{path} has no list {key!r}: expected COCO's instances format")
+        parts.append(records)
+
+    wanted_images = {reference.image_id for reference in references}
+    wanted_annotations = {ann_id for reference in references for ann_id in reference.ann_ids}
+    images: dict[int, tuple[str, int, int]] = {}
+    for record in parts[0]:
+        image_id = record.get("id")
+        if image_id not in wanted_images:
+            continue
+        where = f"{path}: image {image_id}"
+        height, width = _whole_number(record, "height", where), _whole_number(record, "width", where)
+        if height < 1 or width < 1 or height * width > MAX_PIXELS:
+            raise UserError(f"{where} is {width}x{height} pixels: expected 1 to {MAX_PIXELS} pixels")
+        images[image_id] = (_checked_file_name(_text(record, "file_name", where), where), height, width)
+
+    image_of: dict[int, int] = {}
+    segmentations: dict[int, bytes] = {}
+    for record in parts[1]:
+        ann_id = record.get("id")
+        if ann_id not in wanted_annotations:
+            continue
+        where = f"{path}: annotation {ann_id}"
+        if ann_id in segmentations:
+            raise UserError(f"{where} appears twice: remove one of them")
+        if not record.get("segmentation"):
+            raise UserError(f"{where} has no segmentation: only a box cannot be learnt from, add its polygons or RLE")
+        image_of[ann_id] = _whole_number(record, "image_id", where)
+        match record["segmentation"]:
+            case [[int(start), int(end)]]:
+                segmentations[ann_id] = text[start:end]
+            case other:  # RLE
+                segmentations[ann_id] = json.dumps(other).encode()
+
+    for kind, needed, found in (("image", wanted_images, images), ("annotation", wanted_annotations, image_of)):
+        absent = sorted(needed - found.keys())
+        if absent:
+            raise UserError(
+                f"{path} lacks {len(absent)} of {len(needed)} {kind} ids that the refs file names, such as "
+                f"{absent[0]}: the two files are not of the same release"
+            )
+    for reference in references:
+        for ann_id in reference.ann_ids:
+            if image_of[ann_id] != reference.image_id:
+                raise UserError(
+                    f"{path}: annotation {ann_id} lies in image {image_of[ann_id]}, but reference {reference.ref_id}, "
+                    f"which names it, in image {reference.image_id}: the two files are not of the same release"
+                )
+    return images, segmentations
+
+
+# -------------------------------------------------------------------------------------------------- paths and records
+
+
+def _release_files(name: str, root: Path) -> tuple[Path, Path]:
+    """The paths of the refs file and of instances.json, which both exist."""
+    if name not in _SOURCES:
+        raise UserError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
+    folder, by = _SOURCES[name]
+    layout = (
+        f"expected <root>/{folder}/refs({by}).p, <root>/{folder}/instances.json and <root>/{_IMAGE_FOLDERS[0]}/*.jpg, "
+        "as unpacked from the release of https://github.com/lichengunc/refer"
+    )
+    if not root.is_dir():
+        raise UserError(f"data folder {root} {'is not a folder' if root.exists() else 'does not exist'}: {layout}")
+    files = root / folder / f"refs({by}).p", root / folder / "instances.json"
+    for path in files:
+        if not path.is_file():
+            beside = sorted(other.name for other in path.parent.glob("refs(*).p") if other != path)
+            found = f" (its folder has {', '.join(beside)})" if beside else ""
+            raise UserError(f"{name} needs {path}, which does not exist{found}: {layout}")
+    return files
+
+
+def _image_folder(root: Path, images: str | Path | None) -> Path:
+    candidates = [Path(images)] if images is not None else [root / folder for folder in _IMAGE_FOLDERS]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise UserError(
+        f"image folder {' or '.join(map(str, candidates))} does not exist: unpack COCO's train2014.zip there, or name "
+        "the folder that has the images"
+    )
+
+
+def _checked_file_name(file_name: str, where: str) -> str:
+    """A file name that stays inside its folder on any system, or a UserError: the name comes from a downloaded file."""
+    posix, windows = PurePosixPath(file_name), PureWindowsPath(file_name)
+    leaves = posix.is_absolute() or windows.anchor or ".." in windows.parts
+    if leaves or not posix.name or not file_name.isprintable():
+        raise UserError(f"{where} has file_name {file_name!r}: expected a path inside the image folder")
+    return file_name
+
+
+def _whole_number(record: dict[str, Any], key: str, where: str) -> int:
+    value = record.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UserError(f"{where} has {key!r} {_shown(value)}: expected a whole number")
+    return value
+
+
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where} has {key!r} {_shown(value)}: expected text")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown_splits(refs: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{split} ({count})" for split, count in Counter(ref["split"] for ref in refs).items())
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def _ref(reference: Reference, image_file: str) -> dict[str, Any]:
+    """One entry of a refs file."""
+    (ann_id,) = reference.ann_ids
+    image = PurePosixPath(image_file)
+    return {
+        "ref_id": reference.ref_id,
+        "ann_id": ann_id,
+        "image_id": reference.image_id,
+        "category_id": 1,
+        "split": reference.split,
+        "file_name": str(image.with_name(f"{image.stem}_{ann_id}{image.suffix}")),
+        "sent_ids": [expression.sent_id for expression in reference.expressions],
+        "sentences": [
+            {
+                "tokens": expression.text.split(),
+                "raw": expression.text,
+                "sent_id": expression.sent_id,
+                "sent": expression.text,
+            }
+            for expression in reference.expressions
+        ],
+    }
+
+
+def _annotation(reference: Reference, mask: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """One entry of instances.json's annotations; mask (H, W) bool."""
+    where = f"reference {reference.ref_id}"
+    if len(reference.ann_ids) != 1:
+        raise UserError(f"{where} has {len(reference.ann_ids)} annotations: the REFER format holds exactly one")
+    if mask.shape != size:
+        raise UserError(f"{where} has a mask of size {mask.shape} on an image of size {size}: expected the same")
+    y, x = np.nonzero(mask)
+    if not len(x):
+        raise UserError(f"{where} has an empty mask: the REFER format has no way to write it")
+    left, top, right, bottom = int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
+    return {
+        "id": reference.ann_ids[0],
+        "image_id": reference.image_id,
+        "category_id": 1,
+        "iscrowd": 0,
+        "segmentation": mask_to_polygons(mask),
+        "area": len(x),
+        "bbox": [left, top, right - left, bottom - top],
+    }
+
+
+def _write_image(path: Path, content: bytes) -> None:
+    """Write an image; the very same one may be there already, from a run that was cut off or a sister release."""
+    if path.exists():
+        if path.read_bytes() != content:
+            raise UserError(f"{path} already exists and is another image: write to another folder")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, content)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either complete or absent."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)

@@ -1,0 +1,636 @@
+"""Generated scenes with true referring expressions: the data set that needs no download.
+
+A scene is a textured, noisy background with 3 to 10 overlapping objects (8 shapes x 8 colours x 3 sizes x 3 fills), made
+so that objects share attributes with each other and every word of a sentence matters. Three styles follow the three
+benchmarks: ``scenes`` (short, with location words, as RefCOCO), ``scenes+`` (no location words, as RefCOCO+) and
+``scenesg`` (long, with relations to other objects, as G-Ref).
+
+Unusual here:
+
+- A sentence is never drawn from a template and hoped to be true. It starts as a logical description, whose meaning is
+  evaluated twice: strictly for the object it names and loosely for all others (a margin around every "left of"), so that
+  nobody would argue about the answer. Whatever attribute could be left out without making it ambiguous is left out.
+- Sets of objects are bit masks in plain ints; textures, stencils and noise are drawn once and cropped. That makes more
+  than 500 scenes a second on one core, so training can draw fresh scenes as fast as a laptop can learn from them.
+- Everything is a function of (seed, split, index) alone. Worker processes and their number change nothing.
+
+``HELD_OUT`` lists eight colour-shape pairs. No object of train, val or testA has one; every sentence of testB names one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from cmmasksd.data.samples import Expression, Reference
+from cmmasksd.errors import UserError
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "crescent", "diamond")
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (245, 130, 20),
+    "yellow": (248, 216, 50),
+    "green": (50, 160, 60),
+    "cyan": (70, 210, 220),
+    "blue": (40, 80, 205),
+    "purple": (135, 50, 165),
+    "white": (240, 240, 240),
+}
+SIZES = {"small": 9.0, "medium": 14.0, "large": 20.0}
+"""Radius in pixels on a canvas of 128 pixels."""
+FILLS = ("solid", "striped", "dotted")
+STYLES = ("scenes", "scenes+", "scenesg")
+SPLITS = ("train", "val", "testA", "testB", "pretrain")
+HELD_OUT = frozenset((colour, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+"""Colour-shape pairs that only testB (and CLIP pretraining, which sees captions but never masks) shows."""
+
+REFERENCES_PER_SCENE = 3
+MIN_VISIBLE = 0.45
+"""An object is never hidden by more than this leaves visible."""
+
+ATTRIBUTES = ("size", "fill", "colour", "shape")
+_VALUES = {"size": tuple(SIZES), "fill": FILLS, "colour": tuple(COLOURS), "shape": SHAPES}
+_WORDS = {
+    "small": ("small", "little"),
+    "large": ("large", "big"),
+    "solid": ("solid", "plain"),
+    "dotted": ("dotted", "spotted"),
+    "crescent": ("crescent", "moon"),
+}
+_GENERIC = ("thing", "shape", "object", "one")
+
+
+@dataclass(frozen=True, slots=True)
+class SceneObject:
+    """One object. Later objects of a scene lie in front of earlier ones.
+
+    Attributes:
+        x, y: centre of the whole shape, in pixels of the canvas, whether or not a part of it is hidden.
+        radius: half its extent in pixels.
+        turn: rotation in steps of 8 degrees, -2 to 2.
+    """
+
+    shape: str
+    colour: str
+    size: str
+    fill: str
+    x: int
+    y: int
+    radius: int
+    turn: int = 0
+
+    @property
+    def attributes(self) -> tuple[str, str, str, str]:
+        """Values in the order of ATTRIBUTES."""
+        return (self.size, self.fill, self.colour, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Objects from back to front, and the sentences that name some of them: (object index, sentences)."""
+
+    canvas: int
+    objects: tuple[SceneObject, ...]
+    references: tuple[tuple[int, tuple[str, ...]], ...]
+    look: int = field(repr=False)
+    """Seed of everything that the description does not mention: background, noise, shades."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+@lru_cache(maxsize=4096)
+def stencil(shape: str, radius: int, turn: int) -> np.ndarray:
+    """Coverage of a shape's pixels, (2r+3, 2r+3) float32 in [0, 1], antialiased by 4 x 4 supersampling."""
+    n, over = 2 * radius + 3, 4
+    grid = (np.arange(n * over) + 0.5) / over - n / 2
+    x, y = np.meshgrid(grid / radius, grid / radius)
+    angle = math.radians(8 * turn)
+    x, y = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    if shape == "circle":
+        inside = x**2 + y**2 <= 0.94**2
+    elif shape == "square":
+        inside = np.maximum(abs(x), abs(y)) <= 0.82
+    elif shape == "triangle":
+        inside = (y <= 0.72) & (y >= 1.75 * abs(x) - 0.95)
+    elif shape == "star":
+        theta, rho = np.arctan2(x, -y), np.hypot(x, y)
+        wedge = abs((theta + math.pi / 5) % (2 * math.pi / 5) - math.pi / 5)  # 0 at a tip, pi/5 between two tips
+        inner = 0.42
+        inside = rho * (np.sin(wedge) * (1 - inner * math.cos(math.pi / 5)) + np.cos(wedge) * inner * math.sin(math.pi / 5))
+        inside = inside <= inner * math.sin(math.pi / 5)
+    elif shape == "cross":
+        inside = (np.minimum(abs(x), abs(y)) <= 0.28) & (np.maximum(abs(x), abs(y)) <= 0.92)
+    elif shape == "heart":
+        u, v = 1.2 * x, -1.2 * y + 0.12
+        inside = (u**2 + v**2 - 0.95 * 0.85) ** 3 <= u**2 * v**3 * 1.4
+    elif shape == "crescent":
+        inside = (x**2 + y**2 <= 0.95**2) & ((x - 0.45) ** 2 + y**2 >= 0.72**2)
+    else:
+        inside = abs(x) / 0.62 + abs(y) / 0.98 <= 1  # diamond: taller than wide, so that it is no turned square
+    return inside.reshape(n, over, n, over).mean((1, 3), dtype=np.float32)
+
+
+_TILE = 320  # texture tiles are cropped at random offsets; larger canvases wrap around
+
+
+@lru_cache(maxsize=1)
+def _textures() -> tuple[list[np.ndarray], np.ndarray]:
+    """Brightness tiles in -1 .. 1 as float32, and one tile of pixel noise as int16."""
+    rng = np.random.default_rng(20230519)
+    y, x = np.mgrid[:_TILE, :_TILE] * (2 * math.pi / _TILE)
+    tiles = [np.sin(a * x + b * y) for a, b in ((6, 2), (-3, 9), (14, 14), (0, 20))]
+    tiles += [np.sign(np.sin(10 * x) * np.sin(10 * y)), np.sin(8 * x) * np.sin(8 * y), np.sin(5 * x + 3 * np.sin(4 * y))]
+    frequency = np.fft.fftfreq(_TILE)
+    for power in (1.0, 1.4, 1.8):  # clouds, from rough to smooth
+        amplitude = 1 / np.maximum(np.hypot(frequency[:, None], frequency), 1 / _TILE) ** power
+        cloud = np.fft.ifft2(amplitude * np.exp(2j * math.pi * rng.random((_TILE, _TILE)))).real
+        tiles.append(np.clip(cloud / (2 * cloud.std()), -1, 1))
+    noise = np.clip(rng.normal(0, 256, (_TILE, _TILE, 3)), -768, 767).astype(np.int16)
+    return [tile.astype(np.float32) for tile in tiles], noise
+
+
+def _crop(tile: np.ndarray, canvas: int, draw: random.Random) -> np.ndarray:
+    if canvas <= _TILE // 2:
+        top, left = draw.randrange(_TILE - canvas), draw.randrange(_TILE - canvas)
+        return tile[top : top + canvas, left : left + canvas]
+    at = np.arange(canvas) + draw.randrange(_TILE)
+    return tile[np.ix_(at % _TILE, (at + draw.randrange(_TILE)) % _TILE)]
+
+
+def _pattern(fill: str, n: int, scale: float, draw: random.Random) -> np.ndarray | None:
+    """Which pixels of an object take its second, darker colour; None for a solid one."""
+    if fill == "solid":
+        return None
+    at = np.arange(n)
+    period = 6.0 * scale
+    if fill == "striped":
+        a, b = draw.choice(((1.0, 0.0), (0.0, 1.0), (0.7, 0.7), (0.7, -0.7)))
+        return (at[:, None] * a + at * b + draw.random() * period) % period < period / 2
+    u = ((at + draw.random() * period) % period - period / 2) ** 2
+    return u[:, None] + u <= (0.32 * period) ** 2
+
+
+def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a scene.
+
+    Returns:
+        image: (canvas, canvas, 3) uint8 RGB.
+        owner: (canvas, canvas) int8, the index of the object that is seen at each pixel, -1 for the background.
+    """
+    draw = random.Random(scene.look)
+    size, scale = scene.canvas, scene.canvas / 128
+    tiles, noise = _textures()
+    base = [draw.randrange(70, 170)] * 3
+    base = [level + draw.randrange(-22, 23) for level in base]
+    shade = _crop(draw.choice(tiles), size, draw) * draw.uniform(6, 26)
+    image = (shade[:, :, None] + np.array(base, np.float32)).astype(np.int16)
+    owner = np.full((size, size), -1, np.int8)
+    for index, thing in enumerate(scene.objects):
+        alpha = stencil(thing.shape, thing.radius, thing.turn)
+        n, half = alpha.shape[0], thing.radius + 1
+        top, left = thing.y - half, thing.x - half
+        inner = (slice(max(0, -top), min(n, size - top)), slice(max(0, -left), min(n, size - left)))
+        outer = (slice(max(0, top), min(size, top + n)), slice(max(0, left), min(size, left + n)))
+        jitter = draw.randrange(-14, 15)
+        colour = np.array([level + jitter + draw.randrange(-8, 9) for level in COLOURS[thing.colour]], np.float32)
+        pattern = _pattern(thing.fill, n, scale, draw)
+        paint = colour if pattern is None else np.where(pattern[..., None], colour * 0.4, colour)[inner]
+        cover = alpha[inner]
+        below = image[outer]
+        image[outer] = below + (paint - below) * cover[..., None]
+        owner[outer][cover >= 0.5] = index
+    strength = draw.randrange(2, 15)  # standard deviation of the noise, in grey levels
+    image += (_crop(noise, size, draw) * np.int16(strength)) >> 8
+    return np.clip(image, 0, 255).astype(np.uint8), owner
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout
+
+
+def _draw_attributes(draw: random.Random, split: str, earlier: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """Attributes of the next object: usually those of an earlier one with one or two changed, so that it distracts."""
+    held_out_wanted = split == "testB" and draw.random() < 0.6
+    while True:
+        if earlier and draw.random() < 0.75:
+            values = list(draw.choice(earlier))
+            for attribute in draw.sample(range(4), draw.choice((1, 1, 2))):
+                values[attribute] = draw.choice(_VALUES[ATTRIBUTES[attribute]])
+        else:
+            values = [draw.choice(_VALUES[attribute]) for attribute in ATTRIBUTES]
+        held_out = (values[2], values[3]) in HELD_OUT
+        if held_out == held_out_wanted or split == "pretrain" or (split == "testB" and not held_out_wanted):
+            return tuple(values)
+
+
+def _hidden(back: SceneObject, front: SceneObject) -> float:
+    """Fraction of `back` that `front` covers."""
+    dy, dx = front.y - back.y, front.x - back.x
+    reach = back.radius + front.radius + 2
+    if abs(dy) > reach or abs(dx) > reach:
+        return 0.0
+    under = stencil(back.shape, back.radius, back.turn) >= 0.5
+    over = stencil(front.shape, front.radius, front.turn) >= 0.5
+    top, left = dy + back.radius - front.radius, dx + back.radius - front.radius
+    n, m = under.shape[0], over.shape[0]
+    a = under[max(0, top) : min(n, top + m), max(0, left) : min(n, left + m)]
+    b = over[max(0, -top) : min(m, n - top), max(0, -left) : min(m, n - left)]
+    return float((a & b).sum() / under.sum())
+
+
+def _layout(draw: random.Random, split: str, canvas: int) -> tuple[list[SceneObject], dict[tuple[int, int], float]]:
+    """Objects from back to front, and for each overlapping (back, front) pair the fraction of back that is hidden."""
+    scale = canvas / 128
+    objects: list[SceneObject] = []
+    hidden: dict[tuple[int, int], float] = {}
+    covered: set[int] = set()
+    for _ in range(draw.randint(3, 10)):
+        size, fill, colour, shape = _draw_attributes(draw, split, [o.attributes for o in objects])
+        radius = max(3, round(SIZES[size] * scale) + draw.randint(-1, 1))
+        turn = draw.randint(-2, 2)
+        for _ in range(12):
+            x, y = draw.randint(radius + 1, canvas - radius - 2), draw.randint(radius + 1, canvas - radius - 2)
+            near = []
+            for index, other in enumerate(objects):
+                distance = math.hypot(x - other.x, y - other.y) / (radius + other.radius)
+                if distance < 0.7 or (distance < 1 and index in covered):
+                    break  # too close, or a second object would cover it
+                if distance < 1:
+                    near.append(index)
+            else:
+                thing = SceneObject(shape, colour, size, fill, x, y, radius, turn)
+                parts = {index: _hidden(objects[index], thing) for index in near}
+                if all(part <= 1 - MIN_VISIBLE for part in parts.values()):
+                    hidden.update({(index, len(objects)): part for index, part in parts.items()})
+                    covered.update(near)
+                    objects.append(thing)
+                    break
+    return objects, hidden
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Meaning: sets of objects as bit masks, each location and relation as (strict, loose)
+
+_SPANS = {
+    # name: (axis, from, to) as fractions of the canvas, strict and loose
+    "left": ((0, 0.0, 0.42), (0, 0.0, 0.56)),
+    "right": ((0, 0.58, 1.0), (0, 0.44, 1.0)),
+    "top": ((1, 0.0, 0.42), (1, 0.0, 0.56)),
+    "bottom": ((1, 0.58, 1.0), (1, 0.44, 1.0)),
+    "middle column": ((0, 0.36, 0.64), (0, 0.28, 0.72)),
+    "middle row": ((1, 0.36, 0.64), (1, 0.28, 0.72)),
+}
+_ZONES = {
+    **{name: (name,) for name in ("left", "right", "top", "bottom")},
+    **{f"{row} {column}": (row, column) for row in ("top", "bottom") for column in ("left", "right")},
+    "middle": ("middle row", "middle column"),
+}
+_EXTREMES = {"leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "lowest": (1, -1)}
+_MARGIN = 0.06  # of the canvas, between neighbours that an order compares
+RELATIONS = {
+    "left": "to the left of",
+    "right": "to the right of",
+    "above": "above",
+    "below": "below",
+    "behind": "partly behind",
+    "front": "in front of",
+}
+
+
+class _Meaning:
+    """What can be said of a scene's objects: for every word, the set of objects (bits) that it is true of."""
+
+    def __init__(self, objects: Sequence[SceneObject], hidden: dict[tuple[int, int], float], canvas: int) -> None:
+        self.objects, self.hidden, self.canvas = objects, hidden, canvas
+        having: dict[str, int] = {}
+        for index, thing in enumerate(objects):
+            for value in thing.attributes:
+                having[value] = having.get(value, 0) | 1 << index
+        self._having = having
+        self._sharing: dict[int, list[int]] = {}
+        self._related: dict[int, dict[str, tuple[int, int]]] = {}
+        spans = {}
+        for name, bounds in _SPANS.items():
+            sets = []
+            for axis, low, high in bounds:
+                low, high, found = low * canvas, high * canvas, 0
+                for i, o in enumerate(objects):
+                    found |= (low <= (o.y if axis else o.x) <= high) << i
+                sets.append(found)
+            spans[name] = sets
+        self.zones: dict[str, tuple[int, int]] = {}
+        for name, parts in _ZONES.items():
+            strict = loose = -1
+            for part in parts:
+                strict, loose = strict & spans[part][0], loose & spans[part][1]
+            self.zones[name] = (strict, loose)
+
+    def sharing(self, target: int) -> list[int]:
+        """For each of the 16 subsets of ATTRIBUTES (as bits), the objects that have the target's values of all of them."""
+        if target not in self._sharing:
+            table = [(1 << len(self.objects)) - 1]
+            for i, value in enumerate(self.objects[target].attributes):
+                table += [found & self._having[value] for found in table[: 1 << i]]
+            self._sharing[target] = table
+        return self._sharing[target]
+
+    def order(self, among: int, axis: int, sign: int) -> list[int]:
+        """Objects of `among` along an axis; empty where two neighbours are too close to be ordered."""
+        at = sorted(((o.y if axis else o.x) * sign, i) for i, o in enumerate(self.objects) if among >> i & 1)
+        margin = _MARGIN * self.canvas
+        if any(b[0] - a[0] < margin for a, b in zip(at, at[1:], strict=False)):
+            return []
+        return [i for _, i in at]
+
+    def extreme(self, among: int, axis: int, sign: int) -> int:
+        """The set that holds the first object of `among` along an axis; empty when the second one is too close to it."""
+        at = sorted(((o.y if axis else o.x) * sign, i) for i, o in enumerate(self.objects) if among >> i & 1)
+        if len(at) > 1 and at[1][0] - at[0][0] < _MARGIN * self.canvas:
+            return 0
+        return 1 << at[0][1] if at else 0
+
+    def related(self, anchor: int) -> dict[str, tuple[int, int]]:
+        """For every relation, the objects that stand in it to the anchor: (strict, loose) sets."""
+        if anchor in self._related:
+            return self._related[anchor]
+        there = self.objects[anchor]
+        near, far = 0.04 * self.canvas, 0.09 * self.canvas
+        sets = {name: [0, 0] for name in RELATIONS}
+        for i, o in enumerate(self.objects):
+            if i == anchor:
+                continue
+            dx, dy = o.x - there.x, o.y - there.y
+            for along, across, before, after in ((dx, dy, "left", "right"), (dy, dx, "above", "below")):
+                name = before if along < 0 else after
+                along, across = abs(along), abs(across)
+                sets[name][0] |= (along >= far and across <= 0.8 * along) << i
+                sets[name][1] |= (across <= 1.6 * along + near) << i
+                if along < near:  # nearly level: loosely, it could be on either side
+                    sets[after if name == before else before][1] |= (across <= 1.6 * along + near) << i
+            for name, part in (("behind", self.hidden.get((i, anchor))), ("front", self.hidden.get((anchor, i)))):
+                if part is not None:
+                    sets[name][0] |= (part >= 0.06) << i
+                    sets[name][1] |= 1 << i
+        self._related[anchor] = {name: (strict, loose) for name, (strict, loose) in sets.items()}
+        return self._related[anchor]
+
+
+_EFFORT = tuple(  # for every subset of ATTRIBUTES (as bits): two or three words are said more often than one or four,
+    (3.0, 1.0, 0.0, 0.4, 1.5)[bits.bit_count()] + 1.3 * (not bits & 8) + 0.5 * (not bits & 4)  # nouns and colours most
+    for bits in range(16)
+)
+
+
+def _subsets(draw: random.Random) -> list[int]:
+    """All subsets of ATTRIBUTES as bits, in a random order that people's habits bias (_EFFORT)."""
+    return [bits for _, bits in sorted((effort + 1.2 * draw.random(), bits) for bits, effort in enumerate(_EFFORT))]
+
+
+def _minimal(bits: int, names_it: Callable[[int], bool]) -> bool:
+    """True when the attributes name the object and none of them can be left out."""
+    return names_it(bits) and not any(bits >> i & 1 and names_it(bits ^ 1 << i) for i in range(4))
+
+
+def _phrase(draw: random.Random, values: Sequence[str]) -> str:
+    words = [draw.choice(_WORDS.get(value, (value,))) for value in values]
+    if not values or values[-1] not in SHAPES:
+        words.append(draw.choice(_GENERIC))
+    return " ".join(words)
+
+
+def _noun_phrase(draw: random.Random, thing: SceneObject, bits: int) -> str:
+    return _phrase(draw, [value for i, value in enumerate(thing.attributes) if bits >> i & 1])
+
+
+def _by_attributes(meaning: _Meaning, target: int, draw: random.Random) -> int | None:
+    """A minimal subset of attributes (as bits) that only the target has."""
+    table, bit = meaning.sharing(target), 1 << target
+    if table[15] != bit:
+        return None
+    return next(bits for bits in _subsets(draw) if _minimal(bits, lambda b: table[b] == bit))
+
+
+def _say_location(draw: random.Random, kind: str, name: str, phrase: str) -> str:
+    if kind == "second":
+        axis_word = {"leftmost": "left", "rightmost": "right", "topmost": "top", "lowest": "bottom"}[name]
+        return f"second {phrase} from the {axis_word}"
+    if kind == "extreme":
+        if name == "lowest":
+            return f"{draw.choice(('lowest', 'bottommost'))} {phrase}"
+        return f"{name} {phrase}"
+    if name == "middle":
+        return draw.choice((f"middle {phrase}", f"{phrase} in the middle", f"center {phrase}"))
+    if " " in name:
+        return draw.choice((f"{name} {phrase}", f"{phrase} {name}", f"{phrase} in the {name}"))
+    preposition = "on" if name in ("left", "right") else "at"
+    return draw.choice((f"{name} {phrase}", f"{phrase} {name}", f"{phrase} {preposition} the {name}"))
+
+
+def _short_sentence(meaning: _Meaning, target: int, draw: random.Random) -> str | None:
+    """RefCOCO's manner: a few attributes and a place."""
+    table, bit = meaning.sharing(target), 1 << target
+    here = [("zone", name) for name, (strict, _) in meaning.zones.items() if strict & bit]
+    draw.shuffle(here)
+    order = [("extreme", name) for name in _EXTREMES]
+    draw.shuffle(order)
+    chance = draw.random()  # half of the sentences try a region first, the rest an order
+    places = here + order if chance < 0.5 else order + here
+    if chance > 0.92:
+        places = [("second", name) for _, name in order] + places
+    kind = name = ""
+
+    def names_it(bits: int) -> bool:
+        if kind == "zone":
+            strict, loose = meaning.zones[name]
+            return table[bits] & strict == bit and table[bits] & loose == bit
+        if kind == "extreme":
+            return meaning.extreme(table[bits], *_EXTREMES[name]) == bit
+        line = meaning.order(table[bits], *_EXTREMES[name])
+        return len(line) > 2 and line[1] == target
+
+    for bits in _subsets(draw)[:8]:
+        if table[bits] == bit:
+            continue  # the place would add nothing
+        for kind, name in places:  # noqa: B007 (names_it reads both)
+            if _minimal(bits, names_it):
+                return _say_location(draw, kind, name, _noun_phrase(draw, meaning.objects[target], bits))
+    return None
+
+
+def _long_sentence(meaning: _Meaning, target: int, draw: random.Random) -> str | None:
+    """G-Ref's manner: the object, and where it stands to one or two others."""
+    table, bit = meaning.sharing(target), 1 << target
+    anchors = [
+        (relation, anchor)
+        for anchor in range(len(meaning.objects))
+        if anchor != target and meaning.sharing(anchor)[15] == 1 << anchor
+        for relation, (strict, _) in meaning.related(anchor).items()
+        if strict & bit
+    ]
+    draw.shuffle(anchors)
+    if draw.random() < 0.5:
+        anchors.sort(key=lambda a: a[0] not in ("behind", "front"))  # overlaps are rare: take them where they are
+    chains = [(a,) for a in anchors[:6]] + [(a, b) for a in anchors[:3] for b in anchors[:3] if a[1] < b[1]]
+    chain: tuple[tuple[str, int], ...] = ()
+
+    def names_it(bits: int, without: int = -1) -> bool:
+        strict = loose = table[bits]
+        for k, (relation, anchor) in enumerate(chain):
+            if k != without:
+                s, lo = meaning.related(anchor)[relation]
+                strict, loose = strict & s, loose & lo
+        return strict == bit and loose == bit
+
+    subsets = _subsets(draw)[:8]
+    for chain in chains:  # noqa: B007 (names_it reads it)
+        for bits in subsets:
+            if not _minimal(bits, names_it) or any(names_it(bits, without=k) for k in range(len(chain))):
+                continue  # a word or a relation too many
+            tails = []
+            for relation, anchor in chain:
+                named = _by_attributes(meaning, anchor, draw)
+                assert named is not None  # only objects that attributes name are anchors
+                tails.append(f"{RELATIONS[relation]} the {_noun_phrase(draw, meaning.objects[anchor], named)}")
+            link = draw.choice(("", "that is ", "which is ")) if len(chain) == 1 else "that is "
+            return f"the {_noun_phrase(draw, meaning.objects[target], bits)} {link}{' and '.join(tails)}"
+    return None
+
+
+def _sentence(meaning: _Meaning, target: int, style: str, draw: random.Random) -> str | None:
+    if style == "scenesg":
+        return _long_sentence(meaning, target, draw)
+    if style == "scenes" and draw.random() < 0.8:
+        return _short_sentence(meaning, target, draw)
+    named = _by_attributes(meaning, target, draw)
+    return None if named is None else _noun_phrase(draw, meaning.objects[target], named)
+
+
+def make_scene(seed: int, split: str, index: int, *, style: str = "scenes", canvas: int = 128) -> Scene:
+    """The scene of (seed, split, index): objects, and REFERENCES_PER_SCENE of them with one or two sentences each.
+
+    Args:
+        seed: any integer; scenes of different seeds have nothing in common.
+        split: one of SPLITS.
+        index: position within the split, from 0.
+        style: one of STYLES.
+        canvas: side of the square image in pixels, at least 64.
+
+    Raises:
+        UserError: for an unknown style or split, or a canvas on which objects could not be told apart.
+    """
+    if style not in STYLES:
+        raise UserError(f"unknown scene style {style!r}: choose one of {', '.join(STYLES)}")
+    if split not in SPLITS:
+        raise UserError(f"scenes have no split {split!r}: choose one of {', '.join(SPLITS)}")
+    if canvas < 64:
+        raise UserError(f"a canvas of {canvas} pixels is too small to tell the shapes apart: use at least 64")
+    draw = random.Random(f"{seed}/{split}/{index}/{style}")
+    while True:
+        objects, hidden = _layout(draw, split, canvas)
+        if len(objects) < 3:
+            continue
+        meaning = _Meaning(objects, hidden, canvas)
+        order = list(range(len(objects)))
+        draw.shuffle(order)
+        references = []
+        for target in order:
+            if split == "testB" and (objects[target].colour, objects[target].shape) not in HELD_OUT:
+                continue
+            said = [_sentence(meaning, target, style, draw) for _ in range(2)]
+            sentences = tuple(dict.fromkeys(s for s in said if s is not None))
+            if sentences:
+                references.append((target, sentences))
+            if len(references) == REFERENCES_PER_SCENE:
+                return Scene(canvas, tuple(objects), tuple(references), draw.getrandbits(64))
+
+
+def describe(scene: Scene, index: int, draw: random.Random, *, drop: float = 0.0) -> str:
+    """One object in full: size, fill, colour, shape and place, each left out with probability `drop`."""
+    thing = scene.objects[index]
+    values = [value for value in thing.attributes if draw.random() >= drop]
+    phrase = _phrase(draw, values)
+    if values and draw.random() < drop:
+        return phrase
+    x, y = thing.x / scene.canvas, thing.y / scene.canvas
+    row = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
+    column = "left" if x < 0.4 else "right" if x > 0.6 else ""
+    if not row and not column:
+        return f"{phrase} in the middle"
+    if row and column:
+        return f"{phrase} in the {row} {column}"
+    return f"{phrase} {'at' if row else 'on'} the {row or column}"
+
+
+def caption(scene: Scene, draw: random.Random, *, most: int = 3) -> str:
+    """A caption of the whole scene, as CLIP is trained on: up to `most` of its objects, larger ones first by chance."""
+    order = sorted(range(len(scene.objects)), key=lambda i: -scene.objects[i].radius * draw.uniform(0.5, 1.5))
+    return ", ".join("a " + describe(scene, i, draw) for i in order[:most])
+
+
+class SceneDataset:
+    """Generated scenes as a referring data set (see `ReferringDataset`). Nothing is stored; item i is drawn when asked for.
+
+    Args:
+        name: the style: "scenes", "scenes+" or "scenesg".
+        split: "train", "val", "testA" or "testB".
+        references: how many references, in REFERENCES_PER_SCENE per scene (rounded up to whole scenes).
+        seed: see `make_scene`.
+        canvas: side of the images in pixels.
+    """
+
+    def __init__(self, name: str, split: str, references: int, *, seed: int = 0, canvas: int = 128) -> None:
+        if references < 1:
+            raise UserError(f"a data set of {references} references is empty: ask for at least 1")
+        self.name, self.split, self.seed, self.canvas = name, split, seed, canvas
+        self.scenes = math.ceil(references / REFERENCES_PER_SCENE)
+        self._last: tuple[int, Scene] | None = None
+        self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
+        self.scene(0)  # a wrong style, split or canvas is said here, not in a worker
+
+    def __len__(self) -> int:
+        return self.scenes * REFERENCES_PER_SCENE
+
+    def scene(self, index: int) -> Scene:
+        """The index-th scene."""
+        if self._last is None or self._last[0] != index:
+            scene = make_scene(self.seed, self.split, index, style=self.name, canvas=self.canvas)
+            self._last = (index, scene)
+        return self._last[1]
+
+    def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._drawn is None or self._drawn[0] != index:
+            self._drawn = (index, *render(self.scene(index)))
+        return self._drawn[1], self._drawn[2]
+
+    def __getitem__(self, index: int) -> Reference:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        which, nth = divmod(index, REFERENCES_PER_SCENE)
+        _, sentences = self.scene(which).references[nth]
+        ref_id = SPLITS.index(self.split) * 10**8 + index
+        expressions = tuple(Expression(ref_id * 2 + k, text) for k, text in enumerate(sentences))
+        return Reference(ref_id, SPLITS.index(self.split) * 10**8 + which, (ref_id,), self.split, expressions)
+
+    def __iter__(self) -> Iterator[Reference]:
+        return (self[i] for i in range(len(self)))
+
+    def image(self, reference: Reference) -> np.ndarray:
+        """(canvas, canvas, 3) uint8 RGB."""
+        return self._render(reference.image_id % 10**8)[0].copy()
+
+    def mask(self, reference: Reference) -> np.ndarray:
+        """(canvas, canvas) bool: the part of the object that is seen."""
+        which, nth = divmod(reference.ref_id % 10**8, REFERENCES_PER_SCENE)
+        return self._render(which)[1] == self.scene(which).references[nth][0]
+
+    def groups(self) -> Sequence[Sequence[int]]:
+        """The references of each scene."""
+        n = REFERENCES_PER_SCENE
+        return [range(n * i, n * i + n) for i in range(self.scenes)]

@@ -1,0 +1,173 @@
+"""The training objective of CM-MaskSD: the main branch, LMVSD and VMLSD, to named losses.
+
+    L = L_seg(z, y) + lambda_v KD(z_v || sg(z)) + lambda_l KD(z_l || sg(z))
+
+z are the logits of the main branch; z_v those of LMVSD, which sees the image with patches masked by the language; z_l those
+of VMLSD, which sees the sentence with words masked by the vision; sg stops the gradient. All three share their weights.
+The encoders run once and the three decodes are one batched call, so both branches together cost about 1.3 plain steps.
+
+Plug-in: the objective asks a model for `encode_image`, `encode_text` and `decode` only. It imports nothing of our network.
+The one parameter it adds, the mask token, lives here and not in the model: inference never sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cmmasksd.config import DistillationConfig
+from cmmasksd.distillation.correlation import correlation, sentence_correlation
+from cmmasksd.distillation.losses import distillation_loss, segmentation_loss
+from cmmasksd.distillation.masking import choose_patches, choose_words, masked_patches, patch_scores
+from cmmasksd.errors import UserError
+from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
+
+
+class Distillable(Protocol):
+    """What the objective needs of a model. Shapes as in `ImageFeatures` and `TextFeatures`."""
+
+    def encode_image(
+        self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
+    ) -> ImageFeatures:
+        """`keep` is only given for vision_level "input", `value_path` for correlation "values"."""
+        ...
+
+    def encode_text(self, tokens: Tokens) -> TextFeatures: ...
+
+    def decode(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
+        """Logits (B, h, w)."""
+        ...
+
+
+class MaskedSelfDistillation(nn.Module):
+    """A model and its training objective in one module (so that DDP and FSDP wrap the whole training step).
+
+    Args:
+        model: an nn.Module that offers `Distillable`.
+        settings: which branches, and how. With both off this is plain training.
+        dim: width of the joint space, for the mask token.
+
+    Raises:
+        UserError: when weight sharing is off and the model cannot copy its decoder (`copy_decoder`).
+    """
+
+    def __init__(self, model: nn.Module, settings: DistillationConfig, dim: int) -> None:
+        super().__init__()
+        self.model, self.settings = model, settings
+        if settings.vision:
+            self.mask_token = nn.Parameter(torch.randn(dim) * 0.02)
+        self.own_decoders = nn.ModuleDict()
+        if not settings.share_weights:
+            if not hasattr(model, "copy_decoder"):
+                raise UserError("share_weights: false needs a model with copy_decoder(): share the weights instead")
+            for branch in self.branches:
+                self.own_decoders[branch] = model.copy_decoder()  # pyright: ignore
+
+    @property
+    def branches(self) -> list[str]:
+        """Names of the masked branches that are on."""
+        return [name for name, on in (("lmvsd", self.settings.vision), ("vmlsd", self.settings.language)) if on]
+
+    def mask_patches(
+        self, pixel_values: Tensor, image_index: Tensor, image: ImageFeatures, text: TextFeatures, corr: Tensor
+    ) -> ImageFeatures:
+        """LMVSD's view of the images: the chosen patches become the mask token (their positions come from the decoder)."""
+        how = self.settings
+        if how.vision_guide == "sentence":
+            scores = sentence_correlation(image, text, how.correlation)
+        else:
+            scores = patch_scores(corr, text.word_mask, how.vision_guide)
+        hidden = choose_patches(scores, how.vision_ratio, how.vision_which)  # (B, N)
+        token = self.mask_token.to(image.patches.dtype)
+        if how.vision_level == "feature":
+            patches = torch.where(hidden[..., None], token, image.patches)
+        else:
+            visible = hidden.shape[1] - masked_patches(hidden.shape[1], how.vision_ratio)
+            kept = hidden.sort(dim=1, stable=True).indices[:, :visible]  # visible patches come first
+            seen = self._model.encode_image(pixel_values[image_index], keep=kept).patches
+            patches = token.expand_as(image.patches).scatter(1, kept[..., None].expand_as(seen), seen)
+        return replace(image, patches=patches)
+
+    def mask_words(self, tokens: Tokens, text: TextFeatures, corr: Tensor) -> TextFeatures:
+        """VMLSD's view of the sentences: the chosen words are gone, from the text tower on or for the decoder only."""
+        how = self.settings
+        hidden = choose_words(
+            corr, tokens.word_ids, how.language_ratio, how.language_which, hide_single_word=how.hide_single_word
+        )
+        if how.language_level == "input":
+            return self._model.encode_text(tokens.hide(hidden))
+        return replace(text, word_mask=text.word_mask & ~hidden)
+
+    @property
+    def _model(self) -> Distillable:
+        return self.model  # pyright: ignore (an nn.Module that offers the protocol)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        tokens: Tokens,
+        target: Tensor,
+        image_index: Tensor | None = None,
+        ramp: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """One training step's losses.
+
+        Args:
+            pixel_values: (M, 3, H, W), the images of the batch, each once.
+            tokens: B sentences.
+            target: (B, h, w) in [0, 1] at the size of the logits.
+            image_index: (B,) int64, the image of each sentence; None: sentence b goes with image b.
+            ramp: factor of the distillation weights, 0 to 1 (warm-up).
+
+        Returns:
+            "loss", and its parts before weighting: "seg", "lmvsd", "vmlsd" (and "lmvsd_seg", "vmlsd_seg" with ground
+            truth on the masked branches). Scalars.
+        """
+        how, model = self.settings, self._model
+        if image_index is None:
+            image_index = torch.arange(len(tokens), device=pixel_values.device)
+        wants_values = bool(self.branches) and how.correlation == "values"
+        image = model.encode_image(pixel_values, value_path=True) if wants_values else model.encode_image(pixel_values)
+        image = image.select(image_index)
+        text = model.encode_text(tokens)
+
+        views = {"main": (image, text)}
+        if self.branches:
+            corr = correlation(image, text, how.correlation)
+            if how.vision:
+                views["lmvsd"] = (self.mask_patches(pixel_values, image_index, image, text, corr), text)
+            if how.language:
+                views["vmlsd"] = (image, self.mask_words(tokens, text, corr))
+        logits = self._decode(views)
+
+        main = logits["main"]
+        losses = {"seg": segmentation_loss(main, target, how.segmentation)}
+        loss = losses["seg"]
+        for branch, weight in (("lmvsd", how.vision_weight), ("vmlsd", how.language_weight)):
+            if branch not in logits:
+                continue
+            losses[branch] = distillation_loss(logits[branch], main, how.loss, how.temperature)
+            loss = loss + ramp * weight * losses[branch]
+            if how.ground_truth:
+                losses[branch + "_seg"] = segmentation_loss(logits[branch], target, how.segmentation)
+                loss = loss + ramp * how.ground_truth * losses[branch + "_seg"]
+        return {"loss": loss, **losses}
+
+    def _decode(self, views: dict[str, tuple[ImageFeatures, TextFeatures]]) -> dict[str, Tensor]:
+        """All branches in one batched call; with own decoders, one call each."""
+        if self.own_decoders:
+            return {
+                name: self.own_decoders[name](*view) if name in self.own_decoders else self._model.decode(*view)
+                for name, view in views.items()
+            }
+        images, texts = zip(*views.values(), strict=True)
+        image = ImageFeatures(torch.cat([i.patches for i in images]), images[0].grid)
+        text = TextFeatures(
+            torch.cat([t.words for t in texts]),
+            torch.cat([t.sentence for t in texts]),
+            torch.cat([t.word_mask for t in texts]),
+        )
+        return dict(zip(views, self._model.decode(image, text).chunk(len(views)), strict=True))

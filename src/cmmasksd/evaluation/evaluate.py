@@ -1,0 +1,120 @@
+"""Score a split: every sentence of every reference, at the image's own size, with the same digits on any number of processes.
+
+Images are taken in blocks that do not depend on the number of processes; whole blocks are shared out. So nothing is padded,
+nothing counted twice, and every number is computed from the same batch whoever computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.data import DataLoader
+
+from cmmasksd.data.loading import ScoringItem, ScoringItems
+from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
+from cmmasksd.evaluation.results import ExpressionScore
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+BLOCK = 8
+"""Images that are encoded together."""
+
+
+def evaluate(
+    model: CMMaskSDModel,
+    processor: CMMaskSDProcessor,
+    data: ReferringDataset,
+    *,
+    protocol: ScoringProtocol = ORIGINAL,
+    accelerator: Accelerator | None = None,
+    workers: int = 0,
+    references: int = 0,
+    progress: bool = True,
+) -> tuple[list[ExpressionScore], dict[str, float], int]:
+    """Score a data set.
+
+    Args:
+        model, processor: see `from_pretrained`.
+        data: the split.
+        protocol: threshold and rules.
+        accelerator: for the device, and to share the work among its processes; None: this process, the model's device.
+        workers: processes that read images.
+        references: score the images of at least so many references only (0: all).
+        progress: show a bar.
+
+    Returns:
+        rows: one per sentence, of all processes, sorted by sentence id.
+        scores: oIoU, mIoU, P@0.5 … P@0.9 as fractions of 1.
+        truncated: sentences that lost words to the limit of tokens.
+    """
+    from tqdm import tqdm
+
+    from cmmasksd.evaluation.metrics import ReferringMetric
+
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    groups = list(data.groups())
+    if references:
+        have, keep = 0, []
+        for group in groups:
+            if have >= references:
+                break
+            have += len(group)
+            keep.append(group)
+        groups = keep
+    blocks = [range(at, min(at + BLOCK, len(groups))) for at in range(0, len(groups), BLOCK)]
+    loader = DataLoader(
+        ScoringItems(data, processor, groups),
+        batch_sampler=[list(block) for block in blocks[rank::world]],
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator().manual_seed(0),
+    )
+    metric = ReferringMetric(protocol).to(model.device)
+    rows: list[ExpressionScore] = []
+    truncated = 0
+    was_training = model.training
+    model.eval()
+    shown = progress and rank == 0
+    with tqdm(total=len(groups), desc=f"evaluate {data.name} {data.split}", unit="image", disable=not shown) as bar:
+        for block in loader:
+            found = list(_score_block(model, processor, block, protocol))
+            metric.update([r.sent_id for r in found], [r.intersection for r in found], [r.union for r in found])
+            rows += found
+            truncated += sum(int(item.tokens.truncated.sum()) for item in block)
+            bar.update(min(len(block) * world, bar.total - bar.n))
+            if shown:
+                bar.set_postfix(mIoU=f"{sum(r.iou for r in rows) / len(rows):.3f}")
+    model.train(was_training)
+    scores = metric.compute()
+    if world > 1:
+        from accelerate.utils import gather_object
+
+        rows = gather_object(rows)
+        truncated = sum(gather_object([truncated]))
+    return sorted(rows, key=lambda row: row.sent_id), scores, truncated
+
+
+@torch.no_grad()
+def _score_block(
+    model: CMMaskSDModel, processor: CMMaskSDProcessor, block: list[ScoringItem], protocol: ScoringProtocol
+) -> Iterator[ExpressionScore]:
+    """Encode the block's images once, decode every sentence, count pixels at the original size."""
+    device = model.device
+    images = model.encode_image(processor.pixel_values(torch.stack([item.image for item in block]).to(device)))
+    for nth, item in enumerate(block):
+        count = len(item.sentences)
+        index = torch.full((count,), nth, device=device)
+        logits = model.decode(images.select(index), model.encode_text(item.tokens.to(device)))
+        predicted = processor.masks(logits, item.frame, protocol.threshold)  # (K, H, W)
+        truth = item.masks.to(device)[item.mask_index.to(device)]
+        intersections = (predicted & truth).sum((1, 2)).tolist()
+        unions = (predicted | truth).sum((1, 2)).tolist()
+        for (ref_id, image_id, sent_id, text), i, u in zip(item.sentences, intersections, unions, strict=True):
+            yield ExpressionScore(ref_id, image_id, sent_id, text, i, u, protocol.iou(i, u))

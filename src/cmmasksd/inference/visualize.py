@@ -1,0 +1,135 @@
+"""Masks drawn on images: one overlay, an outline, and truth against prediction. Pure numpy.
+
+Colours are those of Okabe and Ito (2008), which people with any common colour blindness tell apart. In a comparison
+the two masks differ in form as well as in colour: the prediction is filled, the truth is a line.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cmmasksd.errors import UserError
+
+Color = tuple[int, int, int]
+
+PALETTE: tuple[Color, ...] = (
+    (0, 114, 178),  # blue
+    (240, 228, 66),  # yellow
+    (213, 94, 0),  # vermillion
+    (86, 180, 233),  # sky blue
+    (0, 158, 115),  # bluish green
+    (230, 159, 0),  # orange
+    (204, 121, 167),  # reddish purple
+)
+"""Colours for several masks in one image; neighbours in the list differ in lightness too."""
+
+PREDICTION_COLOR, TRUTH_COLOR = PALETTE[0], PALETTE[1]  # blue and yellow: the pair that shows on most photographs
+
+
+def overlay(
+    image: np.ndarray, mask: np.ndarray, color: Color = PALETTE[0], alpha: float = 0.5, outline: bool = True
+) -> np.ndarray:
+    """Fill a mask with a translucent colour.
+
+    Args:
+        image: (H, W, 3) uint8 RGB; not changed.
+        mask: (H, W) bool.
+        color: RGB, 0 to 255.
+        alpha: share of the colour in the fill, 0 to 1.
+        outline: draw the mask's border in the full colour.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        UserError: image and mask differ in size or kind, or alpha is outside 0 to 1.
+    """
+    check_sizes(image, mask)
+    if not 0.0 <= alpha <= 1.0:
+        raise UserError(f"alpha is {alpha}: give the colour's share between 0 and 1")
+    drawn = image.copy()
+    blend = (1.0 - alpha) * image[mask] + alpha * np.array(color, dtype=np.float64)  # (pixels of the mask, 3)
+    drawn[mask] = np.rint(blend).astype(np.uint8)
+    if outline:
+        drawn[_inner_border(mask, line_width(mask))] = color
+    return drawn
+
+
+def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
+    """The border of a mask, on its inside; where the mask meets the image's edge the border follows the edge.
+
+    Args:
+        mask: (H, W) bool.
+        width: pixels, at least 1.
+
+    Returns:
+        (H, W) bool, a subset of the mask.
+
+    Raises:
+        UserError: the mask is not (H, W) bool, or the width is below 1.
+    """
+    if mask.ndim != 2 or mask.dtype != np.bool_:
+        raise UserError(f"the mask is {mask.shape} {mask.dtype}: give (H, W) bool")
+    if width < 1:
+        raise UserError(f"the outline's width is {width}: give at least 1 pixel")
+    return _inner_border(mask, width)
+
+
+def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The prediction as a filled overlay under the truth's outline.
+
+    Args:
+        image: (H, W, 3) uint8 RGB; not changed.
+        truth: (H, W) bool.
+        prediction: (H, W) bool.
+
+    Returns:
+        (H, W, 3) uint8: prediction in PREDICTION_COLOR, truth's line in TRUTH_COLOR with a black rim, so that the line
+        shows on a ground of its own colour too.
+
+    Raises:
+        UserError: the sizes differ.
+    """
+    check_sizes(image, truth, prediction)
+    drawn = overlay(image, prediction, PREDICTION_COLOR)
+    width = line_width(truth)
+    rim = ~_shrink(~truth, outside=True) & ~truth  # one pixel outside the truth
+    drawn[rim] = 0
+    drawn[_inner_border(truth, width)] = TRUTH_COLOR
+    return drawn
+
+
+def line_width(mask: np.ndarray) -> int:
+    """A line's width in pixels that looks alike on small and large images."""
+    return max(1, round(max(mask.shape) / 120))
+
+
+def check_sizes(image: np.ndarray, *masks: np.ndarray) -> None:
+    """Refuse an image that is not (H, W, 3) uint8, and masks that are not (H, W) bool of the same size.
+
+    Raises:
+        UserError: naming both sizes.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise UserError(f"the image is {image.shape} {image.dtype}: give (H, W, 3) uint8 RGB")
+    for mask in masks:
+        if mask.shape != image.shape[:2] or mask.dtype != np.bool_:
+            raise UserError(
+                f"the mask is {mask.shape} {mask.dtype} and the image {image.shape[:2]}: give (H, W) bool at the"
+                " image's own size"
+            )
+
+
+def _inner_border(mask: np.ndarray, width: int) -> np.ndarray:
+    core = mask
+    for _ in range(width):
+        core = _shrink(core, outside=False)
+    return mask & ~core
+
+
+def _shrink(mask: np.ndarray, *, outside: bool) -> np.ndarray:
+    """(H, W) bool: pixels whose four neighbours are in the mask too; `outside` is the value beyond the image."""
+    padded = np.pad(mask, 1, constant_values=outside)
+    across = padded[1:-1, :-2] & padded[1:-1, 2:]
+    along = padded[:-2, 1:-1] & padded[2:, 1:-1]
+    return mask & across & along

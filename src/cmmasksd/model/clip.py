@@ -1,0 +1,148 @@
+"""The two CLIP towers, read out so that patches, words and the sentence lie in one joint space.
+
+CLIP itself projects only two vectors into its joint space: the class token of the image and the end-of-text token of the
+sentence. We send *every* token through the tower's own final layer norm and projection (method: encoders 1 and 2), so that
+a patch-word cosine means something. The towers are transformers' `CLIPModel`; nothing of theirs is copied, and the tests
+hold our outputs to theirs.
+
+Unusual here: the image tower runs from its parts (embeddings, blocks, norm), because masked self-distillation at the
+input drops patches between the embeddings and the blocks. The text tower hides words through its attention mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokenised sentences. B sentences, L tokens including start, end and padding.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        attention_mask: (B, L) int64, 1 for start, pieces and end, 0 for padding.
+        word_ids: (B, L) int64, which word of its sentence a token belongs to (a word may have several pieces), from 0;
+            -1 for start, end and padding.
+        truncated: (B,) bool, sentences that lost their last words to the limit of tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    word_ids: Tensor
+    truncated: Tensor
+
+    def to(self, device: torch.device | str) -> Tokens:
+        """The same tokens on another device."""
+        return Tokens(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def hide(self, hidden: Tensor) -> Tokens:
+        """The same sentences with some tokens hidden from the text tower.
+
+        A hidden token is replaced by the start token and masked out of attention, so nothing can depend on it; it is no
+        longer a word (word_ids -1). Positions stay, so the tower can tell that a word is missing.
+
+        Args:
+            hidden: (B, L) bool, true only where word_ids >= 0.
+        """
+        return replace(
+            self,
+            input_ids=torch.where(hidden, self.input_ids[:, :1], self.input_ids),
+            attention_mask=self.attention_mask.masked_fill(hidden, 0),
+            word_ids=self.word_ids.masked_fill(hidden, -1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFeatures:
+    """What the decoder knows of the images. B images, N = h * w patches, D the joint width.
+
+    Attributes:
+        patches: (B, N, D), row by row.
+        grid: (h, w).
+        dense: (B, N, D) patch features for the correlation where they differ from `patches`, else None.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int]
+    dense: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.patches.shape[0]
+
+    def select(self, index: Tensor) -> ImageFeatures:
+        """The features of images `index` (K,) int64, in that order: one image repeated for each of its expressions."""
+        dense = None if self.dense is None else self.dense[index]
+        return ImageFeatures(self.patches[index], self.grid, dense)
+
+
+@dataclass(frozen=True, slots=True)
+class TextFeatures:
+    """What the decoder knows of the sentences. B sentences, L tokens, D the joint width.
+
+    Attributes:
+        words: (B, L, D).
+        sentence: (B, D), the end-of-text token.
+        word_mask: (B, L) bool, true for real words only, never start, end or padding.
+    """
+
+    words: Tensor
+    sentence: Tensor
+    word_mask: Tensor
+
+    def __len__(self) -> int:
+        return self.words.shape[0]
+
+
+def encode_image(
+    clip: CLIPModel, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
+) -> tuple[ImageFeatures, Tensor]:
+    """Run the image tower at any size that is a multiple of the patch size.
+
+    Args:
+        pixel_values: (B, 3, H, W), normalised.
+        keep: (B, n) int64, the patches that enter the tower; the others are dropped before its first block, as MAE does.
+            None keeps all.
+        value_path: also return the values of the last block's attention (MaskCLIP's dense features) as `dense`.
+
+    Returns:
+        features: of the n kept patches; `grid` is that of the whole image.
+        pooled: (B, D), CLIP's own image embedding.
+    """
+    vision = clip.vision_model
+    size = vision.config.patch_size
+    grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
+    hidden = vision.embeddings(pixel_values, interpolate_pos_encoding=True)  # (B, 1 + N, width)
+    if keep is not None:
+        index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
+        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+    hidden, entering = vision.pre_layrnorm(hidden), []
+    last = vision.encoder.layers[-1]
+    hooks = [last.layer_norm1.register_forward_hook(lambda *call: entering.append(call[-1]))] if value_path else []
+    try:
+        hidden = vision.encoder(inputs_embeds=hidden).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    projected = clip.visual_projection(vision.post_layernorm(hidden))  # (B, 1 + n, D)
+    dense = None
+    if value_path:
+        values = last.self_attn.out_proj(last.self_attn.v_proj(entering[0][:, 1:]))
+        dense = clip.visual_projection(vision.post_layernorm(values))
+    return ImageFeatures(projected[:, 1:], grid, dense), projected[:, 0]
+
+
+def encode_text(clip: CLIPModel, tokens: Tokens) -> TextFeatures:
+    """Run the text tower; every token goes through the final norm and the projection."""
+    out = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+    words = clip.text_projection(out.last_hidden_state)
+    return TextFeatures(words, clip.text_projection(out.pooler_output), tokens.word_ids >= 0)

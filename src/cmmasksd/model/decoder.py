@@ -1,0 +1,100 @@
+"""The fusion decoder: patches look at each other, then at the words.
+
+Our reading, as in CRIS and ETRIS: layers of self-attention over patches, cross-attention from patches to words, and an MLP,
+pre-norm, with fixed 2-D positions. Patches and words arrive in CLIP's joint space and are projected to the decoder's width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def grid_positions(grid: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """Sine-cosine positions of a patch grid, (h * w, width). Coordinates run from 0 to 1, whatever the grid's size."""
+    quarter = width // 4
+    frequency = math.pi * torch.logspace(0, math.log2(32), quarter, base=2, device=device)  # half a period to 16 a side
+    parts = []
+    for axis, side in enumerate(grid):
+        at = (torch.arange(side, device=device) + 0.5) / side
+        waves = torch.cat(
+            [(at[:, None] * frequency).sin(), (at[:, None] * frequency).cos()], dim=1
+        )  # (side, width / 2)
+        shape = (grid[0], grid[1], 2 * quarter)
+        parts.append(waves[:, None].expand(shape) if axis == 0 else waves[None].expand(shape))
+    return F.pad(torch.cat(parts, dim=-1).flatten(0, 1), (0, width - 4 * quarter))
+
+
+class Attention(nn.Module):
+    """Multi-head attention on torch's fused kernel. queries (B, N, C), keys (B, L, C), key_mask (B, L) bool -> (B, N, C)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, keys: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        q = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
+        k, v = self.key_value(keys).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if key_mask is None else key_mask[:, None, None]
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention over patches, cross-attention to words, MLP; each pre-norm and residual."""
+
+    def __init__(self, width: int, heads: int, mlp: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp), nn.GELU(), nn.Linear(mlp, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, patches: Tensor, words: Tensor, word_mask: Tensor) -> Tensor:
+        x = self.norm1(patches)
+        patches = patches + self.dropout(self.self_attention(x, x))
+        patches = patches + self.dropout(self.cross_attention(self.norm2(patches), words, word_mask))
+        return patches + self.dropout(self.mlp(self.norm3(patches)))
+
+
+class FusionDecoder(nn.Module):
+    """Patches and words to fused features.
+
+    Args:
+        dim: width of the joint space.
+        width, layers, heads, mlp, dropout: see CMMaskSDConfig.
+    """
+
+    def __init__(self, dim: int, *, width: int, layers: int, heads: int, mlp: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.patch_in = nn.Linear(dim, width)
+        self.word_in = nn.Linear(dim, width)
+        # The end of the sentence stays in view: attention over words has somewhere to go when none of them matters.
+        self.sentence_in = nn.Linear(dim, width)
+        self.layers = nn.ModuleList(DecoderLayer(width, heads, mlp, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(
+        self, patches: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor, grid: tuple[int, int]
+    ) -> Tensor:
+        """Fuse.
+
+        Args:
+            patches: (B, N, D). words: (B, L, D). sentence: (B, D). word_mask: (B, L) bool. grid: (h, w), h * w = N.
+
+        Returns:
+            (B, N, width).
+        """
+        fused = self.patch_in(patches)
+        fused = fused + grid_positions(grid, fused.shape[-1], fused.device).to(fused.dtype)
+        keys = torch.cat([self.sentence_in(sentence)[:, None], self.word_in(words)], dim=1)  # (B, 1 + L, width)
+        mask = F.pad(word_mask, (1, 0), value=True)
+        for layer in self.layers:
+            fused = layer(fused, keys, mask)
+        return self.norm(fused)

@@ -1,0 +1,229 @@
+"""CMMaskSDModel: CLIP's towers, the fusion decoder and the mask head. The forward pass is one screen.
+
+Encode once, decode per expression: `encode_image` and `encode_text` are apart, so K expressions on one image cost one image
+encoding. The masked branches of CM-MaskSD are not here: they exist only while training (see `cmmasksd.distillation`).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from cmmasksd.errors import UserError
+from cmmasksd.model import clip as towers
+from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.configuration import CMMaskSDConfig
+from cmmasksd.model.decoder import FusionDecoder
+from cmmasksd.model.mask_head import MaskHead
+
+
+@dataclass
+class CMMaskSDOutput(ModelOutput):
+    """logits: (K, 4h, 4w) for K expressions and a patch grid of h x w."""
+
+    logits: Tensor | None = None
+
+
+class Decoder(nn.Module):
+    """Fusion decoder and mask head: all of the network that is not CLIP."""
+
+    def __init__(self, fusion: FusionDecoder, head: MaskHead) -> None:
+        super().__init__()
+        self.fusion, self.head = fusion, head
+
+    def forward(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
+        """Features of K images and K sentences to logits (K, 4h, 4w)."""
+        fused = self.fusion(image.patches, text.words, text.sentence, text.word_mask, image.grid)
+        return self.head(fused, text.sentence, image.grid)
+
+
+class CMMaskSDModel(PreTrainedModel):
+    """Referring image segmentation on CLIP.
+
+    Args:
+        config: sizes; the weights are fresh. See `from_backbone` and `from_pretrained` for trained ones.
+    """
+
+    config_class = CMMaskSDConfig
+    base_model_prefix = "cmmasksd"
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    config: CMMaskSDConfig
+
+    def __init__(self, config: CMMaskSDConfig) -> None:
+        super().__init__(config)
+        dim = config.clip_config.projection_dim
+        self.clip = CLIPModel._from_config(config.clip_config)
+        self.decoder = Decoder(
+            FusionDecoder(
+                dim,
+                width=config.decoder_width,
+                layers=config.decoder_layers,
+                heads=config.decoder_heads,
+                mlp=config.decoder_mlp,
+                dropout=config.dropout,
+            ),
+            MaskHead(dim, config.decoder_width, config.head_width),
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    # -- the forward pass
+
+    @property
+    def stride(self) -> float:
+        """Pixels of the input per logit."""
+        return self.config.clip_config.vision_config.patch_size / 4
+
+    def encode_image(
+        self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
+    ) -> ImageFeatures:
+        """(B, 3, H, W) normalised pixels to patches in the joint space. See `cmmasksd.model.clip.encode_image`."""
+        return towers.encode_image(self.clip, pixel_values, keep=keep, value_path=value_path)[0]
+
+    def encode_text(self, tokens: Tokens) -> TextFeatures:
+        """Sentences to words and sentence in the joint space."""
+        return towers.encode_text(self.clip, tokens)
+
+    def decode(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
+        """Features of K images and K sentences (pair by pair) to logits (K, 4h, 4w). `ImageFeatures.select` repeats
+        one image for its sentences."""
+        return self.decoder(image, text)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        word_ids: Tensor,
+        image_index: Tensor | None = None,
+    ) -> CMMaskSDOutput:
+        """Segment.
+
+        Args:
+            pixel_values: (B, 3, H, W), H and W multiples of the patch size.
+            input_ids, attention_mask, word_ids: (K, L), see `Tokens`.
+            image_index: (K,) int64, the image of each sentence. None: sentence k goes with image k, or all with the
+                only one.
+
+        Returns:
+            logits (K, H / stride, W / stride).
+        """
+        tokens = Tokens(input_ids, attention_mask, word_ids, torch.zeros_like(input_ids[:, 0], dtype=torch.bool))
+        image = self.encode_image(pixel_values)
+        if image_index is None and len(image) == 1:
+            image_index = input_ids.new_zeros(len(tokens))
+        if image_index is not None:
+            image = image.select(image_index)
+        return CMMaskSDOutput(logits=self.decode(image, self.encode_text(tokens)))
+
+    # -- weights
+
+    def copy_decoder(self) -> nn.Module:
+        """An independent decoder with the same weights, callable as `decode`: for distillation without weight sharing."""
+        return copy.deepcopy(self.decoder)
+
+    @classmethod
+    def from_backbone(cls, name: str | Path, **sizes: Any) -> CMMaskSDModel:
+        """A new model on a trained CLIP.
+
+        Args:
+            name: any CLIP in transformers' format: a folder, or a hub id such as "openai/clip-vit-base-patch16".
+            **sizes: fields of CMMaskSDConfig.
+
+        Raises:
+            UserError: when there is no CLIP, or its weights do not fit its configuration.
+        """
+        clip = load_clip(name)
+        model = cls(CMMaskSDConfig(clip_config=clip.config, **sizes))
+        model.clip.load_state_dict(clip.state_dict())
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> CMMaskSDModel:  # pyright: ignore
+        """As in transformers, but missing, unexpected or misshapen weights stop the load (they would be random)."""
+        kwargs.setdefault("dtype", torch.float32)
+        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
+        if (kind := _model_type(name, **where)) != cls.config_class.model_type:
+            raise UserError(
+                f"{name} is a {kind!r} model, not a 'cmmasksd': give the folder or hub id of a trained model"
+            )
+        return _load_whole(super().from_pretrained, name, *args, use_safetensors=True, **kwargs)
+
+
+def load_clip(name: str | Path) -> CLIPModel:
+    """Load a CLIP by folder or hub id into float32, every weight accounted for.
+
+    Raises:
+        UserError: when there is none, or weights are missing.
+    """
+    if (kind := _model_type(name)) != "clip":
+        raise UserError(f"{name} is a {kind!r} model, not a CLIP: choose a CLIP in transformers' format")
+    return _load_whole(CLIPModel.from_pretrained, name, dtype=torch.float32)
+
+
+def _model_type(name: str | Path, **where: Any) -> str | None:
+    """What config.json says it is; asked before any weight is read, so that a wrong folder is one short error."""
+    return _load(PreTrainedConfig.get_config_dict, name, **where)[0].get("model_type")
+
+
+def _load_whole(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """Load a model; weights that are missing, unexpected or misshapen stop it (trap: a silent evaluation of random ones)."""
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _load(call, name, *args, **kwargs)
+    gaps = {
+        "of another shape": {key[0] for key in info["mismatched_keys"]},
+        "missing": info["missing_keys"],
+        # Old CLIP checkpoints also store the position indices, which are no weights.
+        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith("position_ids")},
+    }
+    for kind, keys in gaps.items():
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
+            raise UserError(
+                f"{len(keys)} weights of {name} are {kind} ({shown}): the file does not fit its config.json"
+            )
+    return model
+
+
+def _load(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """Call transformers safely (no pickled code, no remote code) and quietly; what it raises becomes one line."""
+    path = Path(name)
+    looks_local = path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
+    if looks_local and not path.is_dir():
+        raise UserError(f"there is no model folder {name}: give the folder of a trained model or a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"{name} holds no config.json: it is not a model folder")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of the weights is a table of hundreds of lines; ours is the error
+    kwargs |= {"weights_only": True, "trust_remote_code": False}
+    try:
+        return call(str(name), *args, **kwargs)
+    except UnpicklingError as error:
+        raise UserError(
+            f"the pickled weights of {name} hold more than tensors: get them in safetensors format"
+        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot load a model from {name}: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,136 @@
+"""Drawing: exact colours where they must be, untouched pixels elsewhere, and refusals."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmmasksd.errors import UserError
+from cmmasksd.inference.visualize import (
+    PALETTE,
+    PREDICTION_COLOR,
+    TRUTH_COLOR,
+    comparison,
+    outline,
+    overlay,
+)
+
+
+def picture(height=9, width=11):
+    return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def block(height=9, width=11):
+    mask = np.zeros((height, width), bool)
+    mask[2:7, 3:9] = True
+    return mask
+
+
+drawn_masks = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1)).map(
+    lambda t: np.random.default_rng(t[2]).random(t[:2]) < 0.6
+)
+
+
+def test_overlay_blends_inside_and_leaves_the_rest():
+    image, mask = picture(), block()
+    before = image.copy()
+    drawn = overlay(image, mask, color=(200, 100, 0), alpha=0.25, outline=False)
+    expected = np.rint(0.75 * image + 0.25 * np.array([200, 100, 0])).astype(np.uint8)
+    np.testing.assert_array_equal(drawn[mask], expected[mask])
+    np.testing.assert_array_equal(drawn[~mask], image[~mask])
+    np.testing.assert_array_equal(image, before)
+    assert drawn.dtype == np.uint8
+
+
+def test_overlay_extremes():
+    image, mask = picture(), block()
+    np.testing.assert_array_equal(overlay(image, mask, alpha=0.0, outline=False), image)
+    assert (overlay(image, mask, alpha=1.0)[mask] == PALETTE[0]).all()
+    np.testing.assert_array_equal(overlay(image, np.zeros_like(mask)), image)
+
+
+def test_overlay_outline_has_the_full_colour():
+    drawn = overlay(picture(), block())
+    assert (drawn[outline(block())] == PALETTE[0]).all()
+
+
+def test_outline_of_a_block_is_its_ring():
+    ring = block()
+    ring[3:6, 4:8] = False
+    np.testing.assert_array_equal(outline(block()), ring)
+
+
+def test_outline_follows_the_image_edge():
+    assert outline(np.ones((5, 6), bool)).sum() == 2 * 5 + 2 * 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn_masks, st.integers(1, 4))
+def test_outline_is_inside_the_mask_and_grows_with_width(mask, width):
+    line = outline(mask, width)
+    assert not (line & ~mask).any()
+    assert not (outline(mask, width) & ~outline(mask, width + 1)).any()
+    assert line.any() == mask.any()
+
+
+def test_comparison_draws_the_truth_over_the_prediction():
+    image, truth, prediction = picture(), block(), np.roll(block(), 2, axis=1)
+    drawn = comparison(image, truth, prediction)
+    assert (drawn[outline(truth)] == TRUTH_COLOR).all()
+    assert (drawn[2:7, 2] == 0).all()  # the rim, one pixel outside
+    far = ~(truth | prediction)
+    far[1:8, 2:10] = False
+    np.testing.assert_array_equal(drawn[far], image[far])
+    only_prediction = np.zeros_like(truth)
+    only_prediction[2, 10] = True  # a corner of the prediction, away from the truth's rim
+    assert (drawn[only_prediction] == PREDICTION_COLOR).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(drawn_masks)
+def test_comparison_of_empty_masks_is_the_image(mask):
+    image, nothing = picture(*mask.shape), np.zeros_like(mask)
+    np.testing.assert_array_equal(comparison(image, nothing, nothing), image)
+    assert (comparison(image, mask, nothing)[outline(mask)] == TRUTH_COLOR).all()
+
+
+def test_a_line_is_thicker_on_a_large_image():
+    mask = np.zeros((480, 640), bool)
+    mask[100:300, 100:300] = True
+    drawn = overlay(np.zeros((480, 640, 3), np.uint8), mask)
+    assert (drawn[200, 100:105] == PALETTE[0]).all()
+    assert (drawn[200, 105] != PALETTE[0]).any()
+
+
+def test_palette_colours_differ_in_luminance_from_their_neighbours():
+    # What no colour vision removes: consecutive colours are told apart in grey too.
+    grey = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in PALETTE]
+    assert len(set(PALETTE)) == len(PALETTE)
+    assert all(abs(a - b) > 20 for a, b in itertools.pairwise(grey))
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "message"),
+    [
+        (np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4), bool), "own size"),
+        (np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5), np.uint8), "bool"),
+        (np.zeros((4, 5, 3), np.float32), np.zeros((4, 5), bool), "uint8"),
+        (np.zeros((4, 5), np.uint8), np.zeros((4, 5), bool), "RGB"),
+    ],
+)
+def test_wrong_sizes_and_kinds_are_refused(image, mask, message):
+    with pytest.raises(UserError, match=message):
+        overlay(image, mask)
+    with pytest.raises(UserError, match=message):
+        comparison(image, mask, mask)
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(UserError, match="alpha"):
+        overlay(picture(), block(), alpha=1.5)
+    with pytest.raises(UserError, match="width"):
+        outline(block(), 0)
+    with pytest.raises(UserError, match="bool"):
+        outline(block().astype(int))
