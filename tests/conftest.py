@@ -1,9 +1,38 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use: the folder of real data, and a tiny CLIP, model and processor with random weights.
 
+Nothing here needs the network. The tiny CLIP has another width in each tower and in the joint space, so that a tensor
+that skips a projection does not fit; and its weights are all random (norms and biases too), so that a skipped norm
+shows.
+"""
+
+import copy
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+# Set before transformers is imported: a test must never reach for the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+TINY_SIZES = {"decoder_width": 32, "decoder_layers": 2, "decoder_heads": 2, "decoder_mlp": 48, "head_width": 16}
+TINY_CONTEXT = 24
+TINY_WORDS = ("the", "red", "blue", "square", "circle", "left", "right", "of", "a", "on")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Tiny tensors are slower on several threads, and the sums of one thread are the same on every machine."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +42,108 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("CMMASKSD_REAL_DATA is not set: give it the folder that has refer-mini and refer-coco128")
     return Path(folder)
+
+
+def make_tokenizer() -> "CLIPTokenizer":
+    """CLIP's kind of tokenizer: each of TINY_WORDS is one piece, any other word falls into bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    pieces, merges = [*alphabet, *(byte + "</w>" for byte in alphabet)], []
+    for word in TINY_WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            if pair not in merges:
+                merges.append(pair)
+                pieces.append("".join(pair))
+            parts[:2] = ["".join(pair)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TINY_CONTEXT)
+
+
+def make_clip(vocabulary: int, seed: int = 0, **text: int) -> "CLIPModel":
+    """A CLIP of 32x32 pixels in patches of 8, with random weights that do not depend on transformers' own order."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision_config = tower | {"hidden_size": 48, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    text_config = tower | {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": TINY_CONTEXT}
+    text_config |= {"vocab_size": vocabulary, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
+    text_config |= {"pad_token_id": vocabulary - 1} | text
+    clip = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=40))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(clip.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name or "layrnorm" in name:
+                parameter.copy_(0.2 * noise + name.endswith("weight"))
+            elif "embedding" in name:
+                parameter.copy_(0.3 * noise)
+            elif parameter.ndim == 2:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            elif parameter.ndim == 1:
+                parameter.copy_(0.1 * noise)
+    return clip.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> "CLIPTokenizer":
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "CLIPTokenizer") -> Path:
+    """A tiny CLIP and its tokenizer in transformers' format."""
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    make_clip(len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _tiny_model(tiny_clip_folder: Path) -> "CMMaskSDModel":
+    import torch
+
+    from cmmasksd.model.modeling import CMMaskSDModel
+
+    model = CMMaskSDModel.from_backbone(tiny_clip_folder, **TINY_SIZES)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # norms and biases away from one and zero, and independent of the order of initialisation
+        for name, parameter in sorted(model.decoder.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+            else:
+                parameter.copy_(0.1 * noise + ("norm" in name and name.endswith("weight")))
+    return model.eval()
+
+
+@pytest.fixture
+def tiny_model(_tiny_model: "CMMaskSDModel") -> "CMMaskSDModel":
+    """A CMMaskSDModel on the tiny CLIP, in eval mode; every test gets its own copy."""
+    return copy.deepcopy(_tiny_model)
+
+
+@pytest.fixture
+def tiny_processor(tiny_tokenizer: "CLIPTokenizer") -> "CMMaskSDProcessor":
+    """A processor for the tiny model: 32x32 pixels, warped."""
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+    return CMMaskSDProcessor(tiny_tokenizer, (32, 32), patch_size=8, max_tokens=TINY_CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(
+    tmp_path_factory: pytest.TempPathFactory, _tiny_model: "CMMaskSDModel", tiny_tokenizer: "CLIPTokenizer"
+) -> Path:
+    """The tiny model and its processor, saved as training saves them. Copy it before you change anything in it."""
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    _tiny_model.save_pretrained(folder)
+    CMMaskSDProcessor(tiny_tokenizer, (32, 32), patch_size=8, max_tokens=TINY_CONTEXT).save_pretrained(folder)
+    return folder

@@ -1,7 +1,8 @@
 """The command line: demo | train | evaluate | predict | data | pretrain | report.
 
-Exit codes: 0 when the command did its work, 2 for a user's mistake (one line on standard error says what is wrong and how to
-mend it), 130 when interrupted. Heavy imports live inside the commands, so that `--help` answers at once.
+Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
+says what is wrong and how to mend it), 130 when interrupted. Programming errors keep their traceback. Heavy imports
+live inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cmmasksd.config import (
     DATASETS,
@@ -38,7 +40,12 @@ def build_parser() -> ArgumentParser:
     from cmmasksd import __version__
 
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
-    parser = ArgumentParser(prog="cmmasksd", description="Type a sentence, get the mask of the object it names.", version=__version__)
+    parser = ArgumentParser(
+        prog="cmmasksd",
+        description="Type a sentence, get the mask of the object it names.",
+        version=__version__,
+        exit_on_error=False,  # main says it in one line
+    )
     commands = parser.add_subcommands(dest="command", required=True)
 
     demo = ArgumentParser(description="Train on generated scenes, score, and write a page to look at.")
@@ -60,7 +67,9 @@ def build_parser() -> ArgumentParser:
     evaluate.add_argument("--out", type=Path, required=True, help="folder for results.json and expressions.jsonl")
     evaluate.add_argument("--references", type=int, default=SCENE_REFERENCES, help="of generated scenes: how many")
     evaluate.add_argument("--scene_seed", type=int, default=0, help="of generated scenes: their seed")
-    evaluate.add_argument("--scene_size", type=int, default=128, help="of generated scenes: side of the image in pixels")
+    evaluate.add_argument(
+        "--scene_size", type=int, default=128, help="of generated scenes: side of the image in pixels"
+    )
     evaluate.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     evaluate.add_argument("--workers", type=int, default=0, help="processes that read images")
     commands.add_subcommand("evaluate", evaluate, help="score a model on a split")
@@ -77,9 +86,11 @@ def build_parser() -> ArgumentParser:
     data = ArgumentParser(description="Make and look at data.")
     commands.add_subcommand("data", data, help="write generated scenes to files")
     kinds = data.add_subcommands(dest="kind", required=True)
-    scenes = ArgumentParser(description="Write generated scenes as a REFER release: refs(unc).p, instances.json, images.")
+    scenes = ArgumentParser(
+        description="Write generated scenes as a REFER release: refs(unc).p, instances.json, images."
+    )
     scenes.add_argument("--out", type=Path, required=True, help="folder for the release")
-    scenes.add_argument("--name", type=str, default="scenes", help="style: scenes, scenes+ or scenesg")
+    scenes.add_argument("--name", type=Literal["scenes", "scenes+", "scenesg"], default="scenes", help="style")
     scenes.add_argument("--train", type=int, default=1500, help="references of the training split")
     scenes.add_argument("--test", type=int, default=300, help="references of val, testA and testB each")
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes")
@@ -102,7 +113,12 @@ def build_parser() -> ArgumentParser:
 
 
 def _add_config(parser: ArgumentParser) -> None:
-    for kind, key in ((DataConfig, "data"), (ModelConfig, "model"), (DistillationConfig, "distillation"), (TrainingConfig, "training")):
+    for kind, key in (
+        (DataConfig, "data"),
+        (ModelConfig, "model"),
+        (DistillationConfig, "distillation"),
+        (TrainingConfig, "training"),
+    ):
         parser.add_class_arguments(kind, key)
 
 
@@ -112,21 +128,24 @@ def _add_config(parser: ArgumentParser) -> None:
 
 def _config(settings: Namespace, parser: ArgumentParser) -> tuple[Config, str]:
     """The settings as dataclasses, and as the YAML that is saved beside the checkpoints."""
-    made = parser.instantiate_classes(settings)
+    made: Any = parser.instantiate_classes(settings)
     config = Config(made.data, made.model, made.distillation, made.training)
-    if getattr(settings, "resume", False):
-        config.training.resume = True
     import yaml
 
-    return config, yaml.safe_dump(config.as_dict(), sort_keys=False)
+    text = yaml.safe_dump(config.as_dict(), sort_keys=False)  # before --resume, which is no setting of the run
+    config.training.resume |= getattr(settings, "resume", False)
+    return config, text
 
 
 def _demo(settings: Namespace, parser: ArgumentParser) -> None:
     config, text = _config(settings, parser)
+    from cmmasksd.data.scenes import STYLES
     from cmmasksd.evaluation.results import format_table, read_results
     from cmmasksd.training.checkpoint import STATE
     from cmmasksd.training.loop import train
 
+    if config.data.name not in STYLES:
+        raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
     out = Path(config.training.out)
     config.training.resume = (out / "last" / STATE).is_file()  # a second `demo` goes on, or only scores
     train(config, text)
@@ -134,11 +153,20 @@ def _demo(settings: Namespace, parser: ArgumentParser) -> None:
     results = []
     for split in (data.val_split, "testB"):
         _score(
-            model=str(out / "best"), name=data.name, root=data.root, split=split, out=out / split,
-            references=SCENE_REFERENCES, seed=data.scene_seed, size=data.scene_size, workers=data.workers,
+            model=str(out / "best"),
+            name=data.name,
+            root=data.root,
+            split=split,
+            out=out / split,
+            references=SCENE_REFERENCES,
+            seed=data.scene_seed,
+            size=data.scene_size,
+            workers=data.workers,
         )
         results.append(read_results(out / split))
-    page = _write_report(str(out / "best"), [out / data.val_split, out / "testB"], data.root, out / "metrics.jsonl", out / "report.html")
+    page = _write_report(
+        str(out / "best"), [out / data.val_split, out / "testB"], data.root, out / "metrics.jsonl", out / "report.html"
+    )
     print(format_table(results))
     print(f"These are scores on generated scenes. Look at the pictures: {page}")
 
@@ -159,17 +187,33 @@ def _evaluate(settings: Namespace) -> None:
     from cmmasksd.evaluation.results import format_table, read_results
 
     main = _score(
-        model=settings.model, name=settings.data, root=settings.root, split=settings.split, out=settings.out,
-        references=settings.references, seed=settings.scene_seed, size=settings.scene_size,
-        threshold=settings.threshold, workers=settings.workers,
+        model=settings.model,
+        name=settings.data,
+        root=settings.root,
+        split=settings.split,
+        out=settings.out,
+        references=settings.references,
+        seed=settings.scene_seed,
+        size=settings.scene_size,
+        threshold=settings.threshold,
+        workers=settings.workers,
     )
     if main:
         print(format_table([read_results(settings.out)]))
 
 
 def _score(
-    *, model: str, name: str, root: Path | None, split: str, out: Path, references: int, seed: int, size: int,
-    threshold: float = 0.5, workers: int = 0,
+    *,
+    model: str,
+    name: str,
+    root: Path | None,
+    split: str,
+    out: Path,
+    references: int,
+    seed: int,
+    size: int,
+    threshold: float = 0.5,
+    workers: int = 0,
 ) -> bool:
     """Score a split and write its result files; true in the process that wrote them."""
     from dataclasses import replace
@@ -183,11 +227,14 @@ def _score(
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
+    if workers < 0:
+        raise UserError(f"--workers is {workers}: give 0 to read images in this process, or more")
     protocol = replace(ORIGINAL, threshold=threshold)
     data = open_dataset(name, split, root=root, references=references, seed=seed, canvas=size)
     accelerator = Accelerator()
     network = CMMaskSDModel.from_pretrained(model).to(accelerator.device)
     processor = CMMaskSDProcessor.from_pretrained(model)
+    out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores
     rows, scores, truncated = evaluate(
         network, processor, data, protocol=protocol, accelerator=accelerator, workers=workers
     )
@@ -231,9 +278,13 @@ def _data(settings: Namespace) -> None:
     from cmmasksd.data.refer import write_refer_release
 
     how = settings.scenes
+    for name, count in (("--train", how.train), ("--test", how.test)):
+        if count < 1:
+            raise UserError(f"{name} is {count}: every split needs at least 1 reference")
     counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
     splits = [
-        open_dataset(how.name, split, references=count, seed=how.seed, canvas=how.size) for split, count in counts.items()
+        open_dataset(how.name, split, references=count, seed=how.seed, canvas=how.size)
+        for split, count in counts.items()
     ]
     write_refer_release(how.out, splits)
     print(f"{sum(map(len, splits))} references in {how.out}; read them with --data refcoco --root {how.out}")
@@ -242,7 +293,8 @@ def _data(settings: Namespace) -> None:
 def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
     from cmmasksd.training.pretrain import pretrain
 
-    print(f"the CLIP is in {pretrain(parser.instantiate_classes(settings).pretrain)}")
+    made: Any = parser.instantiate_classes(settings)
+    print(f"the CLIP is in {pretrain(made.pretrain)}")
 
 
 def _report(settings: Namespace) -> None:
@@ -260,17 +312,26 @@ def _write_report(model: str, folders: list[Path], root: Path | None, metrics: P
 
     results = [read_results(folder) for folder in folders]
     first = results[0]
-    data = open_dataset(
-        first["data"], first["split"], root=root, references=first.get("references", 0),
-        seed=first.get("scene_seed", 0), canvas=first.get("scene_size", 128),
-    )
-    segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
-    chosen = choose_examples(read_expressions(folders[0]), 12)
+    if "data" not in first:
+        raise UserError(f"{folders[0]} does not say which data set was scored: score it with `cmmasksd evaluate`")
     rows = []
     if metrics is not None:
         if not metrics.is_file():
             raise UserError(f"there is no log {metrics}: leave out --metrics, or give the metrics.jsonl of a run")
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        try:
+            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+        except ValueError as error:
+            raise UserError(f"{metrics} is no log of a run ({error}): give the metrics.jsonl of a run") from None
+    data = open_dataset(
+        first["data"],
+        first["split"],
+        root=root,
+        references=first.get("references", 0),
+        seed=first.get("scene_seed", 0),
+        canvas=first.get("scene_size", 128),
+    )
+    segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
+    chosen = choose_examples(read_expressions(folders[0]), 12)
     return write_report(
         out,
         title=f"CM-MaskSD on {first['data']} {first['split']}",
@@ -289,29 +350,70 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
-    settings = parser.parse_args(arguments)
-    command = settings.command
-    chosen: Namespace = settings[command]
-    own = parser._subcommands_action._name_parser_map[command]  # pyright: ignore
-    run: dict[str, Callable[[], None]] = {
-        "demo": lambda: _demo(chosen, own),
-        "train": lambda: _train(chosen, own),
-        "evaluate": lambda: _evaluate(chosen),
-        "predict": lambda: _predict(chosen),
-        "data": lambda: _data(chosen),
-        "pretrain": lambda: _pretrain(chosen, own),
-        "report": lambda: _report(chosen),
-    }
+    parsers = parser._subcommands_action._name_parser_map  # pyright: ignore
+    name = f"cmmasksd {arguments[0]}" if arguments and arguments[0] in parsers else "cmmasksd"
     try:
+        settings = parser.parse_args(arguments)
+        command = settings.command
+        chosen: Namespace = settings[command]
+        own = parsers[command]
+        run: dict[str, Callable[[], None]] = {
+            "demo": lambda: _demo(chosen, own),
+            "train": lambda: _train(chosen, own),
+            "evaluate": lambda: _evaluate(chosen),
+            "predict": lambda: _predict(chosen),
+            "data": lambda: _data(chosen),
+            "pretrain": lambda: _pretrain(chosen, own),
+            "report": lambda: _report(chosen),
+        }
         run[command]()
+    except ArgumentError as error:
+        return _fail(f"{name}: {_usage_mistake(error)} (see {name} --help)", 2)
     except UserError as error:
-        print(f"cmmasksd {command}: {error}", file=sys.stderr)
-        return 2
+        return _fail(f"{name}: {error}", 2)
     except KeyboardInterrupt:
-        print(f"cmmasksd {command}: interrupted", file=sys.stderr)
-        return 130
+        return _fail(f"{name}: interrupted", 130)
+    except Exception as error:
+        if (refusal := _refusal(error)) is None:
+            raise
+        return _fail(f"{name}: {refusal}", 2)
     return 0
+
+
+def _fail(line: str, code: int) -> int:
+    """Say one line below whatever progress bar is shown; the code is passed on."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+    print(line, file=sys.stderr)
+    return code
+
+
+def _usage_mistake(error: ArgumentError) -> str:
+    """The parser's message as one line in the user's words: no class names, options as they are typed."""
+    line = " ".join(str(error).split()).removesuffix(".")
+    line = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", line)
+    line = re.sub(r"<class '([\w.]+)'>", r"\1", line)
+    line = re.sub(r'Parser key "([\w.]+)"', r"--\1", line)
+    if line.startswith("the following arguments are required: "):
+        line = re.sub(r"(?:\w+\.)+(\w+)", r"--\1", line)
+    return line
+
+
+def _refusal(error: Exception) -> str | None:
+    """What the operating system refused, in one line; None where the error is a mistake in the program."""
+    if isinstance(error, OSError):
+        reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        where = f"{error.filename}: " if error.filename is not None else ""
+    elif "inline_container" in str(error) or "(os error " in str(error):  # how torch and safetensors fail to write
+        reason, where = " ".join(str(error).split()), "a file could not be written: "
+    else:
+        return None
+    return f"{where}{reason}; check the path, its permissions and the free space"
 
 
 if __name__ == "__main__":

@@ -37,12 +37,17 @@ class DataConfig:
     root: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
-    train_references: int = 12000
+    train_references: int = 18000
     val_references: int = 600
     scene_seed: int = 0
     scene_size: int = 128
-    per_image: int = 1
-    workers: int = 2
+    per_image: int = 3
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("per_image", 1), ("workers", 0), ("val_references", 0), ("train_references", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least {least}")
 
 
 @dataclass
@@ -89,7 +94,9 @@ class DistillationConfig:
         loss: per-pixel Bernoulli KL, mean squared error of probabilities, or soft-target cross-entropy. [I]
         temperature: of both distributions in "kl" and "soft_bce". [I]
         vision_weight, language_weight: lambda_v and lambda_l. [I]
-        warmup: fraction of the training over which both weights rise from 0: the teacher is poor at first. [I]
+        start: fraction of the training that passes before the branches begin; until then they cost nothing. [I]
+        warmup: fraction of the training, after `start`, over which both weights rise from 0: the teacher is poor at
+            first. [I]
         share_weights: one decoder for all three branches [P]; off: a decoder of its own for each (ablation).
         ground_truth: weight of the ground-truth loss on the masked branches. [I]
         segmentation: loss of the main branch, BCE + Dice or BCE alone. [I]
@@ -110,17 +117,26 @@ class DistillationConfig:
     temperature: float = 1.0
     vision_weight: float = 1.0
     language_weight: float = 1.0
-    warmup: float = 0.5
+    start: float = 0.5
+    warmup: float = 0.25
     share_weights: bool = True
     ground_truth: float = 0.0
     segmentation: Literal["bce_dice", "bce"] = "bce_dice"
+
+    def ramp(self, progress: float) -> float:
+        """Factor of the distillation weights when `progress` (0 to 1) of the training is done."""
+        since = progress - self.start
+        if since < 0:
+            return 0.0
+        return 1.0 if self.warmup == 0 else min(1.0, since / self.warmup)
 
     def __post_init__(self) -> None:
         for name in ("vision_ratio", "language_ratio"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)} is no fraction: give a number between 0 and 1")
-        if not 0 <= self.warmup <= 1:
-            raise UserError(f"warmup {self.warmup} is no fraction of the training: give a number from 0 to 1")
+        for name in ("start", "warmup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} {getattr(self, name)} is no fraction of the training: give one from 0 to 1")
         if self.temperature <= 0:
             raise UserError(f"a temperature of {self.temperature} is impossible: give a positive number")
 
@@ -210,7 +226,7 @@ class PretrainConfig:
         width: of both towers and of the joint space.
         vision_layers: blocks of the image tower.
         text_layers: blocks of the text tower.
-        vocabulary: entries of the tokenizer, at least 512 (256 bytes, twice).
+        vocabulary: entries of the tokenizer, at least 514 (256 bytes, twice, and the two ends).
         context: the most tokens of a sentence, start and end included.
         workers: processes that draw scenes.
         seed: of everything.
@@ -219,7 +235,7 @@ class PretrainConfig:
     """
 
     out: Path = Path("runs/tiny-clip")
-    steps: int = 3000
+    steps: int = 2000
     batch_size: int = 64
     phrases: int = 3
     lr: float = 1e-3

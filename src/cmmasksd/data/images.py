@@ -53,7 +53,7 @@ def read_image(source: str | Path | bytes, *, exif: bool = False) -> np.ndarray:
                 raise _too_large(shown, f" of {width}x{height}")
             if image.mode in ("I", "F"):
                 raise UserError(f"{shown} has pixels of 32 bits with no fixed white: save it with 8 or 16 bits")
-            return _rgb(ImageOps.exif_transpose(image) if exif else image)
+            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
     except UserError:
         raise
     except Image.DecompressionBombError:
@@ -71,7 +71,7 @@ def _open(file: Path | io.BytesIO) -> Image.Image:
         return Image.open(file, formats=_FORMATS)
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
     """Any mode -> (H, W, 3) uint8."""
     if image.mode.startswith("I;16"):  # 16-bit grey: convert() would clip everything above 255 to white
         grey = (np.asarray(image) >> 8).astype(np.uint8)

@@ -2,8 +2,8 @@
 
 Unusual here:
 
-- Everything random is a function of (seed, epoch, reference). No worker holds state, so a run can be resumed at any batch
-  and any number of workers or processes draws the same sentences.
+- Everything random is a function of (seed, epoch, reference). No worker holds state, so a run can be resumed at any
+  batch and any number of workers or processes draws the same sentences.
 - References of one image can be trained together (`per_image`): the image is encoded once for all of them.
 - A batch is cut from one global order, process r taking the r-th part: nothing is padded, nothing is seen twice.
 """
@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,10 @@ def open_dataset(
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
         return SceneDataset(name, split, references or 1500, seed=seed, canvas=canvas)
     if root is None:
-        raise UserError(f"{name} is read from files: say with --root which folder holds refcoco/… and images/train2014/…")
+        raise UserError(
+            f"{name} is read from files: say with --root (when training: --data.root) which folder holds refcoco/… "
+            "and images/train2014/…"
+        )
     from cmmasksd.data.refer import ReferDataset
 
     return ReferDataset(name, root, split)
@@ -77,7 +80,7 @@ class Batch:
     """A training batch. M images, B references.
 
     Attributes:
-        images: (M, 3, h, w) uint8, each image once.
+        images: (M, 3, h, w) uint8, one for each `Draw`.
         tokens: of B sentences.
         targets: (B, h / stride, w / stride) float in [0, 1].
         image_index: (B,) int64, the image of each reference.
@@ -100,7 +103,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         rank, world: this process, and how many there are.
 
     Raises:
-        UserError: when there are fewer references than one batch of every process.
+        UserError: when there are no references, or fewer than one batch of every process.
     """
 
     def __init__(
@@ -115,6 +118,8 @@ class TrainingBatches(Sampler[list[Draw]]):
     ) -> None:
         self.groups, self.per_image, self.seed, self.rank, self.world = groups, per_image, seed, rank, world
         self.total = sum(len(group) for group in groups)
+        if not self.total:
+            raise UserError("there is no reference to train on: the split is empty; check its name and the data folder")
         self.batch_size = batch_size if world > 1 else min(batch_size, self.total)
         self.epoch, self.start = 0, 0
         if self.total < self.batch_size * world:
@@ -188,6 +193,19 @@ def training_loader(items: TrainingItems, batches: TrainingBatches, workers: int
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def loaded(loader: DataLoader) -> Iterator[Any]:
+    """What a loader yields; a mistake of the user that a worker finds arrives as it was said, without its traceback."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except UserError as error:  # torch sends the worker's traceback, whose last entry is the error
+            raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]) from None
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------

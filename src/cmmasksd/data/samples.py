@@ -51,7 +51,7 @@ class Reference:
 
 
 class ReferringDataset(Protocol):
-    """One split of a referring-segmentation data set. Readers implement it; training and evaluation know nothing else."""
+    """One split of a data set. Readers implement it; training and evaluation know nothing else."""
 
     name: str
     """The name the command line uses, such as "refcoco+"."""

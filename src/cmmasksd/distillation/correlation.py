@@ -1,8 +1,8 @@
 """Patch-word correlation: the cosine of every patch and every word in CLIP's joint space. It guides what is masked.
 
-No gradient runs through it. Know it before you trust it: CLIP trains the class token against the text, so the patch tokens
-of a plain CLIP's last block may align poorly with words. `source="values"` takes the values of the last attention instead
-(MaskCLIP's dense features); `pointing` measures either.
+No gradient runs through it. Know it before you trust it: CLIP trains the class token against the text, so the patch
+tokens of a plain CLIP's last block may align poorly with words. `source="values"` takes the values of the last
+attention instead (MaskCLIP's dense features); `pointing` measures either.
 """
 
 from __future__ import annotations

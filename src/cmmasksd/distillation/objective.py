@@ -2,12 +2,13 @@
 
     L = L_seg(z, y) + lambda_v KD(z_v || sg(z)) + lambda_l KD(z_l || sg(z))
 
-z are the logits of the main branch; z_v those of LMVSD, which sees the image with patches masked by the language; z_l those
-of VMLSD, which sees the sentence with words masked by the vision; sg stops the gradient. All three share their weights.
-The encoders run once and the three decodes are one batched call, so both branches together cost about 1.3 plain steps.
+z are the logits of the main branch; z_v those of LMVSD, which sees the image with patches masked by the language; z_l
+those of VMLSD, which sees the sentence with words masked by the vision; sg stops the gradient. All three share their
+weights. The encoders run once and the three decodes are one batched call, so both branches together cost about 1.3
+plain steps.
 
-Plug-in: the objective asks a model for `encode_image`, `encode_text` and `decode` only. It imports nothing of our network.
-The one parameter it adds, the mask token, lives here and not in the model: inference never sees it.
+Plug-in: the objective asks a model for `encode_image`, `encode_text` and `decode` only. It imports nothing of our
+network. The one parameter it adds, the mask token, lives here and not in the model: inference never sees it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class MaskedSelfDistillation(nn.Module):
     def mask_patches(
         self, pixel_values: Tensor, image_index: Tensor, image: ImageFeatures, text: TextFeatures, corr: Tensor
     ) -> ImageFeatures:
-        """LMVSD's view of the images: the chosen patches become the mask token (their positions come from the decoder)."""
+        """LMVSD's view of the images: chosen patches become the mask token (their positions come from the decoder)."""
         how = self.settings
         if how.vision_guide == "sentence":
             scores = sentence_correlation(image, text, how.correlation)
@@ -87,8 +88,10 @@ class MaskedSelfDistillation(nn.Module):
         else:
             visible = hidden.shape[1] - masked_patches(hidden.shape[1], how.vision_ratio)
             kept = hidden.sort(dim=1, stable=True).indices[:, :visible]  # visible patches come first
-            seen = self._model.encode_image(pixel_values[image_index], keep=kept).patches
-            patches = token.expand_as(image.patches).scatter(1, kept[..., None].expand_as(seen), seen)
+            seen = self._model.encode_image(pixel_values[image_index], keep=kept)
+            index = kept[..., None].expand_as(seen.patches)
+            image = replace(image, context=seen.context)  # the first pass's would give away what is dropped
+            patches = token.expand_as(image.patches).scatter(1, index, seen.patches)
         return replace(image, patches=patches)
 
     def mask_words(self, tokens: Tokens, text: TextFeatures, corr: Tensor) -> TextFeatures:
@@ -120,7 +123,7 @@ class MaskedSelfDistillation(nn.Module):
             tokens: B sentences.
             target: (B, h, w) in [0, 1] at the size of the logits.
             image_index: (B,) int64, the image of each sentence; None: sentence b goes with image b.
-            ramp: factor of the distillation weights, 0 to 1 (warm-up).
+            ramp: factor of the distillation weights, 0 to 1 (warm-up). At 0 the masked branches do not run at all.
 
         Returns:
             "loss", and its parts before weighting: "seg", "lmvsd", "vmlsd" (and "lmvsd_seg", "vmlsd_seg" with ground
@@ -129,13 +132,14 @@ class MaskedSelfDistillation(nn.Module):
         how, model = self.settings, self._model
         if image_index is None:
             image_index = torch.arange(len(tokens), device=pixel_values.device)
-        wants_values = bool(self.branches) and how.correlation == "values"
+        distils = bool(self.branches) and ramp > 0
+        wants_values = distils and how.correlation == "values"
         image = model.encode_image(pixel_values, value_path=True) if wants_values else model.encode_image(pixel_values)
         image = image.select(image_index)
         text = model.encode_text(tokens)
 
         views = {"main": (image, text)}
-        if self.branches:
+        if distils:
             corr = correlation(image, text, how.correlation)
             if how.vision:
                 views["lmvsd"] = (self.mask_patches(pixel_values, image_index, image, text, corr), text)
@@ -154,6 +158,10 @@ class MaskedSelfDistillation(nn.Module):
             if how.ground_truth:
                 losses[branch + "_seg"] = segmentation_loss(logits[branch], target, how.segmentation)
                 loss = loss + ramp * how.ground_truth * losses[branch + "_seg"]
+        if self.branches and not distils:
+            # Their own parameters wait, but data-parallel training wants a gradient for each, if a zero one.
+            own = [p for name, p in self.named_parameters() if not name.startswith("model.")]
+            loss = loss + 0.0 * torch.stack([p.sum() for p in own]).sum() if own else loss
         return {"loss": loss, **losses}
 
     def _decode(self, views: dict[str, tuple[ImageFeatures, TextFeatures]]) -> dict[str, Tensor]:
@@ -164,7 +172,10 @@ class MaskedSelfDistillation(nn.Module):
                 for name, view in views.items()
             }
         images, texts = zip(*views.values(), strict=True)
-        image = ImageFeatures(torch.cat([i.patches for i in images]), images[0].grid)
+        context = [i.context for i in images if i.context is not None]
+        image = ImageFeatures(
+            torch.cat([i.patches for i in images]), images[0].grid, context=torch.cat(context) if context else None
+        )
         text = TextFeatures(
             torch.cat([t.words for t in texts]),
             torch.cat([t.sentence for t in texts]),

@@ -1,7 +1,8 @@
-"""Score a split: every sentence of every reference, at the image's own size, with the same digits on any number of processes.
+"""Score a split: every sentence of every reference, at the image's own size, with the same digits on any number of
+processes.
 
-Images are taken in blocks that do not depend on the number of processes; whole blocks are shared out. So nothing is padded,
-nothing counted twice, and every number is computed from the same batch whoever computes it.
+Images are taken in blocks that do not depend on the number of processes; whole blocks are shared out. So nothing is
+padded, nothing counted twice, and every number is computed from the same batch whoever computes it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
-from cmmasksd.data.loading import ScoringItem, ScoringItems
+from cmmasksd.data.loading import ScoringItem, ScoringItems, loaded
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
 from cmmasksd.evaluation.results import ExpressionScore
@@ -83,7 +84,7 @@ def evaluate(
     model.eval()
     shown = progress and rank == 0
     with tqdm(total=len(groups), desc=f"evaluate {data.name} {data.split}", unit="image", disable=not shown) as bar:
-        for block in loader:
+        for block in loaded(loader):
             found = list(_score_block(model, processor, block, protocol))
             metric.update([r.sent_id for r in found], [r.intersection for r in found], [r.union for r in found])
             rows += found

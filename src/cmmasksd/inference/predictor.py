@@ -1,8 +1,8 @@
 """Segmenter: an image and sentences in, masks out. The three lines that most users need:
 
-    from cmmasksd import Segmenter
-    segmenter = Segmenter.from_pretrained("runs/demo/best")
-    masks = [found.mask for found in segmenter.segment("picture.jpg", ["the red circle", "large star on the left"])]
+from cmmasksd import Segmenter
+segmenter = Segmenter.from_pretrained("runs/demo/best")
+masks = [found.mask for found in segmenter.segment("picture.jpg", ["the red circle", "large star on the left"])]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cmmasksd.data.images import read_image
+from cmmasksd.data.images import read_image, to_rgb
 from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import PALETTE, Color, overlay
 
@@ -57,6 +57,9 @@ class Segmenter:
         processor: the one it was trained with.
         device: such as "cpu" or "cuda"; None: a GPU where there is one.
         threshold: a pixel belongs to the mask when its probability is above it.
+
+    Raises:
+        UserError: for a threshold that is no probability, or a device that is not there.
     """
 
     def __init__(
@@ -71,8 +74,14 @@ class Segmenter:
 
         if not 0 < threshold < 1:
             raise UserError(f"a threshold of {threshold} is no probability: choose one between 0 and 1")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model, self.processor, self.threshold = model.to(self.device).eval(), processor, threshold
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            self.model = model.eval()
+            self.model.to(self.device)  # pyright: ignore (its decorator hides the method)
+        except (RuntimeError, AssertionError) as error:  # an unknown device; one that this torch was not built for
+            reason = str(error).splitlines()[0]
+            raise UserError(f"cannot use the device {device!r} ({reason}): leave it out or say cpu") from None
+        self.processor, self.threshold = processor, threshold
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, device: str | None = None, threshold: float = 0.5) -> Segmenter:
@@ -133,4 +142,4 @@ def _pixels(image: np.ndarray | Image | str | Path) -> np.ndarray:
         return image
     from PIL import ImageOps
 
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return to_rgb(ImageOps.exif_transpose(image))  # as from a file: transparent pixels over white

@@ -1,9 +1,9 @@
 """The two CLIP towers, read out so that patches, words and the sentence lie in one joint space.
 
-CLIP itself projects only two vectors into its joint space: the class token of the image and the end-of-text token of the
-sentence. We send *every* token through the tower's own final layer norm and projection (method: encoders 1 and 2), so that
-a patch-word cosine means something. The towers are transformers' `CLIPModel`; nothing of theirs is copied, and the tests
-hold our outputs to theirs.
+CLIP itself projects only two vectors into its joint space: the class token of the image and the end-of-text token of
+the sentence. We send *every* token through the tower's own final layer norm and projection (method: encoders 1 and 2),
+so that a patch-word cosine means something. The towers are transformers' `CLIPModel`; nothing of theirs is copied, and
+the tests hold our outputs to theirs.
 
 Unusual here: the image tower runs from its parts (embeddings, blocks, norm), because masked self-distillation at the
 input drops patches between the embeddings and the blocks. The text tower hides words through its attention mask.
@@ -12,7 +12,7 @@ input drops patches between the embeddings and the blocks. The text tower hides 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,19 +70,22 @@ class ImageFeatures:
         patches: (B, N, D), row by row.
         grid: (h, w).
         dense: (B, N, D) patch features for the correlation where they differ from `patches`, else None.
+        context: (B, …) what else the decoder of another network needs and no masking touches, such as a class token.
+            Ours needs none.
     """
 
     patches: Tensor
     grid: tuple[int, int]
     dense: Tensor | None = None
+    context: Tensor | None = None
 
     def __len__(self) -> int:
         return self.patches.shape[0]
 
     def select(self, index: Tensor) -> ImageFeatures:
         """The features of images `index` (K,) int64, in that order: one image repeated for each of its expressions."""
-        dense = None if self.dense is None else self.dense[index]
-        return ImageFeatures(self.patches[index], self.grid, dense)
+        dense, context = (None if part is None else part[index] for part in (self.dense, self.context))
+        return ImageFeatures(self.patches[index], self.grid, dense, context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +113,15 @@ def encode_image(
 
     Args:
         pixel_values: (B, 3, H, W), normalised.
-        keep: (B, n) int64, the patches that enter the tower; the others are dropped before its first block, as MAE does.
-            None keeps all.
+        keep: (B, n) int64, the patches that enter the tower; the others are dropped before its first block, as MAE
+            does. None keeps all.
         value_path: also return the values of the last block's attention (MaskCLIP's dense features) as `dense`.
 
     Returns:
         features: of the n kept patches; `grid` is that of the whole image.
         pooled: (B, D), CLIP's own image embedding.
     """
-    vision = clip.vision_model
+    vision: Any = clip.vision_model
     size = vision.config.patch_size
     grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
     hidden = vision.embeddings(pixel_values, interpolate_pos_encoding=True)  # (B, 1 + N, width)

@@ -30,7 +30,7 @@ class CMMaskSDConfig(PreTrainedConfig):
     """
 
     model_type = "cmmasksd"
-    sub_configs = {"clip_config": CLIPConfig}  # noqa: RUF012 (transformers' convention)
+    sub_configs = {"clip_config": CLIPConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
 
     clip_config: Any = None
     decoder_width: int = 512

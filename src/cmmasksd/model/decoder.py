@@ -1,7 +1,10 @@
 """The fusion decoder: patches look at each other, then at the words.
 
-Our reading, as in CRIS and ETRIS: layers of self-attention over patches, cross-attention from patches to words, and an MLP,
-pre-norm, with fixed 2-D positions. Patches and words arrive in CLIP's joint space and are projected to the decoder's width.
+Our reading, as in CRIS and ETRIS: layers of self-attention over patches, cross-attention from patches to words, and an
+MLP, pre-norm, with fixed 2-D positions. Patches and words arrive in CLIP's joint space and are projected to the
+decoder's width. Since they share a space, each patch also brings its match with the sentence (a cosine, standardised
+over the image): on little data that is worth more than the layers (scenes, 3,000 references: mIoU 0.14 with it, 0.05
+without).
 """
 
 from __future__ import annotations
@@ -20,16 +23,18 @@ def grid_positions(grid: tuple[int, int], width: int, device: torch.device) -> T
     parts = []
     for axis, side in enumerate(grid):
         at = (torch.arange(side, device=device) + 0.5) / side
-        waves = torch.cat(
-            [(at[:, None] * frequency).sin(), (at[:, None] * frequency).cos()], dim=1
-        )  # (side, width / 2)
+        angle = at[:, None] * frequency
+        waves = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, width / 2)
         shape = (grid[0], grid[1], 2 * quarter)
         parts.append(waves[:, None].expand(shape) if axis == 0 else waves[None].expand(shape))
     return F.pad(torch.cat(parts, dim=-1).flatten(0, 1), (0, width - 4 * quarter))
 
 
 class Attention(nn.Module):
-    """Multi-head attention on torch's fused kernel. queries (B, N, C), keys (B, L, C), key_mask (B, L) bool -> (B, N, C)."""
+    """Multi-head attention on torch's fused kernel.
+
+    queries (B, N, C), keys (B, L, C), key_mask (B, L) bool, true for keys in view -> (B, N, C).
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -77,6 +82,8 @@ class FusionDecoder(nn.Module):
         self.word_in = nn.Linear(dim, width)
         # The end of the sentence stays in view: attention over words has somewhere to go when none of them matters.
         self.sentence_in = nn.Linear(dim, width)
+        # CLIP's own guess where the sentence is: how well each patch matches it, compared with the other patches.
+        self.match_in = nn.Linear(1, width)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, mlp, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
@@ -91,7 +98,9 @@ class FusionDecoder(nn.Module):
         Returns:
             (B, N, width).
         """
-        fused = self.patch_in(patches)
+        match = torch.einsum("bnd,bd->bn", F.normalize(patches, dim=-1), F.normalize(sentence, dim=-1))
+        match = F.layer_norm(match, match.shape[-1:])[..., None]  # (B, N, 1)
+        fused = self.patch_in(patches) + self.match_in(match)
         fused = fused + grid_positions(grid, fused.shape[-1], fused.device).to(fused.dtype)
         keys = torch.cat([self.sentence_in(sentence)[:, None], self.word_in(words)], dim=1)  # (B, 1 + L, width)
         mask = F.pad(word_mask, (1, 0), value=True)

@@ -1,7 +1,8 @@
 """The mask head: fused features to logits at four times the patch grid (stride 4 for a patch of 16).
 
 Our reading of CRIS's projector, kept lean (`performance` in the docs): a 1x1 convolution down to `width` channels, two
-bilinear upsamplings with a 3x3 convolution each, and a kernel generated from the sentence that is applied to every cell.
+bilinear upsamplings with a 3x3 convolution each, and a kernel generated from the sentence that is applied to every
+cell.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """CMMaskSDModel: CLIP's towers, the fusion decoder and the mask head. The forward pass is one screen.
 
-Encode once, decode per expression: `encode_image` and `encode_text` are apart, so K expressions on one image cost one image
-encoding. The masked branches of CM-MaskSD are not here: they exist only while training (see `cmmasksd.distillation`).
+Encode once, decode per expression: `encode_image` and `encode_text` are apart, so K expressions on one image cost one
+image encoding. The masked branches of CM-MaskSD are not here: they exist only while training (see
+`cmmasksd.distillation`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
+from transformers.utils.generic import ModelOutput
 
 from cmmasksd.errors import UserError
 from cmmasksd.model import clip as towers
@@ -87,6 +89,10 @@ class CMMaskSDModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm) and module.bias is not None:
             nn.init.zeros_(module.bias)
+        if isinstance(module, MaskHead):  # start as one kernel for all sentences, and with masks that are rare
+            nn.init.normal_(module.kernel.weight, std=0.1 * module.kernel.in_features**-0.5)
+            nn.init.normal_(module.kernel.bias)
+            nn.init.constant_(module.kernel.bias[-1:], -2.0)
 
     # -- the forward pass
 
@@ -140,7 +146,7 @@ class CMMaskSDModel(PreTrainedModel):
     # -- weights
 
     def copy_decoder(self) -> nn.Module:
-        """An independent decoder with the same weights, callable as `decode`: for distillation without weight sharing."""
+        """An independent decoder with the same weights, called like `decode`: distillation with separate weights."""
         return copy.deepcopy(self.decoder)
 
     @classmethod
@@ -164,7 +170,7 @@ class CMMaskSDModel(PreTrainedModel):
         """As in transformers, but missing, unexpected or misshapen weights stop the load (they would be random)."""
         kwargs.setdefault("dtype", torch.float32)
         where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
-        if (kind := _model_type(name, **where)) != cls.config_class.model_type:
+        if (kind := _model_type(name, **where)) != CMMaskSDConfig.model_type:
             raise UserError(
                 f"{name} is a {kind!r} model, not a 'cmmasksd': give the folder or hub id of a trained model"
             )
@@ -188,7 +194,7 @@ def _model_type(name: str | Path, **where: Any) -> str | None:
 
 
 def _load_whole(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """Load a model; weights that are missing, unexpected or misshapen stop it (trap: a silent evaluation of random ones)."""
+    """Load a model; weights that are missing, unexpected or misshapen stop it (else random ones would be evaluated)."""
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _load(call, name, *args, **kwargs)
     gaps = {
@@ -214,7 +220,8 @@ def _load(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"there is no model folder {name}: give the folder of a trained model or a hub id")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name} holds no config.json: it is not a model folder")
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of the weights is a table of hundreds of lines; ours is the error
     kwargs |= {"weights_only": True, "trust_remote_code": False}
     try:
@@ -227,3 +234,5 @@ def _load(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
         raise UserError(f"cannot load a model from {name}: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,7 +1,8 @@
 """CMMaskSDProcessor: images and sentences to tensors, logits back to masks at the image's own size.
 
 One processor serves training, evaluation, prediction and export, and is saved beside the weights, so that a picture is
-never resized in two ways (a mistake of several peers). What was done to an image is kept in a `Frame`; `masks` undoes it.
+never resized in two ways (a mistake of several peers). What was done to an image is kept in a `Frame`; `masks` undoes
+it.
 """
 
 from __future__ import annotations
@@ -173,8 +174,8 @@ class CMMaskSDProcessor:
     def target(self, mask: np.ndarray, frame: Frame, stride: float) -> Tensor:
         """A mask as the training target: how much of each logit's cell it covers.
 
-        Weighted by the bilinear filter, which reaches half a cell beyond: targets upsampled again then lie closer to the
-        mask than plain fractions do (mean IoU 0.997 against 0.981 for discs and boxes at 480 pixels and stride 4).
+        Weighted by the bilinear filter, which reaches half a cell beyond: targets upsampled again then lie closer to
+        the mask than plain fractions do (mean IoU 0.997 against 0.981 for discs and boxes at 480 pixels and stride 4).
 
         Args:
             mask: (H, W) bool at the image's own size.
@@ -261,7 +262,7 @@ class CMMaskSDProcessor:
         Raises:
             UserError: when the files are not those of a processor of ours.
         """
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         try:
             file = cached_file(str(name), FILE_NAME, _raise_exceptions_for_missing_entries=False)

@@ -3,8 +3,8 @@
     out/config.yaml       the resolved configuration
     out/metrics.jsonl     one row per log step and per validation
     out/last/, out/best/  a model and its processor (see `save_pretrained`), with config.yaml beside them
-    out/last/state.pt     everything else that resuming needs: objective, optimiser, place in the run, best score, random
-                          states. Tensors and plain values only: it is read without unpickling any object.
+    out/last/state.pt     everything else that resuming needs: objective, optimiser, place in the run, best score,
+                          random states. Tensors and plain values only: it is read without unpickling any object.
 
 Folders are written aside and renamed into place, so that a crash while writing leaves the previous one.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,14 +51,13 @@ def save_model(
     folder: Path, model: CMMaskSDModel, processor: CMMaskSDProcessor, config_yaml: str, state: Path | None = None
 ) -> None:
     """Write a model folder, replacing an older one at once. `state` is a file of `save_state` to move into it."""
-    aside = folder.with_name(folder.name + ".new")
+    aside, old = folder.with_name(folder.name + ".new"), _old(folder)
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     processor.save_pretrained(aside)
     (aside / "config.yaml").write_text(config_yaml)
     if state is not None:
         state.replace(aside / STATE)
-    old = folder.with_name(folder.name + ".old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -65,8 +65,23 @@ def save_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover(folder: Path) -> None:
+    """Put the previous folder back where `save_model` was killed between its two renames."""
+    if not folder.exists() and _old(folder).exists():
+        with suppress(FileNotFoundError):  # another process was faster
+            _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
 def save_state(
-    file: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, progress: dict[str, Any]
+    file: Path,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    progress: dict[str, Any],
 ) -> None:
     """Write all that resuming needs. Every process must call it; the main one writes.
 
@@ -114,4 +129,6 @@ def load_state(
         raise
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot resume from {file}: {reason}. Start afresh without --resume, in another folder") from error
+        raise UserError(
+            f"cannot resume from {file}: {reason}. Start afresh without --resume, in another folder"
+        ) from error

@@ -1,7 +1,8 @@
 """train(config): the whole run as a straight line: build, then for every epoch step, log, validate, save.
 
-It runs on a CPU, one GPU or several (accelerate chooses; `accelerate launch` for more than one process). On a CPU a run that
-was interrupted and resumed gives the same bits as one that was not.
+It runs on a CPU, one GPU or several (accelerate chooses). For more than one process start it with `accelerate launch`,
+or with `torchrun` on a CPU, where the former starts only one. On a CPU a run that was interrupted and resumed gives the
+same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from cmmasksd.assets import tiny_clip
 from cmmasksd.config import Config
-from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, open_dataset, training_loader
+from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, loaded, open_dataset, training_loader
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import evaluate
-from cmmasksd.training.checkpoint import STATE, load_state, save_model, save_state
+from cmmasksd.evaluation.results import write_atomically
+from cmmasksd.training.checkpoint import STATE, load_state, recover, save_model, save_state
 from cmmasksd.training.optim import parameter_groups, rate_scale, set_rates
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
     total = per_epoch * how.epochs
 
     config_yaml = config_yaml or json.dumps(config.as_dict(), indent=2) + "\n"  # JSON is YAML
-    update, best, validation = 0, -1.0, {}
+    update, best, validation, meter = 0, -1.0, {}, Meter()
     if resume_from is not None:
         progress = load_state(resume_from, wrapped, optimizer, accelerator)
         if progress["total"] != total:
@@ -86,24 +88,26 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
                 "resume with the same data, batch size and epochs"
             )
         update, best, validation = progress["update"], progress["best"], progress["validation"]
+        meter.sums, meter.counts = progress["meter"]
 
     def save() -> None:
         progress = {"update": update, "total": total, "best": best, "validation": validation}
+        progress["meter"] = (meter.sums, meter.counts)
         save_state(out / f"{STATE}.new", wrapped, optimizer, accelerator, progress)
         if main:
             save_model(out / "last", model, processor, config_yaml, state=out / f"{STATE}.new")
         accelerator.wait_for_everyone()
 
-    references = how.batch_size * how.accumulate * accelerator.num_processes  # of one update
+    references = batches.batch_size * how.accumulate * accelerator.num_processes  # of one update
     log = Log(out, config_yaml, updates=update) if main else None
     bar = tqdm(total=total * references, initial=update * references, desc="train", unit="ref", disable=not main)
-    meter, logged = Meter(), update
+    logged, losses, health = update, {}, torch.zeros(2)
     for epoch in range(update // per_epoch, how.epochs):
-        source = iter(training_loader(items, batches.at(epoch, start=update % per_epoch * how.accumulate), workers))
+        source = loaded(training_loader(items, batches.at(epoch, start=update % per_epoch * how.accumulate), workers))
         while update < (epoch + 1) * per_epoch:
             objective.train()
             scale = rate_scale(update, total, warmup=how.warmup_steps, final=how.final_lr_scale)
-            ramp = 1.0 if distillation.warmup == 0 else min(1.0, update / (distillation.warmup * total))
+            ramp = distillation.ramp(update / total)
             set_rates(optimizer, scale)
             for part in range(how.accumulate):
                 last_part = part + 1 == how.accumulate  # processes exchange gradients once per update
@@ -112,6 +116,7 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
                     accelerator.backward(losses["loss"] / how.accumulate)
                 meter.add(losses)
             norm = accelerator.clip_grad_norm_(wrapped.parameters(), how.max_grad_norm)
+            health = torch.stack([losses["loss"].detach(), torch.as_tensor(norm)])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             update += 1
@@ -119,14 +124,15 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
             if update % how.log_every == 0 or update == total:
                 row = meter.take(references * (update - logged))
                 logged = update
-                if not math.isfinite(row["loss"]):
-                    raise UserError(f"the loss is {row['loss']} at update {update}: lower training.lr or leave out bf16")
-                row |= {"lr": how.lr * scale, "ramp": ramp, "grad_norm": float(norm)}
+                _require_finite(health, update)
+                row |= {"lr": how.lr * scale, "ramp": ramp, "grad_norm": float(health[1])}
                 bar.set_postfix(loss=f"{row['loss']:.3f}", seg=f"{row['seg']:.3f}")
                 if log:
                     log.write({"step": update, "epoch": update / per_epoch, **row})
             if how.save_every and update % how.save_every == 0 and update % per_epoch:
+                _require_finite(health, update)
                 save()
+        _require_finite(health, update)
         if epoch + 1 == how.epochs or (epoch + 1) % how.validate_every == 0:
             bar.set_postfix_str("validating")
             limit = config.data.val_references
@@ -197,6 +203,7 @@ def open_split(config: Config, split: str) -> ReferringDataset:
 
 def _resume_point(out: Path, resume: bool) -> Path | None:
     """The state to go on from. A run is never overwritten, and never silently started afresh."""
+    recover(out / "last")
     state = out / "last" / STATE
     if resume and not state.is_file():
         raise UserError(f"there is no run to resume in {out} (no {state}): start one without --resume")
@@ -213,19 +220,29 @@ def _losses(
     return objective(images, batch.tokens.to(device), batch.targets.to(device), batch.image_index.to(device), ramp)
 
 
+def _require_finite(health: Tensor, update: int) -> None:
+    """Stop a run that has blown up, before its weights replace the last good ones. health: (loss, gradient norm)."""
+    loss, norm = health.tolist()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise UserError(
+            f"the loss is {loss} and the norm of its gradient {norm} at update {update}: "
+            "lower training.lr or leave out bf16"
+        )
+
+
 class Meter:
     """Means of the named losses, and references per second, since the last `take`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.parts = 0
+        self.counts: dict[str, int] = {}  # apart for each loss: those of the masked branches begin later
         self.since = time.perf_counter()
 
     def add(self, losses: dict[str, Tensor]) -> None:
         """Count one forward pass, without waiting for the device."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
-        self.parts += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self, references: int) -> dict[str, float]:
         """The means, and references per second; start again.
@@ -233,7 +250,7 @@ class Meter:
         Args:
             references: seen since the last `take`, in all processes.
         """
-        row = {name: float(value) / self.parts for name, value in self.sums.items()}
+        row = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
         row["references_per_s"] = references / (time.perf_counter() - self.since)
         self.__init__()
         return row
@@ -254,8 +271,9 @@ class Log:
         file = out / "metrics.jsonl"
         kept = []
         if updates and file.exists():
-            kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= updates]
-        file.write_text("".join(line + "\n" for line in kept))
+            whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= updates]
+        write_atomically(file, "".join(kept))
         self.file = file.open("a")
         try:
             from torch.utils.tensorboard import SummaryWriter

@@ -1,8 +1,8 @@
 """Parameter groups and the learning-rate schedule.
 
-CLIP trains at a fraction of the rate of the new layers. The rate is a pure function of the update (warm-up, then cosine) and
-is written into every group before every update: nothing to restore, and no group can miss its first rate (a peer's groups
-carried `initial_lr` but no `lr`, so its CLIP trained ten times too fast in the first epoch).
+CLIP trains at a fraction of the rate of the new layers. The rate is a pure function of the update (warm-up, then
+cosine) and is written into every group before every update: nothing to restore, and no group can miss its first rate (a
+peer's groups carried `initial_lr` but no `lr`, so its CLIP trained ten times too fast in the first epoch).
 """
 
 from __future__ import annotations

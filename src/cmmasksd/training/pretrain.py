@@ -1,15 +1,15 @@
 """Contrastive training of a small CLIP on generated scenes and their captions: `cmmasksd pretrain`.
 
-It makes the backbone that the package ships (`assets/tiny-clip`), so that everything works without a download. The result
-is an ordinary CLIP in transformers' format with its own byte-level tokenizer. No mask is ever used.
+It makes the backbone that the package ships (`assets/tiny-clip`), so that everything works without a download. The
+result is an ordinary CLIP in transformers' format with its own byte-level tokenizer. No mask is ever used.
 
-Two losses, both between images and texts of one batch:
+Two losses, both between the images and texts of a batch:
 
 - CLIP's own: class token against the caption of the whole scene (symmetric InfoNCE; Radford et al. 2021).
-- A late-interaction term, weight `region_weight`: a phrase about one object against the *patches* of every image, by the
-  smooth maximum of their cosines (in the spirit of FILIP, Yao et al. 2022). CLIP's own loss leaves the patch tokens of the
-  last block without any reason to align with words, and a small model on little data needs that reason. Set the weight to
-  0 for a plain CLIP.
+- A late-interaction term, weight `region_weight`: a phrase about one object against the *patches* of every image, by
+  the smooth maximum of their cosines (in the spirit of FILIP, Yao et al. 2022). CLIP's own loss leaves the patch tokens
+  of the last block without any reason to align with words, and a small model on little data needs that reason. Set the
+  weight to 0 for a plain CLIP.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import random
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,14 @@ from cmmasksd.data.scenes import STYLES, Scene, caption, describe, make_scene, r
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import Tokens, encode_image, encode_text
 from cmmasksd.model.processing import normalize, tokenize
+from cmmasksd.training.loop import Log
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
 
 def train_tokenizer(vocabulary: int, context: int, seed: int = 0) -> PreTrainedTokenizerBase:
-    """A small tokenizer of CLIP's kind (lower case, byte-level BPE: no sentence is unknown), trained on scene sentences."""
+    """A small tokenizer of CLIP's kind (lower case, byte-level BPE: nothing is unknown), trained on scene sentences."""
     from tokenizers.trainers import BpeTrainer
     from transformers import CLIPTokenizer
 
@@ -64,9 +65,12 @@ def train_tokenizer(vocabulary: int, context: int, seed: int = 0) -> PreTrainedT
     pieces = [p for p in pieces if not p.startswith("<|")]
     pieces += [a + "</w>" for a in alphabet if a + "</w>" not in model["vocab"]]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    merges: Any = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     return CLIPTokenizer(
-        vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=context, clean_up_tokenization_spaces=False
+        vocab={p: i for i, p in enumerate(pieces)},
+        merges=merges,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -98,11 +102,25 @@ def build_clip(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> CL
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
 
 
+REFERRING = 0.35
+"""How often a phrase is a referring sentence ("leftmost star"), where its object has one; else a full description."""
+
+
 class CaptionedScenes(Dataset):
     """Item i: an image (H, W, 3) uint8, its caption, and `phrases` texts that each name one of its objects."""
 
-    def __init__(self, count: int, *, phrases: int, seed: int, canvas: int, split: str = "pretrain", start: int = 0) -> None:
-        self.count, self.phrases, self.seed, self.canvas, self.split, self.start = count, phrases, seed, canvas, split, start
+    def __init__(
+        self,
+        count: int,
+        *,
+        phrases: int,
+        seed: int,
+        canvas: int,
+        split: str = "pretrain",
+        start: int = 0,
+    ) -> None:
+        self.count, self.phrases, self.seed = count, phrases, seed
+        self.canvas, self.split, self.start = canvas, split, start
 
     def __len__(self) -> int:
         return self.count
@@ -114,14 +132,14 @@ class CaptionedScenes(Dataset):
         return torch.from_numpy(render(scene)[0]), caption(scene, draw), self._phrases(scene, draw)
 
     def _phrases(self, scene: Scene, draw: random.Random) -> list[str]:
-        """Mostly full descriptions of different objects, which few other scenes match; sometimes a referring sentence."""
+        """Texts about different objects: full descriptions, which few other scenes match, and referring sentences."""
         order = list(range(len(scene.objects)))
         draw.shuffle(order)
         said = dict(scene.references)
         texts = []
         for k in range(self.phrases):
             which = order[k % len(order)]
-            if which in said and draw.random() < 0.35:
+            if which in said and draw.random() < REFERRING:
                 texts.append(draw.choice(said[which]))
             else:
                 texts.append(describe(scene, which, draw, drop=draw.choice((0.0, 0.0, 0.15))))
@@ -145,7 +163,7 @@ def region_similarity(texts: Tensor, patches: Tensor, sharpness: Tensor | float)
 def contrastive_losses(
     pooled: Tensor, patches: Tensor, captions: Tensor, phrases: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """CLIP's loss and the late-interaction loss.
+    """CLIP's loss, the late-interaction loss, and that within images.
 
     Args:
         pooled: (B, D) image embeddings. patches: (B, N, D). captions: (B, D). phrases: (B * P, D), those of one image
@@ -171,68 +189,91 @@ def contrastive_losses(
 
 
 @torch.no_grad()
-def retrieval(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, *, scenes: int = 256, seed: int = 1) -> dict[str, float]:
+def retrieval(
+    clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, *, scenes: int = 256, seed: int = 1
+) -> dict[str, float]:
     """Caption-to-image retrieval and pointing accuracy on scenes that training never drew (another seed, split val).
 
     Returns:
         "R@1", "R@5": fraction of captions whose own image ranks first, or among the first five, of `scenes` images.
         "pointing": fraction of full descriptions whose best patch has its centre inside the object they name.
+        "pointing_referring": the same for short referring sentences.
     """
     clip.eval()
-    device, canvas = clip.device, clip.config.vision_config.image_size
-    images, texts, phrases, owners, targets = [], [], [], [], []
+    vision: Any = clip.config.vision_config
+    device, canvas, size = clip.device, vision.image_size, vision.patch_size
+    images, texts, owners = [], [], []
+    named: dict[str, list[tuple[str, int]]] = {"pointing": [], "pointing_referring": []}  # text, object
     for index in range(scenes):
         scene = make_scene(seed, "val", index, canvas=canvas)
         draw = random.Random(f"{seed}/retrieval/{index}")
         image, owner = render(scene)
         images.append(torch.from_numpy(image))
+        owners.append(torch.from_numpy(owner))
         texts.append(caption(scene, draw))
         which = draw.randrange(len(scene.objects))
-        phrases.append(describe(scene, which, draw))
-        owners.append(torch.from_numpy(owner))
-        targets.append(which)
+        named["pointing"].append((describe(scene, which, draw), which))
+        which, said = scene.references[0]
+        named["pointing_referring"].append((said[0], which))
     features, pooled = encode_image(clip, normalize(torch.stack(images).to(device).permute(0, 3, 1, 2)))
     sentence = encode_text(clip, tokenize(tokenizer, texts).to(device)).sentence
     similarity = F.normalize(sentence, dim=-1) @ F.normalize(pooled, dim=-1).T
     rank = (similarity > similarity.diag()[:, None]).sum(1)
-    sentence = encode_text(clip, tokenize(tokenizer, phrases).to(device)).sentence
-    best = torch.einsum("bd,bnd->bn", F.normalize(sentence, dim=-1), F.normalize(features.patches, dim=-1)).argmax(1).cpu()
-    size = clip.config.vision_config.patch_size
-    rows, columns = best // features.grid[1] * size + size // 2, best % features.grid[1] * size + size // 2
-    hit = torch.stack(owners)[torch.arange(scenes), rows, columns] == torch.tensor(targets)
+    patches = F.normalize(features.patches, dim=-1)
+    hits = {}
+    for kind, pairs in named.items():
+        sentence = encode_text(clip, tokenize(tokenizer, [text for text, _ in pairs]).to(device)).sentence
+        best = torch.einsum("bd,bnd->bn", F.normalize(sentence, dim=-1), patches).argmax(1).cpu()
+        rows, columns = best // features.grid[1] * size + size // 2, best % features.grid[1] * size + size // 2
+        seen = torch.stack(owners)[torch.arange(scenes), rows, columns]
+        hits[kind] = (seen == torch.tensor([which for _, which in pairs])).float().mean().item()
     return {
         "R@1": (rank < 1).float().mean().item(),
         "R@5": (rank < 5).float().mean().item(),
-        "pointing": hit.float().mean().item(),
+        **hits,
     }
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train, or go on from the last saved state in `config.out`; return the folder of the finished model."""
+    """Train, or go on from the last saved state in `config.out`; return the folder of the finished model.
+
+    Raises:
+        UserError: when the state in `config.out` is damaged, or of another model or a longer run.
+    """
     from tqdm import tqdm
 
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = train_tokenizer(config.vocabulary, config.context, config.seed)
-    clip = build_clip(config, tokenizer).to(device).train()
+    clip = build_clip(config, tokenizer).train()
+    clip.to(device)  # pyright: ignore (its decorator hides the method)
     decay = [p for n, p in clip.named_parameters() if p.ndim > 1 and "embedding" not in n]
     plain = [p for n, p in clip.named_parameters() if p.ndim <= 1 or "embedding" in n]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / config.warmup)
-        * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))),
+        lambda step: (
+            min(1.0, (step + 1) / max(1, config.warmup))
+            * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps))))
+        ),
     )
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     state_file, start = out / "state.pt", 0
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=device)
-        clip.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        start = state["step"]
+        try:
+            state = torch.load(state_file, weights_only=True, map_location=device)
+            clip.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            start = state["step"]
+        except Exception as error:  # torch raises many kinds for a damaged or foreign file
+            raise UserError(
+                f"cannot go on from {state_file}: {error}. Choose another folder with --pretrain.out"
+            ) from error
+        if start > config.steps:
+            raise UserError(f"{state_file} has had {start} steps already: ask for more than {config.steps}")
     data = CaptionedScenes(
         (config.steps - start) * config.batch_size,
         phrases=config.phrases,
@@ -241,11 +282,13 @@ def pretrain(config: PretrainConfig) -> Path:
         start=start * config.batch_size,
     )
     collate = _Collate(tokenizer)
-    loader = DataLoader(data, config.batch_size, num_workers=config.workers, collate_fn=collate, persistent_workers=False)
-    log = (out / "metrics.jsonl").open("a")
+    loader = DataLoader(
+        data, config.batch_size, num_workers=config.workers, collate_fn=collate, persistent_workers=False
+    )
+    log = Log(out, json.dumps(asdict(config), indent=2, default=str) + "\n", updates=start)  # JSON is YAML
     bar = tqdm(total=config.steps, initial=start, desc="pretrain", unit="step")
     begin, seen = time.perf_counter(), 0
-    running = torch.zeros(2)
+    running, count = torch.zeros(2), 0
     for step, (images, captions, phrases) in enumerate(loader, start=start + 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
             features, pooled = encode_image(clip, normalize(images.to(device).permute(0, 3, 1, 2)))
@@ -259,27 +302,26 @@ def pretrain(config: PretrainConfig) -> Path:
         optimizer.step()
         schedule.step()
         running += torch.tensor([whole.item(), region.item()])
+        count += 1
         seen += len(images)
         bar.update()
-        if step % 25 == 0 or step == config.steps:
-            count = 25 if step % 25 == 0 else step % 25
+        saving = step % config.save_every == 0 or step == config.steps
+        if step % 25 == 0 or saving:
             mean = (running / count).tolist()
-            running.zero_()
+            running, count = torch.zeros(2), 0
             row = {"step": step, "loss_clip": mean[0], "loss_region": mean[1], "scale": scale.item()}
             row["images_per_s"] = seen / (time.perf_counter() - begin)
-            if step % config.save_every == 0 or step == config.steps:
+            if saving:
                 row |= retrieval(clip, tokenizer)
                 clip.train()
                 state = {"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                 torch.save(state | {"schedule": schedule.state_dict()}, state_file.with_suffix(".tmp"))
                 state_file.with_suffix(".tmp").replace(state_file)
                 save_clip(clip, tokenizer, out / "clip")
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            log.write(row)
             bar.set_postfix(clip=f"{mean[0]:.2f}", region=f"{mean[1]:.2f}", images=f"{row['images_per_s']:.0f}/s")
     bar.close()
     log.close()
-    (out / "pretrain.json").write_text(json.dumps(asdict(config) | {"out": str(config.out)}, indent=2) + "\n")
     return out / "clip"
 
 

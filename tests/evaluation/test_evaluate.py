@@ -1,0 +1,242 @@
+"""Scoring: all sentences, at the original size, exact counts, and the same bytes from one process and from two.
+
+Most tests use a rigged network whose answer is "the bright pixels", on images that fit the canvas without scaling.
+Then the prediction is known to the pixel, and plain numpy gives the counts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cmmasksd.assets import tiny_clip
+from cmmasksd.cli import main
+from cmmasksd.data.samples import Expression, Reference
+from cmmasksd.errors import UserError
+from cmmasksd.evaluation.evaluate import BLOCK, evaluate
+from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
+from cmmasksd.model.clip import ImageFeatures
+from cmmasksd.model.configuration import CMMaskSDConfig
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+
+
+@dataclass
+class Boxes:
+    """Bright boxes on black: image i has i % 3 + 1 references with two sentences each; the masks are off by some."""
+
+    sizes: tuple[tuple[int, int], ...] = ((32, 64), (64, 48), (64, 64), (20, 64), (64, 20))
+    mask_size: tuple[int, int] | None = None
+    name: str = "boxes"
+    split: str = "val"
+
+    def groups(self):
+        counts = [i % 3 + 1 for i in range(len(self.sizes))]
+        ends = np.cumsum(counts)
+        return [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
+
+    def __len__(self):
+        return sum(map(len, self.groups()))
+
+    def __getitem__(self, index):
+        image = next(i for i, group in enumerate(self.groups()) if index in group)
+        texts = tuple(Expression(1000 - 10 * index - k, f"box {index} said {k}") for k in range(2))
+        return Reference(50 + index, image, (index,), self.split, texts)
+
+    def _box(self, reference):
+        height, width = self.sizes[reference.image_id]
+        return height // 4, height - height // 4, width // 4, width - width // 4
+
+    def image(self, reference):
+        image = np.zeros((*self.sizes[reference.image_id], 3), np.uint8)
+        top, bottom, left, right = self._box(reference)
+        image[top:bottom, left:right] = 255
+        return image
+
+    def mask(self, reference):
+        mask = np.zeros(self.mask_size or self.sizes[reference.image_id], bool)
+        top, bottom, left, right = self._box(reference)
+        mask[top : bottom - (reference.ref_id - 50) % 4, left:right] = True
+        return mask
+
+
+class Bright(nn.Module):
+    """Answers every sentence with the bright pixels of the canvas."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        super().__init__()
+        self.modes = []
+
+    def encode_image(self, pixels):
+        self.modes.append(self.training)
+        return ImageFeatures(pixels.mean(1).flatten(1)[..., None], pixels.shape[-2:])
+
+    def encode_text(self, tokens):
+        return tokens
+
+    def decode(self, image, text):
+        assert len(image) == len(text)
+        return image.patches.view(len(image), *image.grid)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return CMMaskSDProcessor(load_tokenizer(tiny_clip()), (64, 64), patch_size=16, resize="letterbox", max_tokens=16)
+
+
+def by_hand(data):
+    """sent_id -> (intersection, union), by numpy."""
+    counts = {}
+    for index in range(len(data)):
+        reference = data[index]
+        bright, mask = data.image(reference)[..., 0] > 127, data.mask(reference)
+        for expression in reference.expressions:
+            counts[expression.sent_id] = (int((bright & mask).sum()), int((bright | mask).sum()))
+    return counts
+
+
+def test_counts_and_scores_equal_a_computation_by_hand(processor):
+    """Also: the letterbox is undone and the image's own size is what is scored."""
+    data = Boxes()
+    rows, scores, truncated = evaluate(Bright(), processor, data, progress=False)
+    counts = by_hand(data)
+    assert {row.sent_id: (row.intersection, row.union) for row in rows} == counts
+    intersections, unions = np.array(list(counts.values())).T
+    ious = intersections / unions
+    expected = {"oIoU": intersections.sum() / unions.sum(), "mIoU": ious.mean()}
+    expected |= {f"P@0.{x}": (ious >= x / 10).mean() for x in range(5, 10)}
+    assert list(scores) == list(METRIC_NAMES)
+    assert scores == pytest.approx(expected)
+    assert 0.8 < scores["mIoU"] < scores["P@0.5"] == 1
+    assert truncated == 0
+
+
+@pytest.mark.parametrize("resize", ["letterbox", "warp"])
+def test_images_of_another_size_than_the_canvas_are_scored_at_their_own(processor, resize):
+    data = Boxes(sizes=((96, 160), (40, 24)))
+    other = CMMaskSDProcessor(processor.tokenizer, (64, 64), patch_size=16, resize=resize)
+    rows, _, _ = evaluate(Bright(), other, data, progress=False)
+    counts = by_hand(data)
+    for row in rows:
+        assert row.union == pytest.approx(counts[row.sent_id][1], rel=0.1)
+        assert row.iou == pytest.approx(counts[row.sent_id][0] / counts[row.sent_id][1], abs=0.1)
+
+
+def test_every_sentence_once_sorted_by_its_id(processor):
+    data = Boxes()
+    rows, _, _ = evaluate(Bright(), processor, data, progress=False)
+    ids = [row.sent_id for row in rows]
+    assert ids == sorted(e.sent_id for index in range(len(data)) for e in data[index].expressions)
+    (row,) = (row for row in rows if row.sent_id == 1000 - 31)
+    assert (row.ref_id, row.image_id, row.sentence) == (53, 2, "box 3 said 1")
+
+
+def test_more_images_than_a_block_and_workers(processor):
+    data = Boxes(sizes=((32, 64), (64, 48)) * BLOCK + ((64, 64),))
+    rows, scores, _ = evaluate(Bright(), processor, data, progress=False)
+    assert {row.sent_id: (row.intersection, row.union) for row in rows} == by_hand(data)
+    assert evaluate(Bright(), processor, data, progress=False, workers=1)[:2] == (rows, scores)
+
+
+def test_the_limit_takes_whole_images(processor):
+    data = Boxes()
+    for limit, references in ((1, 1), (2, 3), (3, 3), (4, 6), (0, 9), (100, 9)):
+        rows, _, _ = evaluate(Bright(), processor, data, references=limit, progress=False)
+        assert {row.ref_id for row in rows} == set(range(50, 50 + references)), limit
+
+
+def test_threshold_and_truncation(processor):
+    data = Boxes()
+    strict = replace(ORIGINAL, threshold=0.95)
+    _, scores, _ = evaluate(Bright(), processor, data, protocol=strict, progress=False)
+    assert scores["oIoU"] == 0  # no logit is above 2.9
+    short = CMMaskSDProcessor(processor.tokenizer, (64, 64), patch_size=16, resize="letterbox", max_tokens=4)
+    assert evaluate(Bright(), short, data, progress=False)[2] == 18
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_restored(processor, training):
+    model = Bright().train(training)
+    evaluate(model, processor, Boxes(), progress=False)
+    assert model.training is training
+    assert model.modes == [False]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
+    with pytest.raises(UserError, match=r"^the mask of reference 50 is \(8, 8\), its image \(32, 64\)"):
+        evaluate(Bright(), processor, Boxes(mask_size=(8, 8)), progress=False, workers=workers)
+
+
+# -- processes
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A network with weights wild enough to answer differently everywhere."""
+    from transformers import CLIPConfig
+
+    tokenizer = load_tokenizer(tiny_clip())
+    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = tower | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    vision = tower | {"image_size": 64, "patch_size": 16}
+    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    torch.manual_seed(0)
+    model = CMMaskSDModel(
+        CMMaskSDConfig(
+            clip_config=clip, decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32, head_width=16
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    CMMaskSDProcessor(tokenizer, (64, 64), patch_size=16, max_tokens=32).save_pretrained(folder)
+    return folder
+
+
+def test_two_processes_write_the_same_bytes_as_one(model_folder, tmp_path, monkeypatch):
+    """A real launch. 17 images make 3 blocks, which 2 processes cannot share out evenly."""
+    from accelerate.state import AcceleratorState
+
+    arguments = ["evaluate", "--model", str(model_folder), "--data", "scenes", "--split", "val"]
+    arguments += ["--references", "51", "--scene_size", "64", "--workers", "0", "--out"]
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "from cmmasksd.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "import torch.distributed as dist\n"
+        "assert dist.get_world_size() == 2\n"
+        "dist.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    run = subprocess.run([*launch, *arguments, str(tmp_path / "two")], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("scenes val") == 1  # one process prints the table
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*arguments, str(tmp_path / "one")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("results.json", "expressions.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    rows = [json.loads(line) for line in (tmp_path / "one" / "expressions.jsonl").read_text().splitlines()]
+    assert len({row["ref_id"] for row in rows}) == 51
+    assert len({row["IoU"] for row in rows}) > 10  # the comparison compares something

@@ -1,0 +1,131 @@
+"""Fusion decoder and mask head: attention against torch's own, positions, and what the words' mask hides."""
+
+import pytest
+import torch
+from torch import nn
+
+from cmmasksd.model.decoder import Attention, FusionDecoder, grid_positions
+from cmmasksd.model.mask_head import MaskHead
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def test_attention_equals_torch():
+    ours, theirs = Attention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.normal_(std=0.3)
+        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key_value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key_value.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+    queries, keys = torch.randn(2, 7, 24), torch.randn(2, 5, 24)
+    mask = torch.tensor([[True, True, False, True, False], [True, False, False, False, False]])
+    for key_mask in (None, mask):
+        hidden = None if key_mask is None else ~key_mask
+        expected, _ = theirs(queries, keys, keys, key_padding_mask=hidden)
+        torch.testing.assert_close(ours(queries, keys, key_mask), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (3, 5), (30, 30), (2, 40)])
+@pytest.mark.parametrize("width", [32, 30])  # one that four does not divide, too
+def test_every_cell_has_a_position_of_its_own(grid, width):
+    positions = grid_positions(grid, width, torch.device("cpu"))
+    assert positions.shape == (grid[0] * grid[1], width)
+    assert positions.abs().amax() <= 1
+    distance = torch.cdist(positions, positions) + 10 * torch.eye(len(positions))
+    assert distance.amin() > 0.05
+
+
+def test_positions_tell_rows_from_columns_and_run_row_by_row():
+    positions = grid_positions((4, 6), 32, torch.device("cpu")).unflatten(0, (4, 6))
+    row, column = positions[..., :16], positions[..., 16:]
+    assert torch.equal(row, row[:, :1].expand_as(row))
+    assert torch.equal(column, column[:1].expand_as(column))
+
+
+def test_positions_do_not_depend_on_the_size_of_the_grid():
+    """The centre of a grid is the centre of a finer one: a model works at another size than it was trained at."""
+    coarse, fine = (grid_positions((side, side), 32, torch.device("cpu")).unflatten(0, (side, side)) for side in (3, 9))
+    torch.testing.assert_close(coarse[1, 1], fine[4, 4])
+    torch.testing.assert_close(coarse[0, 2], fine[1, 7])
+
+
+def test_masked_words_have_no_influence_and_the_others_do():
+    decoder = FusionDecoder(12, width=16, layers=2, heads=2, mlp=24).eval()
+    patches, words, sentence = torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12)
+    mask = torch.tensor([[True, False, True, False]])
+    before = decoder(patches, words, sentence, mask, (2, 3))
+    assert before.shape == (1, 6, 16)
+    for index, visible in enumerate(mask[0]):
+        other = words.clone()
+        other[:, index] += 1
+        assert torch.equal(decoder(patches, other, sentence, mask, (2, 3)), before) is not bool(visible)
+
+
+def test_a_sentence_without_words_still_decodes():
+    decoder = FusionDecoder(12, width=16, layers=2, heads=2, mlp=24)
+    none = torch.zeros(1, 4, dtype=torch.bool)
+    assert decoder(torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12), none, (2, 3)).isfinite().all()
+
+
+def test_decoder_knows_where_a_patch_lies():
+    """Permuted patches give permuted features only if positions are missing."""
+    decoder = FusionDecoder(12, width=16, layers=1, heads=2, mlp=24).eval()
+    patches, words, sentence = torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    turned = decoder(patches.flip(1), words, sentence, mask, (2, 3)).flip(1)
+    assert not torch.allclose(turned, decoder(patches, words, sentence, mask, (2, 3)), atol=1e-2)
+
+
+def test_decoder_reads_how_well_each_patch_matches_the_sentence():
+    """Compared with the other patches: whatever the length of the features, and the level of all cosines."""
+    decoder = FusionDecoder(12, width=16, layers=0, heads=2, mlp=24)
+    with torch.no_grad():  # nothing but the match is left: no patch content, and one position for all
+        decoder.patch_in.weight.zero_()
+        sentence, patches = torch.randn(1, 12), torch.randn(1, 6, 12)
+        words, mask = torch.zeros(1, 1, 12), torch.ones(1, 1, dtype=torch.bool)
+        empty = decoder(torch.zeros(1, 6, 12), words, sentence, mask, (2, 3))
+        seen = decoder(patches, words, sentence, mask, (2, 3))
+        assert not torch.allclose(seen, empty, atol=1e-2)
+        longer = decoder(7 * patches, words, 3 * sentence, mask, (2, 3))
+        torch.testing.assert_close(longer, seen, rtol=1e-4, atol=1e-4)
+        # the same ranking of the patches, nearer to the sentence as a whole: the match, and so the output, is the same
+        cosine = torch.tensor([0.1, 0.2, -0.1, 0.3, 0.0, 0.15])
+        axis, other = torch.eye(12)[:2]
+
+        def turned(cosines):
+            return (cosines[:, None] * axis + (1 - cosines**2).sqrt()[:, None] * other)[None]
+
+        low, high = (decoder(turned(c), words, axis[None], mask, (2, 3)) for c in (cosine, cosine + 0.5))
+        torch.testing.assert_close(low, high, rtol=1e-3, atol=1e-3)
+
+
+def test_head_applies_the_kernel_of_the_sentence():
+    head = MaskHead(12, 16, 32)
+    fused, sentence = torch.randn(2, 6, 16), torch.randn(2, 12)
+    logits = head(fused, sentence, (2, 3))
+    assert logits.shape == (2, 8, 12)
+    with torch.no_grad():  # a kernel of nothing but its bias leaves only that
+        head.kernel.weight.zero_()
+        head.kernel.bias.zero_()[-1] = 0.75
+        assert torch.equal(head(fused, sentence, (2, 3)), torch.full((2, 8, 12), 0.75))
+        head.kernel.bias[0] = 2.0  # and one weight adds that channel, scaled by the root of their number
+        channel = head(fused, sentence, (2, 3)) - 0.75
+    assert (channel >= 0).all()  # it comes out of a ReLU
+    assert channel.amax() > 0
+
+
+def test_head_keeps_the_layout_of_the_grid():
+    """A patch changes the logits at its own place most."""
+    head = MaskHead(12, 16, 32)
+    fused, sentence = torch.randn(1, 40, 16), torch.randn(1, 12)
+    other = fused.clone()
+    other[:, 3 * 8 + 6] += 5  # row 3, column 6 of a grid of 5 x 8
+    with torch.no_grad():
+        change = (head(other, sentence, (5, 8)) - head(fused, sentence, (5, 8))).abs()[0]
+    row, column = divmod(int(change.argmax()), 32)
+    assert abs((row + 0.5) / 4 - 3.5) < 1
+    assert abs((column + 0.5) / 4 - 6.5) < 1

@@ -1,0 +1,511 @@
+"""The command line as scripts use it: what it leaves on disk, its exit codes, and one clear line for every mistake."""
+
+import errno
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from cmmasksd import cli
+from cmmasksd.config import DATASETS
+from cmmasksd.data.refer import ReferDataset
+from cmmasksd.data.scenes import SceneDataset
+from cmmasksd.errors import UserError
+
+METRICS = ["oIoU", "mIoU", "P@0.5", "P@0.6", "P@0.7", "P@0.8", "P@0.9"]
+SCENES = ["--references", "6", "--scene_size", "64"]
+
+
+def main(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def micro(tiny_clip_folder: Path) -> list[str]:
+    """Settings of a run that takes seconds."""
+    values = {
+        "data.train_references": 12, "data.val_references": 6, "data.scene_size": 64, "data.workers": 0,
+        "model.backbone": tiny_clip_folder, "model.size": "[64,64]", "model.max_tokens": 20,
+        "model.decoder_width": 32, "model.decoder_layers": 1, "model.decoder_heads": 2, "model.decoder_mlp": 32,
+        "model.head_width": 16, "training.batch_size": 6, "training.warmup_steps": 1,
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def run(micro: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on scenes."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main("train", *micro, "--training.out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes as a REFER release."""
+    out = tmp_path_factory.mktemp("release")
+    assert main("data", "scenes", "--out", out, "--train", 12, "--test", 6, "--size", 64) == 0
+    return out
+
+
+@pytest.fixture
+def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """What mistakes are made with; also the working folder, so that nothing else is written."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("good.png")
+    Path("cut.jpg").write_bytes((release / "images/train2014").glob("*.jpg").__next__().read_bytes()[:600])
+    Path("text.jpg").write_text("no picture")
+    Path("unknown.yaml").write_text("data: {nmae: refcoco}\n")
+    Path("type.yaml").write_text("training: {epochs: many}\n")
+    Path("syntax.yaml").write_text("data: {name: [\n")
+    Path("empty").mkdir()
+    return {"tmp": tmp_path, "model": run / "best", "run": run, "release": release, "file": tmp_path / "text.jpg"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help
+
+
+def test_help_of_every_command_is_light():
+    """In a process of its own, since this one has torch already."""
+    code = """
+import contextlib, io, sys
+from cmmasksd.cli import main
+for command in ["", "demo", "train", "evaluate", "predict", "data", "data scenes", "pretrain", "report"]:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        try:
+            main([*command.split(), "--help"])
+        except SystemExit as end:
+            assert end.code == 0, command
+        else:
+            raise AssertionError(command)
+    assert text.getvalue().startswith("usage: cmmasksd"), command
+heavy = {"torch", "transformers", "numpy", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        main("--help")
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in ("demo", "train", "evaluate", "predict", "data", "pretrain", "report"))
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cmmasksd", "train", "--training.epochs", "0"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "cmmasksd train: training.epochs is 0: it must be at least 1\n"
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+EVALUATE = "evaluate --model {model} --out out"
+PREDICT = "predict --model {model} --out out"
+MISTAKES = [
+    ("", "command"),
+    ("bogus", "'bogus' (choose from 'demo', 'train'"),
+    ("data", "data.kind"),
+    ("data bogus", "'bogus'"),
+    ("train --data.nmae refcoco", "unrecognized arguments: --data.nmae"),
+    ("train --config unknown.yaml", "'data.nmae'"),
+    ("train --config type.yaml", "--training.epochs: Expected a int. Got value: many"),
+    ("train --config syntax.yaml", "line 2"),
+    ("train --config absent.yaml", "absent.yaml"),
+    ("train --config empty", "empty"),
+    ("train --data.workers abc", "--data.workers: Expected a int. Got value: abc"),
+    ("train --model.resize squash", "--model.resize: Expected one of 'warp', 'letterbox'. Got value: squash"),
+    ("train --model.size 128", "--model.size"),
+    ("train --training.lr nan", "--training.lr"),
+    ("train --distillation.vision_ratio 3", "vision_ratio 3.0"),
+    ("train --model.backbone absent", "model folder absent"),
+    ("train --training.out {run}", "--resume"),
+    ("train --training.out new --resume", "no run to resume"),
+    ("demo --data.name refcoco", "cmmasksd train"),
+    ("evaluate", "required: --model"),
+    (EVALUATE + " --data refcoco9 --split val", ", ".join(DATASETS)),
+    (EVALUATE + " --data scenes --split tset", "train, val, testA, testB"),
+    (EVALUATE + " --data scenes --split val --root {release}", "leave out --root"),
+    (EVALUATE + " --data scenes --split val --references -1", "at least 1"),
+    (EVALUATE + " --data scenes --split val --threshold 1.5", "between 0 and 1"),
+    (EVALUATE + " --data scenes --split val --workers -1", "--workers is -1"),
+    (EVALUATE + " --data refcoco --split val", "--root"),
+    (EVALUATE + " --data refcoco --split val --root absent", "absent"),
+    (EVALUATE + " --data refcoco --split tset --root {release}", "val"),
+    (EVALUATE + " --data refcoco+ --split val --root {release}", "refcoco+"),
+    ("evaluate --model absent --out out --data scenes --split val", "model folder absent"),
+    ("evaluate --model empty --out out --data scenes --split val", "empty"),
+    ("evaluate --model {model} --out {file}/out --data scenes --split val", "Not a directory"),
+    ("predict --model {model} --image good.png", "required: --text"),
+    (PREDICT + " --image absent.png --text x", "absent.png does not exist"),
+    (PREDICT + " --image text.jpg --text x", "not an image"),
+    (PREDICT + " --image cut.jpg --text x", "damaged"),
+    (PREDICT + " --image empty --text x", "is not a file"),
+    (PREDICT + " --image good.png --text=", "--text is empty"),
+    (PREDICT + " --image good.png --text x --text=", "--text is empty"),
+    (PREDICT + " --image good.png --text x --threshold 0", "between 0 and 1"),
+    (PREDICT + " --image good.png --text x --device toaster", "device 'toaster'"),
+    ("predict --model absent --image good.png --text x --out out", "model folder absent"),
+    ("predict --model {model} --image good.png --text x --out {file}/out", "Not a directory"),
+    ("data scenes --out out --name refcoco", "--name: Expected one of 'scenes', 'scenes+', 'scenesg'"),
+    ("data scenes --out out --train 0", "--train is 0"),
+    ("data scenes --out out --size 10", "at least 64"),
+    ("data scenes --out {release} --train 3 --test 3 --size 64", "already exists"),
+    ("data scenes --out {file}/out --train 3 --test 3 --size 64", "Not a directory"),
+    ("report --model {model} --results empty --out page.html", "cmmasksd evaluate"),
+]
+
+
+@pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=[typed or "nothing" for typed, _ in MISTAKES])
+def test_a_mistake_is_one_line(typed: str, said: str, place: dict[str, Path], capsys: pytest.CaptureFixture[str]):
+    before = {path: path.stat().st_mtime_ns for path in [*place["tmp"].rglob("*"), *place["run"].rglob("*")]}
+    assert cli.main([part.format(**place) for part in typed.split()]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"cmmasksd {typed.split()[0]}: " if typed not in ("", "bogus") else "cmmasksd: ")
+    assert said in err
+    after = {path: path.stat().st_mtime_ns for path in [*place["tmp"].rglob("*"), *place["run"].rglob("*")]}
+    assert after == before  # nothing lost, nothing left behind
+
+
+def test_a_run_that_cannot_be_written(place: dict[str, Path], micro: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main("train", *micro, "--training.out", place["file"] / "run") == 2
+    err = capsys.readouterr().err
+    assert "text.jpg" in err
+    assert "Not a directory" in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_for_results_is_made_before_the_scoring(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Hours of scoring must not end in a folder that cannot be made."""
+
+    def never(*given: object, **named: object) -> None:
+        raise AssertionError("scored before the folder was made")
+
+    import cmmasksd.evaluation.evaluate as scoring
+
+    monkeypatch.setattr(scoring, "evaluate", never)
+    (tmp_path / "taken").write_text("a file")
+    given = ["--model", run / "best", "--data", "scenes", "--split", "val", "--out", tmp_path / "taken", *SCENES]
+    assert main("evaluate", *given) == 2
+    assert "File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+        PermissionError(errno.EACCES, "Permission denied", "runs/x"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "runs/x"),
+        OSError("a library's own\nwords"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        UserError("say\nso"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_system_refuses_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_report", fail)
+    assert main("report", "--model", "m", "--results", "r", "--out", "o") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("cmmasksd report: ")
+    assert err.count("\n") == 1
+    if getattr(error, "filename", None):
+        assert f"runs/x: {error.strerror}" in err  # pyright: ignore
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), AssertionError("x"), RuntimeError("shapes")])
+def test_a_mistake_of_ours_keeps_its_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def fail(*given: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_report", fail)
+    with pytest.raises(type(error), match=r"x|shapes"):
+        main("report", "--model", "m", "--results", "r", "--out", "o")
+
+
+def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupt(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_report", interrupt)
+    assert main("report", "--model", "m", "--results", "r", "--out", "o") == 130
+    assert capsys.readouterr().err == "cmmasksd report: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are a matter of POSIX")
+def test_a_full_disk(micro: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Files may not grow beyond a hundred kilobytes: the model's weights do not fit."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        code = main("train", *micro, "--training.out", tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    err = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("cmmasksd train: a file could not be written")
+    assert not (tmp_path / "run" / "best").exists()  # no half of a model
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_stops_a_training_in_one_line(
+    workers: int, release: Path, micro: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Also where another process finds it, whose traceback torch would send along."""
+    broken = shutil.copytree(release, tmp_path / "data")
+    for image in (broken / "images/train2014").iterdir():
+        image.write_bytes(image.read_bytes()[:300])
+    given = ["--data.name=refcoco", f"--data.root={broken}", f"--training.out={tmp_path / 'run'}"]
+    assert main("train", *micro, *given, f"--data.workers={workers}") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith(f"cmmasksd train: image {broken}")
+    assert "does not decode" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work
+
+
+def test_print_config(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """What is printed can be given back as --config."""
+    with pytest.raises(SystemExit, match="0"):
+        main("train", "--training.epochs", 3, "--print_config")
+    shown = capsys.readouterr().out
+    assert yaml.safe_load(shown)["training"]["epochs"] == 3
+    (tmp_path / "again.yaml").write_text(shown)
+    with pytest.raises(SystemExit, match="0"):
+        main("train", "--config", tmp_path / "again.yaml", "--print_config")
+    assert capsys.readouterr().out == shown
+
+
+def test_train_leaves_a_run(run: Path):
+    text = (run / "config.yaml").read_text()
+    for folder in ("best", "last"):
+        assert (run / folder / "config.yaml").read_text() == text
+        assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= set(
+            os.listdir(run / folder)
+        )
+    rows = lines(run / "metrics.jsonl")
+    assert any("loss" in row for row in rows)
+    assert any("oIoU" in row and "mIoU" in row for row in rows)
+
+
+def test_the_saved_config_is_the_config_of_the_run(
+    run: Path, micro: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shown = []
+    for given in (["--config", run / "best" / "config.yaml"], [*micro, "--training.out", run]):
+        with pytest.raises(SystemExit, match="0"):
+            main("train", *given, "--print_config")
+        shown.append(yaml.safe_load(capsys.readouterr().out))
+    assert shown[0] == shown[1]
+    assert {key: shown[0][key] for key in shown[0] if key != "resume"} == yaml.safe_load(
+        (run / "config.yaml").read_text()
+    )
+
+
+def test_resume_of_a_finished_run_changes_nothing(
+    run: Path, micro: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert main("train", *micro, "--training.out", copy, "--resume") == 0
+    assert "oIoU" in capsys.readouterr().out
+    assert (copy / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+    assert (copy / "last/model.safetensors").read_bytes() == (run / "last/model.safetensors").read_bytes()
+
+
+def test_evaluate_and_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "a" / "b"
+    given = ["--model", run / "best", "--data", "scenes", "--split", "testA", "--out", out, *SCENES]
+    assert main("evaluate", *given) == 0
+    header = capsys.readouterr().out.splitlines()[0].split()
+    assert header.index("mIoU") == header.index("oIoU") + 1
+
+    results, rows = json.loads((out / "results.json").read_text()), lines(out / "expressions.jsonl")
+    data = SceneDataset("scenes", "testA", 6, seed=0, canvas=64)
+    said = {e.sent_id: (r.ref_id, r.image_id, e.text) for r in (data[i] for i in range(6)) for e in r.expressions}
+    assert {row["sent_id"]: (row["ref_id"], row["image_id"], row["sentence"]) for row in rows} == said
+    assert results["split"] == "testA"
+    assert results["expressions"] == len(rows) == len(said)
+    assert results["protocol"]["threshold"] == 0.5
+    intersections, unions = ([row[key] for row in rows] for key in ("intersection", "union"))
+    assert results["oIoU"] == pytest.approx(sum(intersections) / sum(unions))
+    assert results["mIoU"] == pytest.approx(np.mean([row["IoU"] for row in rows]))
+    assert all(0 <= results[name] <= 1 for name in METRICS)
+
+    page = tmp_path / "page.html"
+    given = ["--model", run / "best", "--results", out, "--metrics", run / "metrics.jsonl", "--out", page]
+    assert main("report", *given) == 0
+    assert all(name in page.read_text() for name in ("<html", "oIoU", "mIoU", "testA"))
+
+
+@pytest.mark.parametrize("key", ["data", "log"])
+def test_report_of_foreign_files(key: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = {"split": "val", **dict.fromkeys(METRICS, 0.5), "expressions": 1, "protocol": {"threshold": 0.5}}
+    results |= {} if key == "data" else {"data": "scenes"}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "expressions.jsonl").write_text("")
+    (tmp_path / "log.jsonl").write_text("not JSON\n")
+    given = ["--model", run / "best", "--results", tmp_path, "--metrics", tmp_path / "log.jsonl"]
+    assert main("report", *given, "--out", tmp_path / "page.html") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 90, 3), dtype=np.uint8)).save(tmp_path / "a b.png")
+    texts = ["the red circle", "true", "a: [star] / Stern", "红色的圆", "true"]
+    given = [part for text in texts for part in ("--text", text)]
+    out = tmp_path / "out" / "masks"
+    assert main("predict", "--model", run / "best", "--image", tmp_path / "a b.png", *given, "--out", out) == 0
+    shown = capsys.readouterr().out.splitlines()
+    masks, overlays = sorted(out.glob("*_mask.png")), sorted(out.glob("*_overlay.png"))
+    assert len(masks) == len(overlays) == len(shown) == len(list(out.iterdir())) / 2 == len(texts)
+    for text, line, mask, overlay in zip(texts, shown, masks, overlays, strict=True):
+        assert repr(text) in line
+        with Image.open(mask) as pixels:
+            assert (pixels.mode, pixels.size) == ("L", (90, 37))
+            assert set(np.unique(pixels)) <= {0, 255}
+        with Image.open(overlay) as pixels:
+            assert (pixels.mode, pixels.size) == ("RGB", (90, 37))
+
+
+def test_scenes_as_a_release(release: Path):
+    """Every sentence is kept, and every mask but for the polygons' rounding."""
+    for split, count in {"train": 12, "val": 6, "testA": 6, "testB": 6}.items():
+        read, made = ReferDataset("refcoco", release, split), SceneDataset("scenes", split, count, seed=0, canvas=64)
+        assert len(read) == len(made) == count
+        for index in range(count):
+            a, b = read[index], made[index]
+            assert [e.text for e in a.expressions] == [e.text for e in b.expressions]
+            one, other = read.mask(a), made.mask(b)
+            assert (one & other).sum() / (one | other).sum() >= 0.98
+            assert np.abs(read.image(a).astype(int) - made.image(b)).mean() < 12
+    refs = pickle.loads((release / "refcoco" / "refs(unc).p").read_bytes())
+    assert {ref["split"] for ref in refs} == {"train", "val", "testA", "testB"}
+
+
+def test_train_and_evaluate_on_a_release(release: Path, micro: list[str], tmp_path: Path):
+    given = ["--data.name=refcoco", f"--data.root={release}", "--data.per_image=3", "--distillation.warmup=0"]
+    assert main("train", *micro, *given, "--training.out", tmp_path / "run") == 0
+    scored = ["--data", "refcoco", "--root", release, "--split", "testB", "--out", tmp_path / "testB"]
+    assert main("evaluate", "--model", tmp_path / "run" / "best", *scored) == 0
+    results = json.loads((tmp_path / "testB" / "results.json").read_text())
+    data = ReferDataset("refcoco", release, "testB")
+    assert results["data"] == "refcoco"
+    assert results["expressions"] == sum(len(data[i].expressions) for i in range(len(data)))
+    page = tmp_path / "page.html"
+    given = ["--model", tmp_path / "run" / "best", "--results", tmp_path / "testB", "--root", release, "--out", page]
+    assert main("report", *given) == 0
+    assert "refcoco testB" in page.read_text()
+
+
+def test_demo_twice(
+    micro: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(cli, "SCENE_REFERENCES", 6)
+    kept = ["metrics.jsonl", "best/model.safetensors", "last/state.pt", "val/results.json", "testB/results.json"]
+    seen = []
+    for _ in range(2):
+        assert main("demo", *micro, "--training.out", tmp_path) == 0
+        shown = capsys.readouterr().out
+        assert "scenes val" in shown
+        assert "scenes testB" in shown
+        assert (tmp_path / "report.html").stat().st_size > 5000
+        seen.append([(tmp_path / name).read_bytes() for name in kept])
+        for split in ("val", "testB"):
+            assert set(METRICS) <= set(json.loads((tmp_path / split / "results.json").read_text()))
+    assert seen[0] == seen[1]  # the second time it only scores
+
+
+@pytest.mark.parametrize(("split", "count"), [("testA", 10), ("testB", 4)])
+def test_real_photographs(real_data: Path, run: Path, tmp_path: Path, split: str, count: int):
+    root = real_data / "refer-mini"
+    given = ["--data", "refcoco", "--root", root, "--split", split, "--out", tmp_path]
+    assert main("evaluate", "--model", run / "best", *given) == 0
+    rows = lines(tmp_path / "expressions.jsonl")
+    assert len({row["ref_id"] for row in rows}) == count
+    data = ReferDataset("refcoco", root, split)
+    area = {data[i].ref_id: int(data.mask(data[i]).sum()) for i in range(len(data))}
+    assert all(row["union"] >= area[row["ref_id"]] >= row["intersection"] for row in rows)
+
+
+def test_predict_on_a_real_photograph(real_data: Path, run: Path, tmp_path: Path):
+    photograph = min((real_data / "refer-mini" / "images" / "train2014").glob("*.jpg"))
+    assert main("predict", "--model", run / "best", "--image", photograph, "--text", "man", "--out", tmp_path) == 0
+    with Image.open(photograph) as image:
+        size = image.size
+    for file in tmp_path.iterdir():
+        with Image.open(file) as image:
+            assert image.size == size
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The full size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
+    """ViT-B/16 at 480x480 with the benchmark's settings: it fits together, whatever it learns."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from cmmasksd.assets import tiny_clip
+    from cmmasksd.model.processing import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_clip())  # fewer pieces than CLIP's 49408, so its ids fit
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPConfig(
+        text_config={"projection_dim": 512, **ends},  # 12 layers of 512, 77 positions, 49408 pieces
+        vision_config={"patch_size": 16, "projection_dim": 512},  # 12 layers of 768, 224 pixels
+        projection_dim=512,
+    )
+    assert config.text_config.vocab_size == 49408  # pyright: ignore
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    data, out = tmp_path / "data", tmp_path / "run"
+    assert main("data", "scenes", "--out", data, "--train", 2, "--test", 1, "--size", 320) == 0
+    given = {
+        "data.root": data, "data.workers": 0, "model.backbone": tmp_path / "clip", "training.out": out,
+        "training.epochs": 1, "training.batch_size": 2, "training.accumulate": 1, "training.precision": precision,
+    }  # fmt: skip
+    file = Path(__file__).parent.parent / "configs" / "refcoco-vit-b16.yaml"
+    assert main("train", "--config", file, *(f"--{key}={value}" for key, value in given.items())) == 0
+    row = next(row for row in lines(out / "metrics.jsonl") if "loss" in row)
+    assert all(np.isfinite(row[key]) and row[key] > 0 for key in ("loss", "seg", "lmvsd", "vmlsd", "grad_norm"))
+    assert (out / "best" / "model.safetensors").stat().st_size > 600_000_000  # some 160 million weights of 4 bytes

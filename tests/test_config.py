@@ -1,0 +1,122 @@
+"""The settings: files in configs/, defaults, round trips through YAML, and values that are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmmasksd.cli import _config, build_parser
+from cmmasksd.config import DATASETS, Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
+from cmmasksd.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def parse(*arguments: str) -> Config:
+    """What `cmmasksd train` makes of its arguments."""
+    return saved(*arguments)[0]
+
+
+def saved(*arguments: str) -> tuple[Config, str]:
+    """The settings of `cmmasksd train`, and the text that it saves beside the checkpoints."""
+    parser = build_parser()
+    settings = parser.parse_args(["train", *arguments])
+    return _config(settings.train, parser._subcommands_action._name_parser_map["train"])
+
+
+def test_there_is_a_config_for_every_benchmark():
+    names = {parse("--config", str(path)).data.name for path in CONFIGS}
+    assert names == {"scenes", "refcoco", "refcoco+", "refcocog-umd"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_file_says_what_the_run_does(path: Path):
+    config = parse("--config", str(path))
+    assert config.data.name in DATASETS
+    given = yaml.safe_load(path.read_text())
+    resolved = config.as_dict()
+    for part, values in given.items():
+        assert {key: resolved[part][key] for key in values} == values
+    assert config.training.out == Path("runs", path.stem)
+
+
+def test_scenes_tiny_is_the_built_in_default():
+    config = parse("--config", str(next(path for path in CONFIGS if path.stem == "scenes-tiny")))
+    default = Config()
+    assert config.data == default.data
+    assert config.model == default.model
+    assert config.distillation == default.distillation
+    assert replace(config.training, out=default.training.out) == default.training
+
+
+@pytest.mark.parametrize("name", ["refcoco", "refcoco+", "refcocog"])
+def test_the_benchmarks_differ_in_data_sentences_and_folder_only(name: str):
+    """Tables compare the benchmarks, so nothing else may differ by accident."""
+    config = parse("--config", str(next(path for path in CONFIGS if path.stem == f"{name}-vit-b16")))
+    base = parse("--config", str(next(path for path in CONFIGS if path.stem == "refcoco-vit-b16")))
+    assert replace(config.data, name=base.data.name) == base.data
+    assert replace(config.model, max_tokens=base.model.max_tokens) == base.model
+    assert config.distillation == base.distillation
+    assert replace(config.training, out=base.training.out) == base.training
+    assert config.training.batch_size * config.training.accumulate == 64
+
+
+def test_defaults_of_the_command_line_are_those_of_the_dataclasses():
+    assert parse() == Config()
+
+
+def test_keys_win_over_the_file(tmp_path: Path):
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {epochs: 7, lr: 0.5}\nmodel: {size: [64, 96]}\n")
+    config = parse("--config", str(file), "--training.epochs", "3")
+    assert (config.training.epochs, config.training.lr, config.model.size) == (3, 0.5, (64, 96))
+
+
+def test_resume_flag_is_the_setting():
+    assert parse("--resume").training.resume
+    assert not parse().training.resume
+
+
+def test_the_saved_text_gives_the_same_config(tmp_path: Path):
+    config, text = saved(
+        "--data.name=refcoco+", "--data.root=/data/a b", "--model.size=[96, 64]", "--distillation.vision=false",
+        "--distillation.loss=mse", "--training.lr=3e-4", "--training.out=runs/näme", "--training.precision=bf16",
+    )  # fmt: skip
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert parse("--config", str(file)) == config
+    assert config.data.root == Path("/data/a b")
+    assert config.model.size == (96, 64)
+    assert not config.distillation.vision
+
+
+def test_as_dict_holds_plain_values():
+    config = Config(DataConfig(root=Path("/data")), ModelConfig(size=(64, 32)))
+    plain = config.as_dict()
+    assert plain["data"]["root"] == "/data"
+    assert plain["model"]["size"] == [64, 32]
+    assert plain["training"]["out"] == "runs/train"
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 50, float("nan")])
+@pytest.mark.parametrize("name", ["vision_ratio", "language_ratio"])
+def test_a_ratio_is_between_0_and_1(name: str, value: float):
+    with pytest.raises(UserError, match=rf"{name}.*between 0 and 1"):
+        DistillationConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"warmup": 1.5}, "warmup 1.5"), ({"warmup": -0.1}, "warmup -0.1"), ({"temperature": 0.0}, "temperature of 0.0")],
+)
+def test_distillation_refuses(values: dict[str, float], message: str):
+    with pytest.raises(UserError, match=message):
+        DistillationConfig(**values)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "accumulate", "log_every", "validate_every"])
+def test_training_counts_are_at_least_1(name: str):
+    with pytest.raises(UserError, match=rf"training\.{name} is 0"):
+        TrainingConfig(**{name: 0})

@@ -1,0 +1,237 @@
+"""Pretraining: a tokenizer that knows every byte, the two losses by hand, and a run that goes on where it stopped."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cmmasksd.assets import tiny_clip
+from cmmasksd.config import PretrainConfig
+from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
+from cmmasksd.errors import UserError
+from cmmasksd.model.clip import encode_image, encode_text
+from cmmasksd.model.modeling import load_clip
+from cmmasksd.model.processing import load_tokenizer, normalize, tokenize
+from cmmasksd.training import pretrain as module
+from cmmasksd.training.pretrain import (
+    CaptionedScenes,
+    build_clip,
+    contrastive_losses,
+    pretrain,
+    region_similarity,
+    retrieval,
+    train_tokenizer,
+)
+
+
+def micro(out="unused", **how):
+    how = {"steps": 3, "save_every": 2, "batch_size": 3, "width": 32, "vision_layers": 1, "text_layers": 1} | how
+    return PretrainConfig(
+        out=out, phrases=2, image_size=64, patch_size=16, vocabulary=768, workers=0, bf16=False, warmup=2, **how
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(768, 64)
+
+
+@pytest.fixture
+def quick(monkeypatch, tokenizer):
+    """Leave out what takes long and is tested by itself."""
+    monkeypatch.setattr(module, "train_tokenizer", lambda *args: tokenizer)
+    monkeypatch.setattr(module, "retrieval", lambda clip, tokenizer: {"R@1": 0.0} if clip.eval() else {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+# -- the tokenizer
+
+
+@pytest.mark.parametrize("text", ["the red square", "été — ß", "红色的圆", "a 🦊 and 👩‍🚀", "\x07 odd", "naïve café!?"])
+def test_no_sentence_is_unknown(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert tokenizer.eos_token_id not in ids[1:-1]
+    decoded = tokenizer.decode(ids[1:-1]).strip()
+    assert decoded.replace(" ", "") == text.lower().strip().replace(" ", "")
+
+
+def test_tokenizer_knows_the_scenes_words_whole(tokenizer):
+    assert len(tokenizer) <= 768
+    assert tokenizer.model_max_length == 64
+    for word in (*COLOURS, *SHAPES):
+        assert len(tokenizer(word)["input_ids"]) == 3, word
+
+
+def test_the_shipped_tokenizer_has_no_unknown_byte():
+    shipped = load_tokenizer(tiny_clip())
+    ids = shipped("日本 🦊 zebra")["input_ids"]
+    assert shipped.eos_token_id not in ids[1:-1]
+    assert shipped.decode(ids[1:-1]).strip() == "日本 🦊 zebra"
+
+
+def test_a_vocabulary_without_room_for_every_byte_is_refused():
+    with pytest.raises(UserError, match=r"vocabulary of 513 .*: use at least 514"):
+        train_tokenizer(513, 64)
+
+
+# -- the scenes
+
+
+def test_captioned_scenes_are_a_function_of_their_index():
+    data = CaptionedScenes(6, phrases=2, seed=0, canvas=64)
+    later = CaptionedScenes(2, phrases=2, seed=0, canvas=64, start=4)
+    assert (len(data), len(later)) == (6, 2)
+    image, caption, phrases = data[4]
+    same_image, same_caption, same_phrases = later[0]
+    assert torch.equal(image, same_image)
+    assert (caption, phrases) == (same_caption, same_phrases)
+    assert image.shape == (64, 64, 3)
+    assert len(phrases) == 2
+    assert all(text.strip() for text in [caption, *phrases])
+
+
+def test_pretraining_may_see_every_pair_of_colour_and_shape():
+    from cmmasksd.data.scenes import make_scene
+
+    pairs = {(o.colour, o.shape) for i in range(150) for o in make_scene(0, "pretrain", i, canvas=64).objects}
+    assert pairs >= HELD_OUT
+    assert len(pairs) == len(COLOURS) * len(SHAPES)
+
+
+# -- the losses
+
+
+def test_region_similarity_is_a_smooth_maximum():
+    torch.manual_seed(0)
+    texts, patches = F.normalize(torch.randn(3, 5), dim=-1), F.normalize(torch.randn(2, 7, 5), dim=-1)
+    cosine = torch.einsum("td,bnd->tbn", texts, patches)
+    torch.testing.assert_close(region_similarity(texts, patches, 1e4), cosine.amax(-1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(region_similarity(texts, patches, 1e-3), cosine.mean(-1), atol=1e-3, rtol=0)
+    middle = region_similarity(texts, patches, 10.0)
+    assert (middle < cosine.amax(-1)).all()
+    assert (middle > cosine.mean(-1)).all()
+
+
+def by_hand(pooled, patches, captions, phrases, scale):
+    """The losses with loops."""
+
+    def cosine(a, b):
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+    def loss(right, wrong):
+        return math.log(sum(math.exp(x - right) for x in [right, *wrong]))
+
+    count, each = len(pooled), len(phrases) // len(pooled)
+    logit = [[scale * cosine(c, p) for p in pooled] for c in captions]
+    of = range(count)
+    rows = [loss(logit[i][i], [logit[i][j] for j in of if j != i]) for i in of]
+    columns = [loss(logit[i][i], [logit[j][i] for j in of if j != i]) for i in of]
+    region = [
+        [math.log(sum(math.exp(scale * cosine(t, v)) for v in image) / len(image)) for image in patches]
+        for t in phrases
+    ]
+    to_image = [loss(row[k // each], [row[j] for j in of if j != k // each]) for k, row in enumerate(region)]
+    to_phrase = [
+        loss(row[k // each], [region[m][k // each] for m in range(len(phrases)) if m // each != k // each])
+        for k, row in enumerate(region)
+    ]
+    return (sum(rows) + sum(columns)) / 2 / count, (sum(to_image) + sum(to_phrase)) / 2 / len(phrases)
+
+
+def test_contrastive_losses_equal_a_hand_computation():
+    torch.manual_seed(1)
+    parts = torch.randn(3, 4), torch.randn(3, 5, 4), torch.randn(3, 4), torch.randn(6, 4)
+    losses = contrastive_losses(*parts, torch.tensor(3.0))
+    expected = by_hand(*(part.tolist() for part in parts), 3.0)
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-4)
+
+
+def test_matching_features_lose_less_than_swapped_ones():
+    torch.manual_seed(2)
+    words = torch.randn(4, 16)
+    patches = words[:, None] + 0.1 * torch.randn(4, 6, 16)
+    right = contrastive_losses(words, patches, words, words.repeat_interleave(2, 0), torch.tensor(10.0))
+    wrong = contrastive_losses(words, patches, words.flip(0), words.flip(0).repeat_interleave(2, 0), torch.tensor(10.0))
+    assert all(a < 0.1 < 1 < b for a, b in zip(right, wrong, strict=True))
+
+
+def test_the_losses_fall_on_a_batch(tokenizer):
+    torch.manual_seed(0)
+    clip = build_clip(micro(), tokenizer)
+    data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
+    images, captions, phrases = zip(*(data[i] for i in range(4)), strict=True)
+    images = normalize(torch.stack(images).permute(0, 3, 1, 2))
+    captions, phrases = tokenize(tokenizer, captions), tokenize(tokenizer, [t for some in phrases for t in some])
+    optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-3)
+    history = []
+    for _ in range(30):
+        features, pooled = encode_image(clip, images)
+        sentences, said = encode_text(clip, captions).sentence, encode_text(clip, phrases).sentence
+        losses = contrastive_losses(pooled, features.patches, sentences, said, clip.logit_scale.exp())
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        history.append([loss.item() for loss in losses])
+    assert history[-1][0] < 0.5 * history[0][0]
+    assert history[-1][1] < 0.7 * history[0][1]
+
+
+def test_retrieval_gives_fractions(tokenizer):
+    clip = build_clip(micro(), tokenizer)
+    found = retrieval(clip, tokenizer, scenes=8)
+    assert set(found) == {"R@1", "R@5", "pointing", "pointing_referring"}
+    assert all(0 <= value <= 1 for value in found.values())
+    assert found["R@1"] <= found["R@5"]
+
+
+# -- the run
+
+
+def rows_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
+
+
+def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, monkeypatch):
+    folder = pretrain(micro(tmp_path / "straight"))
+    clip = load_clip(folder)
+    assert clip.config.vision_config.hidden_size == 32
+    assert load_tokenizer(folder)("red")["input_ids"] == module.train_tokenizer()("red")["input_ids"]
+
+    real, calls = module.contrastive_losses, []
+
+    def losses(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "contrastive_losses", losses)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(micro(tmp_path / "cut"))
+    torch.manual_seed(7)
+    random.seed(7)
+    pretrain(micro(tmp_path / "cut"))
+    straight, resumed = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("straight", "cut"))
+    assert straight["step"] == resumed["step"] == 3
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+    rows = rows_of(tmp_path / "straight")
+    assert [row["step"] for row in rows] == [2, 3]
+    assert rows_of(tmp_path / "cut") == rows
+    assert json.loads((tmp_path / "cut" / "config.yaml").read_text())["width"] == 32
+
+    assert pretrain(micro(tmp_path / "cut")) == tmp_path / "cut" / "clip"  # a finished run is left as it is
+    assert rows_of(tmp_path / "cut") == rows
+    with pytest.raises(UserError, match="has had 3 steps already"):
+        pretrain(micro(tmp_path / "cut", steps=2))
+    with pytest.raises(UserError, match="cannot go on from"):
+        pretrain(micro(tmp_path / "cut", width=64))
+    (tmp_path / "cut" / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot go on from"):
+        pretrain(micro(tmp_path / "cut"))
