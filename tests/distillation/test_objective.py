@@ -20,7 +20,7 @@ from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.correlation import correlation
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens, encode_image
 from cmmasksd.model.modeling import CMMaskSDModel
 
 DIM = 40  # the tiny model's joint space
@@ -118,10 +118,8 @@ def test_every_switch_trains_and_the_parts_sum_to_the_loss(tiny_model, tokens, s
 def test_the_switches_are_all_tried():
     """A new setting must enter the list above."""
     tried = {key for settings in SWITCHES for key in settings}
-    assert tried == set(DistillationConfig.__dataclass_fields__) - {
-        "start",
-        "warmup",
-    }  # which training turns into `ramp`
+    by_training = {"start", "warmup"}  # which training turns into `ramp`
+    assert tried == set(DistillationConfig.__dataclass_fields__) - by_training
 
 
 CHANGES = [s for s in SWITCHES if s and s != {"hide_single_word": True} and not {"language", "vision"} & s.keys()]
@@ -326,6 +324,27 @@ def test_a_patch_dropped_at_the_input_cannot_be_seen(tiny_model, tokens, hide_so
     for row, patch in itertools.product(range(3), range(20)):
         after = masked_image(objective, repaint(pixels(), patch), tokens)
         assert torch.equal(after.patches[row], before.patches[row]) == hide_some_patches[row, patch].item()
+
+
+class ClassToken(nn.Module):
+    """A network whose decoder also reads the class token, as `context`; its tower drops patches as ours does."""
+
+    def __init__(self, model: CMMaskSDModel) -> None:
+        super().__init__()
+        self.model, self.encode_text = model, model.encode_text
+
+    def encode_image(self, pixel_values: Tensor, *, keep: Tensor | None = None) -> ImageFeatures:
+        features, pooled = encode_image(self.model.clip, pixel_values, keep=keep)
+        return replace(features, context=pooled)
+
+
+@torch.no_grad()
+def test_the_context_of_dropped_patches_is_not_seen_either(tiny_model, tokens, hide_some_patches):
+    objective = build(ClassToken(tiny_model), vision_level="input")
+    before, after = (masked_image(objective, images, tokens) for images in (pixels(), repaint(pixels(), 3)))
+    assert before.context is not None
+    assert torch.equal(after.context[0], before.context[0])  # dropped for the first sentence
+    assert not torch.equal(after.context[1], before.context[1])  # not for the second, of the same image
 
 
 @torch.no_grad()

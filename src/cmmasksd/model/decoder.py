@@ -84,6 +84,8 @@ class FusionDecoder(nn.Module):
         self.sentence_in = nn.Linear(dim, width)
         # CLIP's own guess where the sentence is: how well each patch matches it, compared with the other patches.
         self.match_in = nn.Linear(1, width)
+        self.gate_norm = nn.LayerNorm(width)
+        self.gate = nn.Linear(dim, 2 * width)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, mlp, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
@@ -102,6 +104,9 @@ class FusionDecoder(nn.Module):
         match = F.layer_norm(match, match.shape[-1:])[..., None]  # (B, N, 1)
         fused = self.patch_in(patches) + self.match_in(match)
         fused = fused + grid_positions(grid, fused.shape[-1], fused.device).to(fused.dtype)
+        # The sentence gates content and position alike, as CRIS multiplies the two: "left" can pick the left half here.
+        scale, shift = self.gate(F.layer_norm(sentence, sentence.shape[-1:]))[:, None].chunk(2, dim=-1)
+        fused = fused + scale * self.gate_norm(fused) + shift
         keys = torch.cat([self.sentence_in(sentence)[:, None], self.word_in(words)], dim=1)  # (B, 1 + L, width)
         mask = F.pad(word_mask, (1, 0), value=True)
         for layer in self.layers:
