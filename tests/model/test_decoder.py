@@ -103,6 +103,18 @@ def test_decoder_reads_how_well_each_patch_matches_the_sentence():
         torch.testing.assert_close(low, high, rtol=1e-3, atol=1e-3)
 
 
+def test_the_sentence_gates_content_and_position():
+    """Before any layer, two sentences weigh equal patches differently from place to place, not all alike."""
+    decoder = FusionDecoder(12, width=16, layers=0, heads=2, mlp=24)
+    decoder.norm = nn.Identity()
+    words, mask = torch.zeros(1, 1, 12), torch.ones(1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        nothing = torch.zeros(1, 6, 12)  # all patches are the same: only their positions are left
+        a, b = (decoder(nothing, words, torch.randn(1, 12), mask, (2, 3)) for _ in range(2))
+    difference = (a - b)[0]
+    assert (difference - difference[:1]).abs().amax() > 1e-2
+
+
 def test_head_applies_the_kernel_of_the_sentence():
     head = MaskHead(12, 16, 32)
     fused, sentence = torch.randn(2, 6, 16), torch.randn(2, 12)
