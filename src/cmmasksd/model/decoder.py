@@ -100,8 +100,9 @@ class FusionDecoder(nn.Module):
         Returns:
             (B, N, width).
         """
-        match = torch.einsum("bnd,bd->bn", F.normalize(patches, dim=-1), F.normalize(sentence, dim=-1))
-        match = F.layer_norm(match, match.shape[-1:])[..., None]  # (B, N, 1)
+        # in float32 under autocast too: in bfloat16 the cosines of many patches are equal
+        match = F.normalize(patches.float(), dim=-1) * F.normalize(sentence.float(), dim=-1)[:, None]
+        match = F.layer_norm(match.sum(-1), match.shape[1:2])[..., None]  # (B, N, 1)
         fused = self.patch_in(patches) + self.match_in(match)
         fused = fused + grid_positions(grid, fused.shape[-1], fused.device).to(fused.dtype)
         # The sentence gates content and position alike, as CRIS multiplies the two: "left" can pick the left half here.

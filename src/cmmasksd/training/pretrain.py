@@ -31,7 +31,7 @@ from cmmasksd.config import PretrainConfig
 from cmmasksd.data.scenes import STYLES, Scene, caption, describe, make_scene, render
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import Tokens, encode_image, encode_text
-from cmmasksd.model.processing import normalize, tokenize
+from cmmasksd.model.processing import load_tokenizer, normalize, tokenize
 from cmmasksd.training.loop import Log
 
 if TYPE_CHECKING:
@@ -244,7 +244,12 @@ def pretrain(config: PretrainConfig) -> Path:
 
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = train_tokenizer(config.vocabulary, config.context, config.seed)
+    out = Path(config.out)
+    state_file, start = out / "state.pt", 0
+    if (out / "clip").is_dir():  # training the tokenizer again numbers its pieces in another way
+        tokenizer = load_tokenizer(out / "clip")
+    else:
+        tokenizer = train_tokenizer(config.vocabulary, config.context, config.seed)
     clip = build_clip(config, tokenizer).train()
     clip.to(device)  # pyright: ignore (its decorator hides the method)
     decay = [p for n, p in clip.named_parameters() if p.ndim > 1 and "embedding" not in n]
@@ -258,9 +263,7 @@ def pretrain(config: PretrainConfig) -> Path:
             * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps))))
         ),
     )
-    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    state_file, start = out / "state.pt", 0
     if state_file.exists():
         try:
             state = torch.load(state_file, weights_only=True, map_location=device)
@@ -314,10 +317,10 @@ def pretrain(config: PretrainConfig) -> Path:
             if saving:
                 row |= retrieval(clip, tokenizer)
                 clip.train()
+                save_clip(clip, tokenizer, out / "clip")
                 state = {"model": clip.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
                 torch.save(state | {"schedule": schedule.state_dict()}, state_file.with_suffix(".tmp"))
                 state_file.with_suffix(".tmp").replace(state_file)
-                save_clip(clip, tokenizer, out / "clip")
             log.write(row)
             bar.set_postfix(clip=f"{mean[0]:.2f}", region=f"{mean[1]:.2f}", images=f"{row['images_per_s']:.0f}/s")
     bar.close()
