@@ -479,11 +479,13 @@ def test_predict_on_a_real_photograph(real_data: Path, run: Path, tmp_path: Path
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
     """ViT-B/16 at 480x480 with the benchmark's settings: it fits together, whatever it learns."""
+    from accelerate.state import AcceleratorState
     from transformers import CLIPConfig, CLIPModel
 
     from cmmasksd.assets import tiny_clip
     from cmmasksd.model.processing import load_tokenizer
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the case before
     tokenizer = load_tokenizer(tiny_clip())  # fewer pieces than CLIP's 49408, so its ids fit
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -503,6 +505,7 @@ def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
     given = {
         "data.root": data, "data.workers": 0, "model.backbone": tmp_path / "clip", "training.out": out,
         "training.epochs": 1, "training.batch_size": 2, "training.accumulate": 1, "training.precision": precision,
+        "distillation.start": 0.0, "distillation.warmup": 0.0,
     }  # fmt: skip
     file = Path(__file__).parent.parent / "configs" / "refcoco-vit-b16.yaml"
     assert main("train", "--config", file, *(f"--{key}={value}" for key, value in given.items())) == 0

@@ -128,7 +128,7 @@ def _add_config(parser: ArgumentParser) -> None:
 
 def _config(settings: Namespace, parser: ArgumentParser) -> tuple[Config, str]:
     """The settings as dataclasses, and as the YAML that is saved beside the checkpoints."""
-    made: Any = parser.instantiate_classes(settings)
+    made: Any = parser.instantiate(settings)
     config = Config(made.data, made.model, made.distillation, made.training)
     import yaml
 
@@ -293,7 +293,7 @@ def _data(settings: Namespace) -> None:
 def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
     from cmmasksd.training.pretrain import pretrain
 
-    made: Any = parser.instantiate_classes(settings)
+    made: Any = parser.instantiate(settings)
     print(f"the CLIP is in {pretrain(made.pretrain)}")
 
 

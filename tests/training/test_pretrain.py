@@ -78,6 +78,16 @@ def test_a_vocabulary_without_room_for_every_byte_is_refused():
         train_tokenizer(513, 64)
 
 
+def test_pieces_are_numbered_by_their_merges(tokenizer):
+    """Not by the trainer, whose numbers differ from process to process: they are the rows of the embedding."""
+    merges = [tuple(m) for m in json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]]
+    numbered = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    assert numbered[:256] == sorted(numbered[:256])
+    assert numbered[256:512] == [byte + "</w>" for byte in numbered[:256]]
+    assert numbered[512:-2] == list(dict.fromkeys(a + b for a, b in merges))
+    assert numbered[-2:] == ["<|startoftext|>", "<|endoftext|>"]
+
+
 # -- the scenes
 
 

@@ -60,12 +60,11 @@ def train_tokenizer(vocabulary: int, context: int, seed: int = 0) -> PreTrainedT
         limit_alphabet=10**6,
     )
     blank.backend_tokenizer.train_from_iterator(texts, trainer)
-    model = json.loads(blank.backend_tokenizer.to_str())["model"]
-    pieces = sorted(model["vocab"], key=model["vocab"].get)
-    pieces = [p for p in pieces if not p.startswith("<|")]
-    pieces += [a + "</w>" for a in alphabet if a + "</w>" not in model["vocab"]]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    merges: Any = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    trained = json.loads(blank.backend_tokenizer.to_str())["model"]["merges"]
+    merges: Any = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in trained]
+    # Numbered here: the trainer's own numbers differ from process to process. Every byte may end a word, seen or not.
+    pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *(a + b for a, b in merges)]
+    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={p: i for i, p in enumerate(pieces)},
         merges=merges,
@@ -246,7 +245,7 @@ def pretrain(config: PretrainConfig) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = Path(config.out)
     state_file, start = out / "state.pt", 0
-    if (out / "clip").is_dir():  # training the tokenizer again numbers its pieces in another way
+    if (out / "clip").is_dir():  # its own, whatever version of the program made it
         tokenizer = load_tokenizer(out / "clip")
     else:
         tokenizer = train_tokenizer(config.vocabulary, config.context, config.seed)
