@@ -33,6 +33,7 @@ from cmmasksd.errors import UserError
 from cmmasksd.model.clip import Tokens, encode_image, encode_text
 from cmmasksd.model.processing import load_tokenizer, normalize, tokenize
 from cmmasksd.training.loop import Log
+from cmmasksd.training.optim import parameter_groups
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -162,7 +163,7 @@ def region_similarity(texts: Tensor, patches: Tensor, sharpness: Tensor | float)
 def contrastive_losses(
     pooled: Tensor, patches: Tensor, captions: Tensor, phrases: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """CLIP's loss, the late-interaction loss, and that within images.
+    """CLIP's loss and the late-interaction loss.
 
     Args:
         pooled: (B, D) image embeddings. patches: (B, N, D). captions: (B, D). phrases: (B * P, D), those of one image
@@ -251,9 +252,7 @@ def pretrain(config: PretrainConfig) -> Path:
         tokenizer = train_tokenizer(config.vocabulary, config.context, config.seed)
     clip = build_clip(config, tokenizer).train()
     clip.to(device)  # pyright: ignore (its decorator hides the method)
-    decay = [p for n, p in clip.named_parameters() if p.ndim > 1 and "embedding" not in n]
-    plain = [p for n, p in clip.named_parameters() if p.ndim <= 1 or "embedding" in n]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = parameter_groups(clip, lr=config.lr, clip_lr_scale=1.0, weight_decay=config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
