@@ -83,7 +83,7 @@ def test_help_of_every_command_is_light():
     code = """
 import contextlib, io, sys
 from cmmasksd.cli import main
-for command in ["", "demo", "train", "evaluate", "predict", "data", "data scenes", "pretrain", "report"]:
+for command in ["", "demo", "train", "evaluate", "compare", "predict", "data", "data scenes", "pretrain", "report"]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
@@ -103,7 +103,8 @@ def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         main("--help")
     shown = capsys.readouterr().out
-    assert all(f" {name} " in shown for name in ("demo", "train", "evaluate", "predict", "data", "pretrain", "report"))
+    names = ("demo", "train", "evaluate", "compare", "predict", "data", "pretrain", "report")
+    assert all(f" {name} " in shown for name in names)
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path):
@@ -155,6 +156,10 @@ MISTAKES = [
     ("evaluate --model absent --out out --data scenes --split val", "model folder absent"),
     ("evaluate --model empty --out out --data scenes --split val", "empty"),
     ("evaluate --model {model} --out {file}/out --data scenes --split val", "Not a directory"),
+    ("compare absent absent", "absent"),
+    ("compare empty empty", "cmmasksd evaluate"),
+    ("compare absent absent --metrics IoU", "--metrics"),
+    ("compare absent absent --resamples 5", "--resamples is 5"),
     ("predict --model {model} --image good.png", "required: --text"),
     (PREDICT + " --image absent.png --text x", "absent.png does not exist"),
     (PREDICT + " --image text.jpg --text x", "not an image"),
@@ -368,6 +373,26 @@ def test_evaluate_and_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     given = ["--model", run / "best", "--results", out, "--metrics", run / "metrics.jsonl", "--out", page]
     assert main("report", *given) == 0
     assert all(name in page.read_text() for name in ("<html", "oIoU", "mIoU", "testA"))
+
+
+def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, threshold in (("a", 0.5), ("b", 0.5), ("strict", 0.9)):
+        given = ["--data", "scenes", "--split", "val", "--out", tmp_path / name, "--threshold", threshold, *SCENES]
+        assert main("evaluate", "--model", run / ("best" if name == "a" else "last"), *given) == 0
+    capsys.readouterr()
+    given = ["--resamples", "200", "--metrics", "oIoU", "P@0.5", "--out", tmp_path / "difference.json"]
+    assert main("compare", tmp_path / "a", tmp_path / "b" / "expressions.jsonl", *given) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:5] == ["slice", "expressions", "metric", "A", "B"]
+    assert table[-1] == "paired bootstrap over images, 200 resamples"
+    rows = json.loads((tmp_path / "difference.json").read_text())
+    assert [row["metric"] for row in rows[:2]] == ["oIoU", "P@0.5"]
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
+    assert (rows[0]["a"], rows[0]["b"]) == pytest.approx([result["oIoU"] for result in results])
+    assert rows[0]["low"] <= rows[0]["difference"] <= rows[0]["high"]
+
+    assert main("compare", tmp_path / "a", tmp_path / "strict") == 2
+    assert "different protocols" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["data", "log"])

@@ -1,4 +1,4 @@
-"""The command line: demo | train | evaluate | predict | data | pretrain | report.
+"""The command line: demo | train | evaluate | compare | predict | data | pretrain | report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
 says what is wrong and how to mend it), 130 when interrupted. Programming errors keep their traceback. Heavy imports
@@ -25,6 +25,7 @@ from cmmasksd.config import (
     TrainingConfig,
 )
 from cmmasksd.errors import UserError
+from cmmasksd.evaluation.protocols import METRIC_NAMES
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -73,6 +74,25 @@ def build_parser() -> ArgumentParser:
     evaluate.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     evaluate.add_argument("--workers", type=int, default=0, help="processes that read images")
     commands.add_subcommand("evaluate", evaluate, help="score a model on a split")
+
+    compare = ArgumentParser(
+        description="Compare two models that were scored on the same split: differences with bootstrap intervals."
+    )
+    compare.add_argument("a", type=Path, help="expressions.jsonl of the first model, or its folder")
+    compare.add_argument("b", type=Path, help="expressions.jsonl of the second model, or its folder")
+    compare.add_argument(
+        "--metrics", nargs="+", type=Literal[METRIC_NAMES], default=["oIoU", "mIoU", "P@0.5"], help="what to compare"
+    )
+    compare.add_argument(
+        "--unit",
+        type=Literal["image", "expression"],
+        default="image",
+        help="what the bootstrap draws: whole images with all their sentences, or single sentences",
+    )
+    compare.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
+    compare.add_argument("--seed", type=int, default=0, help="of the draws")
+    compare.add_argument("--out", type=Path | None, help="also write the comparison as JSON")
+    commands.add_subcommand("compare", compare, help="compare two models on one split")
 
     predict = ArgumentParser(description="Find what sentences name in an image.")
     predict.add_argument("--model", required=True, help="folder of a trained model, or hub id")
@@ -200,6 +220,38 @@ def _evaluate(settings: Namespace) -> None:
     )
     if main:
         print(format_table([read_results(settings.out)]))
+
+
+def _compare(settings: Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from cmmasksd.evaluation.compare import compare, format_comparison
+    from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
+    from cmmasksd.evaluation.results import RESULTS_FILE, read_expressions, read_results, write_atomically
+
+    if settings.resamples < 100:
+        raise UserError(f"--resamples is {settings.resamples}: an interval needs at least 100")
+    protocols = []
+    for path in (settings.a, settings.b):
+        beside = (path if path.is_dir() else path.parent) / RESULTS_FILE
+        protocols.append(ScoringProtocol(**read_results(beside)["protocol"]) if beside.is_file() else ORIGINAL)
+    if protocols[0] != protocols[1]:
+        raise UserError(f"{settings.a} and {settings.b} were scored by different protocols: score both by the same")
+    found = compare(
+        read_expressions(settings.a),
+        read_expressions(settings.b),
+        protocols[0],
+        metrics=settings.metrics,
+        resamples=settings.resamples,
+        unit=settings.unit,
+        seed=settings.seed,
+    )
+    if settings.out is not None:
+        rows = [asdict(one) | {"difference": one.difference} for one in found]
+        write_atomically(settings.out, json.dumps(rows, indent=2) + "\n")
+    print(format_comparison(found))
+    print(f"A = {settings.a}\nB = {settings.b}\npaired bootstrap over {settings.unit}s, {settings.resamples} resamples")
 
 
 def _score(
@@ -363,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
             "demo": lambda: _demo(chosen, own),
             "train": lambda: _train(chosen, own),
             "evaluate": lambda: _evaluate(chosen),
+            "compare": lambda: _compare(chosen),
             "predict": lambda: _predict(chosen),
             "data": lambda: _data(chosen),
             "pretrain": lambda: _pretrain(chosen, own),

@@ -205,7 +205,7 @@ def test_sizes_that_differ_are_refused(tmp_path):
 
 
 def scored(ious):
-    return [ExpressionScore(1, 1, 10 + n, "a", n, n, iou) for n, iou in enumerate(ious)]
+    return [ExpressionScore(1, 1, 10 + n, "a", n, n, n, iou) for n, iou in enumerate(ious)]
 
 
 def test_best_and_worst():

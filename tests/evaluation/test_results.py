@@ -20,7 +20,7 @@ from cmmasksd.evaluation.results import (
 
 
 def expression(sent_id, intersection, union, sentence="the dog", protocol=ORIGINAL, ref_id=5):
-    return ExpressionScore(ref_id, 9, sent_id, sentence, intersection, union, protocol.iou(intersection, union))
+    return ExpressionScore(ref_id, 9, sent_id, sentence, intersection, union, union, protocol.iou(intersection, union))
 
 
 def scores_of(rows, protocol=ORIGINAL):
@@ -55,7 +55,7 @@ def test_the_files_read_without_this_package(tmp_path):
     write(tmp_path)
     lines = (tmp_path / "expressions.jsonl").read_bytes().decode("utf-8").rstrip("\n").split("\n")
     first = json.loads(lines[0])
-    assert list(first) == ["ref_id", "image_id", "sent_id", "sentence", "intersection", "union", "IoU"]
+    assert list(first) == ["ref_id", "image_id", "sent_id", "sentence", "intersection", "union", "target", "IoU"]
     assert first["IoU"] == 0.9
     assert "große" in lines[1]  # readable, not escaped
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expressions.jsonl", "results.json"]  # no temporaries
@@ -82,8 +82,9 @@ def test_scores_of_other_rows_are_refused(tmp_path):
     # What a run on two processes would write if one process's rows were forgotten.
     with pytest.raises(ValueError, match="do not follow"):
         write_results(tmp_path, "val", ROWS[:2], scores_of(ROWS), ORIGINAL)
+    wrong = ExpressionScore(1, 1, 1, "a", 1, 2, 2, 0.7)
     with pytest.raises(ValueError, match="do not follow"):
-        write_results(tmp_path, "val", [ExpressionScore(1, 1, 1, "a", 1, 2, 0.7)], ORIGINAL.scores([(1, 2)]), ORIGINAL)
+        write_results(tmp_path, "val", [wrong], ORIGINAL.scores([(1, 2)]), ORIGINAL)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -117,5 +117,6 @@ def _score_block(
         truth = item.masks.to(device)[item.mask_index.to(device)]
         intersections = (predicted & truth).sum((1, 2)).tolist()
         unions = (predicted | truth).sum((1, 2)).tolist()
-        for (ref_id, image_id, sent_id, text), i, u in zip(item.sentences, intersections, unions, strict=True):
-            yield ExpressionScore(ref_id, image_id, sent_id, text, i, u, protocol.iou(i, u))
+        targets = truth.sum((1, 2)).tolist()
+        for said, i, u, pixels in zip(item.sentences, intersections, unions, targets, strict=True):
+            yield ExpressionScore(*said, i, u, pixels, protocol.iou(i, u))

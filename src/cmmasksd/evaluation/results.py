@@ -35,6 +35,7 @@ class ExpressionScore:
         sentence: the text as the model was given it.
         intersection: pixels in both masks, at the original size.
         union: pixels in either mask.
+        target: pixels of the object's own mask.
         iou: `protocol.iou(intersection, union)`, a fraction of 1; "IoU" in the file.
     """
 
@@ -44,6 +45,7 @@ class ExpressionScore:
     sentence: str
     intersection: int
     union: int
+    target: int
     iou: float
 
 
