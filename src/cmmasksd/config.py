@@ -87,13 +87,16 @@ class DistillationConfig:
         correlation: from the patches, or from the values of CLIP's last attention (MaskCLIP's dense features). [I]
         vision_ratio: fraction of the patches that is masked. [I]
         language_ratio: fraction of the words that is masked, at least one word. [I]
-        vision_level: "feature" masks after the encoder; "input" drops patches from a second encoder pass. [I]
+        vision_level: "feature" masks after the encoder; "input" drops patches from a second encoder pass; "blank"
+            paints them over and runs the whole pass again, as MaskRIS does. [I]
         language_level: "input" runs the text tower again without the words; "feature" hides them from the decoder only,
             so they leak through the end-of-text token. [I]
         hide_single_word: also hide the word of a sentence that has only one. [I]
         loss: per-pixel Bernoulli KL, mean squared error of probabilities, or soft-target cross-entropy. [I]
         temperature: of both distributions in "kl" and "soft_bce". [I]
         vision_weight, language_weight: lambda_v and lambda_l. [I]
+        joint: one masked branch that hides patches and words at once, in place of the two. Not CM-MaskSD: with "blank"
+            and random masks it is MaskRIS's way, for comparison.
         start: fraction of the training that passes before the branches begin; until then they cost nothing. [I]
         warmup: fraction of the training, after `start`, over which both weights rise from 0: the teacher is poor at
             first. [I]
@@ -110,13 +113,14 @@ class DistillationConfig:
     correlation: Literal["patches", "values"] = "patches"
     vision_ratio: float = 0.5
     language_ratio: float = 0.3
-    vision_level: Literal["feature", "input"] = "feature"
+    vision_level: Literal["feature", "input", "blank"] = "feature"
     language_level: Literal["feature", "input"] = "input"
     hide_single_word: bool = False
     loss: Literal["kl", "mse", "soft_bce"] = "kl"
     temperature: float = 1.0
     vision_weight: float = 1.0
     language_weight: float = 1.0
+    joint: bool = False
     start: float = 0.5
     warmup: float = 0.25
     share_weights: bool = True
@@ -137,6 +141,8 @@ class DistillationConfig:
         for name in ("start", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)} is no fraction of the training: give one from 0 to 1")
+        if self.joint and not (self.vision and self.language):
+            raise UserError("joint hides patches and words at once: it needs vision: true and language: true")
         if self.temperature <= 0:
             raise UserError(f"a temperature of {self.temperature} is impossible: give a positive number")
 
@@ -215,8 +221,9 @@ class PretrainConfig:
 
     Attributes:
         out: folder for the model, its log and the state to resume from.
+        init: a CLIP to begin with, by folder or hub id, with its tokenizer; it decides the sizes. None: fresh weights.
         steps: optimiser steps.
-        batch_size: scenes per step.
+        batch_size: images per step (an even number: a scene and its twin each).
         phrases: phrases about single objects per scene.
         lr: peak learning rate of AdamW, after `warmup` steps, then a cosine down to a hundredth.
         weight_decay: of matrices; biases, norms and embeddings have none.
@@ -235,9 +242,10 @@ class PretrainConfig:
     """
 
     out: Path = Path("runs/tiny-clip")
+    init: str | None = None
     steps: int = 2000
     batch_size: int = 64
-    phrases: int = 3
+    phrases: int = 4
     lr: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 150
@@ -253,3 +261,7 @@ class PretrainConfig:
     seed: int = 0
     bf16: bool = True
     save_every: int = 250
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2 or self.batch_size % 2:
+            raise UserError(f"pretrain.batch_size is {self.batch_size}: it must be an even number, at least 2")

@@ -79,6 +79,9 @@ SWITCHES = [
     {"vision_ratio": 0.05, "language_ratio": 0.95},
     {"vision_level": "input"},
     {"vision_level": "input", "vision_which": "random"},
+    {"vision_level": "blank"},
+    {"joint": True},
+    {"joint": True, "vision_level": "blank", "vision_which": "random", "language_which": "random", "ground_truth": 0.5},
     {"language_level": "feature"},
     {"hide_single_word": True},
     *({"loss": loss, "temperature": 2.0} for loss in ("kl", "mse", "soft_bce")),
@@ -100,13 +103,13 @@ def test_every_switch_trains_and_the_parts_sum_to_the_loss(tiny_model, tokens, s
     objective = build(tiny_model.train(), **settings)
     how = objective.settings
     losses = run(objective, tokens, ramp=ramp)
-    expected = {"loss", "seg"} | ({"lmvsd"} if how.vision else set()) | ({"vmlsd"} if how.language else set())
-    if how.ground_truth:
-        expected |= {"lmvsd_seg", "vmlsd_seg"}
+    branches = {"joint"} if how.joint else {name for name in ("lmvsd", "vmlsd") if name in objective.branches}
+    expected = {"loss", "seg"} | branches | ({f"{name}_seg" for name in branches} if how.ground_truth else set())
     assert losses.keys() == expected
     assert all(value.ndim == 0 and value.isfinite() and value > 0 for value in losses.values())
     weights = {"seg": 1.0, "lmvsd": ramp * how.vision_weight, "vmlsd": ramp * how.language_weight}
-    weights |= dict.fromkeys(("lmvsd_seg", "vmlsd_seg"), ramp * how.ground_truth)
+    weights |= {"joint": ramp * how.vision_weight}
+    weights |= dict.fromkeys(("lmvsd_seg", "vmlsd_seg", "joint_seg"), ramp * how.ground_truth)
     total = sum(weights[name] * value.item() for name, value in losses.items() if name != "loss")
     assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
     losses["loss"].backward()
@@ -160,7 +163,14 @@ def test_plain_training_is_the_models_own_forward(tiny_model, tokens):
 
 def test_the_main_branch_does_not_depend_on_the_others(tiny_model, tokens):
     plain = run(build(tiny_model, vision=False, language=False), tokens)["seg"].item()
-    for settings in ({}, {"vision_level": "input"}, {"language_level": "feature"}, {"share_weights": False}):
+    for settings in (
+        {},
+        {"vision_level": "input"},
+        {"vision_level": "blank"},
+        {"language_level": "feature"},
+        {"joint": True},
+        {"share_weights": False},
+    ):
         assert run(build(tiny_model, **settings), tokens)["seg"].item() == pytest.approx(plain, rel=1e-5)
 
 
@@ -324,6 +334,40 @@ def test_a_patch_dropped_at_the_input_cannot_be_seen(tiny_model, tokens, hide_so
     for row, patch in itertools.product(range(3), range(20)):
         after = masked_image(objective, repaint(pixels(), patch), tokens)
         assert torch.equal(after.patches[row], before.patches[row]) == hide_some_patches[row, patch].item()
+
+
+@torch.no_grad()
+def test_a_patch_painted_over_cannot_be_seen(tiny_model, tokens, hide_some_patches):
+    objective = build(tiny_model, vision_level="blank")
+    before = masked_image(objective, pixels(), tokens)
+    for row, patch in itertools.product(range(3), range(20)):
+        after = masked_image(objective, repaint(pixels(), patch), tokens)
+        assert torch.equal(after.patches[row], before.patches[row]) == hide_some_patches[row, patch].item()
+
+
+@torch.no_grad()
+def test_the_joint_branch_sees_neither_the_patches_nor_the_words(
+    tiny_model, tokens, hide_some_patches, hide_second_word, monkeypatch
+):
+    """The losses are those of a decode of both masked views."""
+    objective = build(tiny_model, joint=True, vision_level="input")
+    decoded = []
+    decode = tiny_model.decode
+    monkeypatch.setattr(tiny_model, "decode", lambda *view: (decoded.append(view), decode(*view))[1])
+    other = say_another_word(tokens)
+    for images, said in ((pixels(), tokens), (repaint(pixels(), 3), other)):
+        objective(images, said, target(), OWNER)
+    (image_a, text_a), (image_b, text_b) = decoded
+    assert len(image_a) == 6  # two branches of three sentences
+    assert torch.equal(text_a.words[3:], text_b.words[3:])
+    assert torch.equal(image_a.patches[3], image_b.patches[3])  # where patch 3 is hidden
+    assert not torch.equal(image_a.patches[4], image_b.patches[4])
+    assert not torch.equal(text_a.words[:3], text_b.words[:3])
+
+
+def test_a_joint_branch_needs_both_modalities():
+    with pytest.raises(UserError, match="needs vision: true and language: true"):
+        DistillationConfig(joint=True, language=False)
 
 
 class ClassToken(nn.Module):

@@ -58,7 +58,7 @@ class MaskedSelfDistillation(nn.Module):
     def __init__(self, model: nn.Module, settings: DistillationConfig, dim: int) -> None:
         super().__init__()
         self.model, self.settings = model, settings
-        if settings.vision:
+        if settings.vision and settings.vision_level != "blank":
             self.mask_token = nn.Parameter(torch.randn(dim) * 0.02)
         self.own_decoders = nn.ModuleDict()
         if not settings.share_weights:
@@ -70,6 +70,8 @@ class MaskedSelfDistillation(nn.Module):
     @property
     def branches(self) -> list[str]:
         """Names of the masked branches that are on."""
+        if self.settings.joint:
+            return ["joint"]
         return [name for name, on in (("lmvsd", self.settings.vision), ("vmlsd", self.settings.language)) if on]
 
     def mask_patches(
@@ -82,6 +84,11 @@ class MaskedSelfDistillation(nn.Module):
         else:
             scores = patch_scores(corr, text.word_mask, how.vision_guide)
         hidden = choose_patches(scores, how.vision_ratio, how.vision_which)  # (B, N)
+        if how.vision_level == "blank":
+            size = pixel_values.shape[-1] // image.grid[1]
+            painted = hidden.unflatten(1, image.grid).repeat_interleave(size, 1).repeat_interleave(size, 2)
+            seen = self._model.encode_image(pixel_values[image_index].masked_fill(painted[:, None], 0.0))
+            return replace(image, patches=seen.patches, context=seen.context)
         token = self.mask_token.to(image.patches.dtype)
         if how.vision_level == "feature":
             patches = torch.where(hidden[..., None], token, image.patches)
@@ -126,8 +133,8 @@ class MaskedSelfDistillation(nn.Module):
             ramp: factor of the distillation weights, 0 to 1 (warm-up). At 0 the masked branches do not run at all.
 
         Returns:
-            "loss", and its parts before weighting: "seg", "lmvsd", "vmlsd" (and "lmvsd_seg", "vmlsd_seg" with ground
-            truth on the masked branches). Scalars.
+            "loss", and its parts before weighting: "seg", "lmvsd" and "vmlsd", or "joint" (and "lmvsd_seg", … with
+            ground truth on the masked branches). Scalars.
         """
         how, model = self.settings, self._model
         if image_index is None:
@@ -141,18 +148,18 @@ class MaskedSelfDistillation(nn.Module):
         views = {"main": (image, text)}
         if distils:
             corr = correlation(image, text, how.correlation)
-            if how.vision:
-                views["lmvsd"] = (self.mask_patches(pixel_values, image_index, image, text, corr), text)
-            if how.language:
-                views["vmlsd"] = (image, self.mask_words(tokens, text, corr))
+            seen = self.mask_patches(pixel_values, image_index, image, text, corr) if how.vision else image
+            said = self.mask_words(tokens, text, corr) if how.language else text
+            masked = {"lmvsd": (seen, text), "vmlsd": (image, said), "joint": (seen, said)}
+            views |= {branch: masked[branch] for branch in self.branches}
         logits = self._decode(views)
 
         main = logits["main"]
         losses = {"seg": segmentation_loss(main, target, how.segmentation)}
         loss = losses["seg"]
-        for branch, weight in (("lmvsd", how.vision_weight), ("vmlsd", how.language_weight)):
-            if branch not in logits:
-                continue
+        weights = {"lmvsd": how.vision_weight, "vmlsd": how.language_weight, "joint": how.vision_weight}
+        for branch in self.branches if distils else ():
+            weight = weights[branch]
             losses[branch] = distillation_loss(logits[branch], main, how.loss, how.temperature)
             loss = loss + ramp * weight * losses[branch]
             if how.ground_truth:

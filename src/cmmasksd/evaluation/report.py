@@ -29,7 +29,13 @@ from cmmasksd.inference.visualize import PREDICTION_COLOR, TRUTH_COLOR, check_si
 if TYPE_CHECKING:
     from cmmasksd.inference.predictor import Segmenter
 
-LOSS_CURVES = {"loss": "loss (total)", "seg": "segmentation", "lmvsd": "LMVSD", "vmlsd": "VMLSD"}
+LOSS_CURVES = {
+    "loss": "loss (total)",
+    "seg": "segmentation",
+    "lmvsd": "LMVSD",
+    "vmlsd": "VMLSD",
+    "joint": "both at once",
+}
 """Key in `metrics.jsonl` -> name in the legend. A curve whose key is in no row is left out."""
 
 SCORE_CURVES = {"oIoU": "oIoU", "mIoU": "mIoU"}
