@@ -38,9 +38,12 @@ from cmmasksd.data.scenes import (
     _crop,
     caption,
     describe,
+    facts,
     make_scene,
+    referring,
     render,
     stencil,
+    twin,
 )
 from cmmasksd.errors import UserError
 
@@ -344,9 +347,10 @@ def test_the_short_style_says_places():
     kinds = Counter(said.place[0] if said.place else "none" for _, _, _, said in sentences_of("scenes"))
     total = kinds.total()
     assert not any(said.relations for _, _, _, said in sentences_of("scenes"))
-    assert kinds["zone"] > 0.2 * total
-    assert kinds["extreme"] > 0.2 * total
-    assert kinds["second"] > 0.005 * total
+    # as in RefCOCO, where 45 % of the sentences name a region and 10 % an order
+    assert 0.35 * total < kinds["zone"] < 0.55 * total
+    assert 0.05 * total < kinds["extreme"] < 0.2 * total
+    assert 0.005 * total < kinds["second"] < 0.05 * total
     assert kinds["none"] < 0.5 * total
     places = {said.place for _, _, _, said in sentences_of("scenes") if said.place}
     assert {where for kind, where in places if kind == "zone"} == ZONES
@@ -384,11 +388,11 @@ def test_the_vocabulary_is_closed():
 def test_scenes_stay_what_the_shipped_clip_was_trained_on():
     """The seeds mean these very scenes. Whoever changes them must pretrain again."""
     scene = make_scene(0, "train", 0)
-    assert scene.objects[0] == SceneObject("triangle", "orange", "medium", "striped", 54, 78, 13, -2)
+    assert scene.objects[0] == SceneObject("square", "white", "small", "solid", 37, 95, 11, 2)
     assert [make_scene(0, "train", 0, style=style).references[0] for style in STYLES] == [
-        (2, ("leftmost square",)),
-        (0, ("spotted moon",)),
-        (6, ("the plain green shape which is above the cross", "the plain green shape above the cross")),
+        (5, ("right square",)),
+        (2, ("cyan object", "cyan thing")),
+        (8, ("the heart below the circle", "the heart below the striped heart")),
     ]
 
 
@@ -469,26 +473,85 @@ def test_every_scene_has_its_references():
 @pytest.mark.parametrize("drop", [0.0, 0.15, 0.5, 1.0])
 def test_a_description_is_true_of_its_object(drop):
     draw = random.Random(0)
-    attributes = []
+    attributes, places = [], []
     for _, _, scene in scenes_of("scenes+")[::4]:
         for index in range(len(scene.objects)):
-            said = read(describe(scene, index, draw, drop=drop))
+            said = read(describe(scene, index, draw, drop=drop).text)
             assert index in candidates(scene, said), f"{said} is not true of {scene.objects[index]}"
-            assert said.place or drop, "a full description says where"
             assert said.attributes or said.place
             attributes.append(len(said.attributes))
+            places.append(said.place is not None)
     assert np.mean(attributes) == pytest.approx(4 * (1 - drop), abs=0.2)
+    assert drop or np.mean(places) > 0.85, "a full description says where, unless the object is on a border of regions"
+
+
+def claimed(scene: Scene, claims: int) -> set[int]:
+    return {index for index, there in enumerate(facts(scene)) if claims & there == claims}
+
+
+def test_claims_are_facts_of_the_objects_that_a_description_may_be_true_of():
+    """In its own scene and another: at least the objects that it is true of, at most those somebody might say it of."""
+    draw = random.Random(1)
+    scenes = [scene for _, _, scene in scenes_of("scenes")[::6]]
+    true = 0
+    for scene, other in itertools.pairwise(scenes):
+        for drop in (0.0, 0.5, 0.9):
+            text, claims = describe(scene, draw.randrange(len(scene.objects)), draw, drop=drop)
+            for place in (scene, other):
+                found = claimed(place, claims)
+                assert candidates(place, read(text)) <= found <= candidates(place, read(text), slack=0.065), text
+            true += bool(found)
+    assert 0.1 * 3 * len(scenes) < true < 0.9 * 3 * len(scenes)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_claims_of_a_referring_sentence_are_its_objects_attributes(style):
+    for scene, target, sentence, said in sentences_of(style)[::5]:
+        text, claims = referring(sentence)
+        assert text == sentence
+        assert claimed(scene, claims) == set(matching(scene, said.attributes))
+        assert target in claimed(scene, claims)
 
 
 def test_a_caption_describes_different_objects_in_full():
     draw = random.Random(0)
     for _, _, scene in scenes_of("scenes")[::4]:
-        phrases = caption(scene, draw).split(", ")
-        assert len(phrases) == 3
+        text, claims = caption(scene, draw)
+        phrases = text.split(", ")
+        assert len(phrases) == len(claims) == 3
         meant = [candidates(scene, read(phrase.removeprefix("a "))) for phrase in phrases]
         assert any(len(set(objects)) == 3 for objects in itertools.product(*meant)), (phrases, scene)
         assert all(phrase.startswith("a ") and len(read(phrase[2:]).attributes) == 4 for phrase in phrases)
-    assert len(caption(scene, draw, most=1).split(", ")) == 1
+        assert all(objects <= claimed(scene, claim) for objects, claim in zip(meant, claims, strict=True))
+    assert len(caption(scene, draw, most=1)[1]) == 1
+
+
+def test_a_twin_differs_in_one_object():
+    draw = random.Random(2)
+    moved, differing = 0, Counter()
+    scenes = [scene for _, _, scene in scenes_of("scenes")[::5]]
+    for scene in scenes:
+        other, index = twin(scene, draw)
+        assert (other.look, other.canvas, other.references) == (scene.look, scene.canvas, ())
+        assert [i for i, (a, b) in enumerate(zip(scene.objects, other.objects, strict=True)) if a != b] == [index]
+        before, after = scene.objects[index], other.objects[index]
+        assert after.radius < min(after.x, after.y)
+        assert max(after.x, after.y) < scene.canvas - after.radius - 1
+        if (after.x, after.y) != (before.x, before.y):
+            moved += 1
+            assert replace(after, x=before.x, y=before.y) == before
+        names = ("size", "fill", "colour", "shape")
+        differing.update(name for name in names if getattr(before, name) != getattr(after, name))
+        assert (before.size == after.size) == (before.radius == after.radius)
+        images, owners = zip(render(scene), render(other), strict=True)
+        shows = (owners[0] == index) | (owners[1] == index)
+        near = np.zeros_like(shows)  # edges are antialiased, those of objects in front of it too
+        for dy, dx in itertools.product(range(-2, 3), repeat=2):
+            near |= np.roll(shows, (dy, dx), (0, 1))
+        assert (images[0] != images[1])[~near].any(-1).sum() < 10
+    assert 0.1 * len(scenes) < moved < 0.5 * len(scenes)
+    assert min(differing.values()) > 0.1 * len(scenes)
+    assert len(differing) == 4
 
 
 # --------------------------------------------------------------------------------------------------------------- pixels
@@ -553,7 +616,7 @@ def test_an_object_has_the_colour_and_the_fill_that_are_said_of_it():
             dark = pixels.sum(1) < 0.7 * nominal[o.colour].sum()
             colour = np.median(pixels[~dark], axis=0)
             assert min(COLOURS, key=lambda name: abs(nominal[name] - colour).sum()) == o.colour
-            low, high = {"solid": (0, 0.15), "striped": (0.25, 0.7), "dotted": (0.15, 0.48)}[o.fill]
+            low, high = {"solid": (0, 0.15), "striped": (0.25, 0.7), "dotted": (0.15, 0.5)}[o.fill]
             assert low <= dark.mean() <= high, o
 
 

@@ -14,21 +14,25 @@ from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import encode_image, encode_text
 from cmmasksd.model.modeling import load_clip
-from cmmasksd.model.processing import load_tokenizer, normalize, tokenize
+from cmmasksd.model.processing import load_tokenizer, normalize
 from cmmasksd.training import pretrain as module
 from cmmasksd.training.pretrain import (
     CaptionedScenes,
+    _Collate,
     build_clip,
+    changed_patches,
     contrastive_losses,
+    lend_patches,
     pretrain,
     region_similarity,
     retrieval,
     train_tokenizer,
+    true_of,
 )
 
 
 def micro(out="unused", **how):
-    how = {"steps": 3, "save_every": 2, "batch_size": 3, "width": 32, "vision_layers": 1, "text_layers": 1} | how
+    how = {"steps": 3, "save_every": 2, "batch_size": 4, "width": 32, "vision_layers": 1, "text_layers": 1} | how
     return PretrainConfig(
         out=out, phrases=2, image_size=64, patch_size=16, vocabulary=768, workers=0, bf16=False, warmup=2, **how
     )
@@ -95,13 +99,60 @@ def test_captioned_scenes_are_a_function_of_their_index():
     data = CaptionedScenes(6, phrases=2, seed=0, canvas=64)
     later = CaptionedScenes(2, phrases=2, seed=0, canvas=64, start=4)
     assert (len(data), len(later)) == (6, 2)
-    image, caption, phrases = data[4]
-    same_image, same_caption, same_phrases = later[0]
-    assert torch.equal(image, same_image)
-    assert (caption, phrases) == (same_caption, same_phrases)
-    assert image.shape == (64, 64, 3)
-    assert len(phrases) == 2
-    assert all(text.strip() for text in [caption, *phrases])
+    item, same = data[4], later[0]
+    assert torch.equal(item.images, same.images)
+    assert item[1:] == same[1:]
+    assert item.images.shape == (2, 64, 64, 3)  # a scene and its twin
+    assert not torch.equal(*item.images)
+    assert [len(phrases) for phrases in item.phrases] == [2, 2]
+    assert all(text.strip() for text, _ in [*item.captions, *item.phrases[0], *item.phrases[1]])
+
+
+def test_what_is_said_of_an_image_is_true_of_it_and_tells_it_from_its_twin():
+    data = CaptionedScenes(60, phrases=3, seed=0, canvas=64)
+    apart = []
+    for item in (data[i] for i in range(60)):
+        for nth in (0, 1):
+            said = [*item.captions[nth][1], *(claims for _, claims in item.phrases[nth])]
+            assert all(any(claims & there == claims for there in item.facts[nth]) for claims in said)
+            for _, claims in item.phrases[nth]:
+                apart.append(not any(claims & there == claims for there in item.facts[1 - nth]))
+    assert sum(apart) > 0.65 * len(apart)
+
+
+def test_captions_speak_of_relations_and_phrases_of_orders():
+    data = CaptionedScenes(120, phrases=3, seed=0, canvas=64)
+    captions = [text for i in range(120) for text, _ in data[i].captions]
+    phrases = [text for i in range(120) for own in data[i].phrases for text, _ in own]
+    assert any(" above the " in text for text in captions)
+    orders = {"leftmost", "rightmost", "topmost", "lowest", "bottommost", "second"}
+    assert any(orders & set(text.split()) for text in phrases)
+    assert not any(" above the " in text for text in phrases)
+
+
+def test_a_claim_is_true_of_an_image_with_one_object_that_has_it_all():
+    red, big, star = 1, 2, 4
+    known = torch.tensor([[red | big, star], [red | star, 0], [big, big]])
+    claims = torch.tensor([red | big, star, red | star, 0, red | big | star])
+    expected = [[True, False, False], [True, True, False], [False, True, False], [True] * 3, [False] * 3]
+    assert true_of(claims, known).tolist() == expected
+
+
+def test_collate_knows_of_which_images_a_text_is_true(tokenizer):
+    data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
+    items = [data[i] for i in range(4)]
+    images, captions, phrases, caption_true, phrase_true = _Collate(tokenizer)(items)
+    assert images.shape == (8, 64, 64, 3)
+    assert (len(captions), len(phrases)) == (8, 16)
+    assert caption_true.diagonal().all()
+    assert phrase_true[torch.arange(16), torch.arange(8).repeat_interleave(2)].all()
+    objects = [there for item in items for there in item.facts]
+    said = [phrase for item in items for own in item.phrases for phrase in own]
+    for row, (_, claims) in zip(phrase_true.tolist(), said, strict=True):
+        assert row == [any(claims & there == claims for there in some) for some in objects]
+    parts = [claims for item in items for _, claims in item.captions]
+    for row, claims in zip(caption_true.tolist(), parts, strict=True):
+        assert row == [all(any(c & there == c for there in some) for c in claims) for some in objects]
 
 
 def test_pretraining_may_see_every_pair_of_colour_and_shape():
@@ -115,6 +166,24 @@ def test_pretraining_may_see_every_pair_of_colour_and_shape():
 # -- the losses
 
 
+def test_patches_of_twins_that_look_the_same_are_exchanged():
+    images = torch.zeros(4, 32, 48, 3, dtype=torch.uint8)
+    images[1, 17, 20, 2] = 1  # row 1, column 1 of 2 x 3 patches
+    changed = changed_patches(images, 16)
+    assert changed.nonzero().tolist() == [[0, 4], [1, 4]]
+    patches = torch.arange(4.0)[:, None, None].expand(4, 6, 1)
+    lent = lend_patches(patches, changed)[..., 0]
+    assert lent.tolist() == [[1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 0], [3] * 6, [2] * 6]
+
+
+def test_twins_of_scenes_differ_where_the_object_is():
+    data = CaptionedScenes(40, phrases=1, seed=0, canvas=128)
+    share = [changed_patches(data[i].images, 16).float().mean().item() for i in range(40)]
+    assert min(share) > 0
+    assert sum(share) / 40 < 0.3
+    assert max(share) < 0.7
+
+
 def test_region_similarity_is_a_smooth_maximum():
     torch.manual_seed(0)
     texts, patches = F.normalize(torch.randn(3, 5), dim=-1), F.normalize(torch.randn(2, 7, 5), dim=-1)
@@ -126,8 +195,10 @@ def test_region_similarity_is_a_smooth_maximum():
     assert (middle > cosine.mean(-1)).all()
 
 
-def by_hand(pooled, patches, captions, phrases, scale):
-    """The losses with loops."""
+def by_hand(pooled, patches, captions, phrases, scale, caption_true=None, phrase_true=None):
+    """The losses with loops; where a text is true of another image, the two are left out."""
+    caption_true = caption_true or [[False] * len(pooled)] * len(captions)
+    phrase_true = phrase_true or [[False] * len(pooled)] * len(phrases)
 
     def cosine(a, b):
         return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
@@ -135,19 +206,22 @@ def by_hand(pooled, patches, captions, phrases, scale):
     def loss(right, wrong):
         return math.log(sum(math.exp(x - right) for x in [right, *wrong]))
 
-    count, each = len(pooled), len(phrases) // len(pooled)
+    count, each, sharp = len(pooled), len(phrases) // len(pooled), module.SHARPNESS
     logit = [[scale * cosine(c, p) for p in pooled] for c in captions]
     of = range(count)
-    rows = [loss(logit[i][i], [logit[i][j] for j in of if j != i]) for i in of]
-    columns = [loss(logit[i][i], [logit[j][i] for j in of if j != i]) for i in of]
+    rows = [loss(logit[i][i], [logit[i][j] for j in of if j != i and not caption_true[i][j]]) for i in of]
+    columns = [loss(logit[i][i], [logit[j][i] for j in of if j != i and not caption_true[j][i]]) for i in of]
     region = [
-        [math.log(sum(math.exp(scale * cosine(t, v)) for v in image) / len(image)) for image in patches]
+        [math.log(sum(math.exp(sharp * scale * cosine(t, v)) for v in image) / len(image)) / sharp for image in patches]
         for t in phrases
     ]
-    to_image = [loss(row[k // each], [row[j] for j in of if j != k // each]) for k, row in enumerate(region)]
-    to_phrase = [
-        loss(row[k // each], [region[m][k // each] for m in range(len(phrases)) if m // each != k // each])
+    to_image = [
+        loss(row[k // each], [row[j] for j in of if j != k // each and not phrase_true[k][j]])
         for k, row in enumerate(region)
+    ]
+    to_phrase = [
+        loss(row[i], [region[m][i] for m in range(len(phrases)) if m // each != i and not phrase_true[m][i]])
+        for i, row in ((k // each, row) for k, row in enumerate(region))
     ]
     return (sum(rows) + sum(columns)) / 2 / count, (sum(to_image) + sum(to_phrase)) / 2 / len(phrases)
 
@@ -158,6 +232,12 @@ def test_contrastive_losses_equal_a_hand_computation():
     losses = contrastive_losses(*parts, torch.tensor(3.0))
     expected = by_hand(*(part.tolist() for part in parts), 3.0)
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-4)
+
+    caption_true, phrase_true = torch.rand(3, 3) < 0.4, torch.rand(6, 3) < 0.4
+    losses = contrastive_losses(*parts, torch.tensor(3.0), caption_true=caption_true, phrase_true=phrase_true)
+    masked = by_hand(*(part.tolist() for part in parts), 3.0, caption_true.tolist(), phrase_true.tolist())
+    assert [loss.item() for loss in losses] == pytest.approx(masked, rel=1e-4)
+    assert all(less < more for less, more in zip(masked, expected, strict=True))
 
 
 def test_matching_features_lose_less_than_swapped_ones():
@@ -173,15 +253,15 @@ def test_the_losses_fall_on_a_batch(tokenizer):
     torch.manual_seed(0)
     clip = build_clip(micro(), tokenizer)
     data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
-    images, captions, phrases = zip(*(data[i] for i in range(4)), strict=True)
-    images = normalize(torch.stack(images).permute(0, 3, 1, 2))
-    captions, phrases = tokenize(tokenizer, captions), tokenize(tokenizer, [t for some in phrases for t in some])
+    images, captions, phrases, caption_true, phrase_true = _Collate(tokenizer)([data[i] for i in range(4)])
+    images = normalize(images.permute(0, 3, 1, 2))
+    true = {"caption_true": caption_true, "phrase_true": phrase_true}
     optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-3)
     history = []
     for _ in range(30):
         features, pooled = encode_image(clip, images)
         sentences, said = encode_text(clip, captions).sentence, encode_text(clip, phrases).sentence
-        losses = contrastive_losses(pooled, features.patches, sentences, said, clip.logit_scale.exp())
+        losses = contrastive_losses(pooled, features.patches, sentences, said, clip.logit_scale.exp(), **true)
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
@@ -193,7 +273,7 @@ def test_the_losses_fall_on_a_batch(tokenizer):
 def test_retrieval_gives_fractions(tokenizer):
     clip = build_clip(micro(), tokenizer)
     found = retrieval(clip, tokenizer, scenes=8)
-    assert set(found) == {"R@1", "R@5", "pointing", "pointing_referring"}
+    assert set(found) == {"R@1", "R@5", "pointing", "pointing_short", "pointing_referring"}
     assert all(0 <= value <= 1 for value in found.values())
     assert found["R@1"] <= found["R@5"]
 
@@ -214,11 +294,11 @@ def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, mo
 
     real, calls = module.contrastive_losses, []
 
-    def losses(*args):
+    def losses(*args, **true):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **true)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "contrastive_losses", losses)
@@ -238,6 +318,8 @@ def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, mo
 
     assert pretrain(micro(tmp_path / "cut")) == tmp_path / "cut" / "clip"  # a finished run is left as it is
     assert rows_of(tmp_path / "cut") == rows
+    with pytest.raises(UserError, match=r"batch_size is 3: .* an even number"):
+        micro(batch_size=3)
     with pytest.raises(UserError, match="has had 3 steps already"):
         pretrain(micro(tmp_path / "cut", steps=2))
     with pytest.raises(UserError, match="cannot go on from"):
@@ -245,3 +327,17 @@ def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, mo
     (tmp_path / "cut" / "state.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot go on from"):
         pretrain(micro(tmp_path / "cut"))
+
+
+def test_pretrain_begins_with_a_trained_clip(quick, tmp_path):
+    first = pretrain(micro(tmp_path / "first"))
+    tokens = load_tokenizer(first).get_vocab()
+    second = pretrain(micro(tmp_path / "second", init=str(first), steps=1, lr=1e-12, width=64, vision_layers=2))
+    before, after = load_clip(first).state_dict(), load_clip(second).state_dict()
+    assert before.keys() == after.keys()  # its sizes, not those of the settings
+    assert all(torch.allclose(before[name], after[name], atol=1e-4) for name in before)
+    assert load_tokenizer(second).get_vocab() == tokens
+    with pytest.raises(UserError, match=r"images of 64 pixels in patches of 16: give --pretrain\.image_size 64"):
+        pretrain(PretrainConfig(out=tmp_path / "third", init=str(first)))
+    with pytest.raises(UserError, match=r"no model folder \./absent"):
+        pretrain(micro(tmp_path / "third", init="./absent"))

@@ -22,9 +22,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,8 +43,9 @@ COLOURS = {
     "purple": (135, 50, 165),
     "white": (240, 240, 240),
 }
-SIZES = {"small": 9.0, "medium": 14.0, "large": 20.0}
-"""Radius in pixels on a canvas of 128 pixels."""
+SIZES = {"small": 12.0, "medium": 18.0, "large": 27.0}
+"""Radius in pixels on a canvas of 128 pixels. An object that is named covers 4 % of the picture on average, still less
+than in RefCOCO (nearly always over 5 %, on average 10 to 15 %)."""
 FILLS = ("solid", "striped", "dotted")
 STYLES = ("scenes", "scenes+", "scenesg")
 SPLITS = ("train", "val", "testA", "testB", "pretrain")
@@ -176,14 +178,15 @@ def _crop(tile: np.ndarray, canvas: int, draw: random.Random) -> np.ndarray:
 
 def _pattern(fill: str, n: int, scale: float, draw: random.Random) -> np.ndarray | None:
     """Which pixels of an object take its second, darker colour; None for a solid one."""
+    way, phase = draw.getrandbits(2), draw.random()  # whatever the fill: what comes later looks the same in a twin
     if fill == "solid":
         return None
     at = np.arange(n)
     period = 6.0 * scale
     if fill == "striped":
-        a, b = draw.choice(((1.0, 0.0), (0.0, 1.0), (0.7, 0.7), (0.7, -0.7)))
-        return (at[:, None] * a + at * b + draw.random() * period) % period < period / 2
-    u = ((at + draw.random() * period) % period - period / 2) ** 2
+        a, b = ((1.0, 0.0), (0.0, 1.0), (0.7, 0.7), (0.7, -0.7))[way]
+        return (at[:, None] * a + at * b + phase * period) % period < period / 2
+    u = ((at + phase * period) % period - period / 2) ** 2
     return u[:, None] + u <= (0.32 * period) ** 2
 
 
@@ -318,10 +321,10 @@ def _layout(draw: random.Random, split: str, canvas: int) -> tuple[list[SceneObj
 
 _SPANS = {
     # name: (axis, from, to) as fractions of the canvas, strict and loose
-    "left": ((0, 0.0, 0.42), (0, 0.0, 0.56)),
-    "right": ((0, 0.58, 1.0), (0, 0.44, 1.0)),
-    "top": ((1, 0.0, 0.42), (1, 0.0, 0.56)),
-    "bottom": ((1, 0.58, 1.0), (1, 0.44, 1.0)),
+    "left": ((0, 0.0, 0.42), (0, 0.0, 0.52)),
+    "right": ((0, 0.58, 1.0), (0, 0.48, 1.0)),
+    "top": ((1, 0.0, 0.42), (1, 0.0, 0.52)),
+    "bottom": ((1, 0.58, 1.0), (1, 0.48, 1.0)),
     "middle column": ((0, 0.36, 0.64), (0, 0.28, 0.72)),
     "middle row": ((1, 0.36, 0.64), (1, 0.28, 0.72)),
 }
@@ -527,27 +530,29 @@ def _say_location(draw: random.Random, kind: str, name: str, phrase: str) -> str
 def _short_sentence(meaning: _Meaning, target: int, draw: random.Random) -> str | None:
     """RefCOCO's manner: a few attributes and a place."""
     table, bit = meaning.sharing(target), 1 << target
-    here = [("zone", name, loose) for name, (strict, loose) in meaning.zones().items() if strict & bit]
-    draw.shuffle(here)
-    order = [("extreme", name, meaning.outermost(target, *way)) for name, way in _EXTREMES.items()]
-    draw.shuffle(order)
-    chance = draw.random()  # half of the sentences try a region first, the rest an order
-    places = here + order if chance < 0.5 else order + here
-    places = [place for place in places if table[15] & place[2] == bit]  # the rest is true of others with all the words
-    if chance > 0.92:
-        places = [("second", name, -1) for _, name, _ in order] + places
-    for bits in _subsets(draw)[:8]:
-        if table[bits] == bit:
-            continue  # the place would add nothing
-        for kind, name, loose in places:
-            if kind == "second":
-                way = _EXTREMES[name]
-                found = meaning.second(table[bits], *way) == target
-                found = found and all(meaning.second(table[fewer], *way) != target for fewer in _FEWER[bits])
-            else:
-                found = _minimal(table, bits, loose, bit)
-            if found:
-                return _say_location(draw, kind, name, _noun_phrase(draw, meaning.objects[target], bits))
+    zones = [("zone", name, loose) for name, (strict, loose) in meaning.zones().items() if strict & bit]
+    orders = [("extreme", name, meaning.outermost(target, *way)) for name, way in _EXTREMES.items()]
+    draw.shuffle(zones)
+    draw.shuffle(orders)
+    chance = draw.random()
+    # In RefCOCO 45 % of the sentences name a region and 10 % an order: an order is for what no region singles out, and
+    # not even always for that.
+    ways = [orders, zones] if chance < 0.03 else [zones, orders] if chance < 0.4 else [zones]
+    ways = [[place for place in places if table[15] & place[2] == bit] for places in ways]  # else true of others too
+    if chance > 0.93:
+        ways.insert(0, [("second", name, -1) for _, name, _ in orders])
+    subsets = [bits for bits in _subsets(draw)[:8] if table[bits] != bit]  # else the place would add nothing
+    for places in ways:
+        for bits in subsets if places else ():
+            for kind, name, loose in places:
+                if kind == "second":
+                    way = _EXTREMES[name]
+                    found = meaning.second(table[bits], *way) == target
+                    found = found and all(meaning.second(table[fewer], *way) != target for fewer in _FEWER[bits])
+                else:
+                    found = _minimal(table, bits, loose, bit)
+                if found:
+                    return _say_location(draw, kind, name, _noun_phrase(draw, meaning.objects[target], bits))
     return None
 
 
@@ -617,15 +622,13 @@ def make_scene(seed: int, split: str, index: int, *, style: str = "scenes", canv
     draw = random.Random(f"{seed}/{split}/{index}/{style}")
     while True:
         objects, hidden = _layout(draw, split, canvas)
-        if len(objects) < 3:
+        order = [i for i, o in enumerate(objects) if split != "testB" or (o.colour, o.shape) in HELD_OUT]
+        if len(order) < REFERENCES_PER_SCENE:
             continue
-        meaning = _Meaning(objects, hidden, canvas)
-        order = list(range(len(objects)))
         draw.shuffle(order)
+        meaning = _Meaning(objects, hidden, canvas)
         references = []
         for target in order:
-            if split == "testB" and (objects[target].colour, objects[target].shape) not in HELD_OUT:
-                continue
             said = [_sentence(meaning, target, style, draw) for _ in range(2)]
             sentences = tuple(dict.fromkeys(s for s in said if s is not None))
             if sentences:
@@ -634,27 +637,95 @@ def make_scene(seed: int, split: str, index: int, *, style: str = "scenes", canv
                 return Scene(canvas, tuple(objects), tuple(references), draw.getrandbits(64))
 
 
-def describe(scene: Scene, index: int, draw: random.Random, *, drop: float = 0.0) -> str:
-    """One object in full: size, fill, colour, shape and place, each left out with probability `drop`."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions, and what they claim: contrastive training needs to know of which other pictures a text is true as well
+
+
+_FACTS = {name: 1 << i for i, name in enumerate((*SIZES, *FILLS, *COLOURS, *SHAPES, *_ZONES))}
+_VALUE_OF = {word: value for values in _VALUES for value in values for word in _WORDS.get(value, (value,))}
+
+
+class Phrase(NamedTuple):
+    """A text about one object, and the attributes and regions (bits of one int) that it claims of it."""
+
+    text: str
+    claims: int
+
+
+def facts(scene: Scene) -> list[int]:
+    """For every object its attributes and the regions it might be said to lie in. A phrase can only be true of a scene
+    if all its claims are facts of one object."""
+    zones = _Meaning(scene.objects, {}, scene.canvas).zones()
+    return [
+        sum([_FACTS[value] for value in thing.attributes])
+        + sum([_FACTS[name] for name, (_, loose) in zones.items() if loose >> index & 1])
+        for index, thing in enumerate(scene.objects)
+    ]
+
+
+def describe(scene: Scene, index: int, draw: random.Random, *, drop: float = 0.0) -> Phrase:
+    """One object: size, fill, colour and shape, each left out with probability `drop`, and a region that it surely lies
+    in (all it may be without a word on the region, where `drop` is above 0). Something is always said."""
     thing = scene.objects[index]
+    strict = _Meaning(scene.objects, {}, scene.canvas).zones()
+    zones = [name for name, (there, _) in strict.items() if there >> index & 1]
     values = [value for value in thing.attributes if draw.random() >= drop]
-    phrase = _phrase(draw, values)
-    if values and draw.random() < drop:
-        return phrase
-    x, y = thing.x / scene.canvas, thing.y / scene.canvas
-    row = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
-    column = "left" if x < 0.4 else "right" if x > 0.6 else ""
-    if not row and not column:
-        return f"{phrase} in the middle"
-    if row and column:
-        return f"{phrase} in the {row} {column}"
-    return f"{phrase} {'at' if row else 'on'} the {row or column}"
+    if not zones and not values:
+        values = [thing.shape]
+    phrase, claims = _phrase(draw, values), sum([_FACTS[value] for value in values])
+    if not zones or (values and draw.random() < drop):
+        return Phrase(phrase, claims)
+    zone = draw.choice(zones)
+    return Phrase(_say_location(draw, "zone", zone, phrase), claims + _FACTS[zone])
 
 
-def caption(scene: Scene, draw: random.Random, *, most: int = 3) -> str:
-    """A caption of the whole scene, as CLIP is trained on: up to `most` of its objects, larger ones first by chance."""
+def referring(sentence: str) -> Phrase:
+    """A referring sentence and the attributes that it gives its object (no region or order: their truth takes more)."""
+    head = sentence
+    for words in RELATIONS.values():
+        head = head.split(f" {words} ")[0]  # what follows is said of other objects
+    values = {_VALUE_OF[word] for word in head.split() if word in _VALUE_OF}
+    return Phrase(sentence, sum([_FACTS[value] for value in values]))
+
+
+def caption(scene: Scene, draw: random.Random, *, most: int = 3) -> tuple[str, list[int]]:
+    """A caption of the whole scene, as CLIP is trained on, and the claims of its parts: up to `most` of its objects,
+    larger ones first by chance."""
     order = sorted(range(len(scene.objects)), key=lambda i: -scene.objects[i].radius * draw.uniform(0.5, 1.5))
-    return ", ".join("a " + describe(scene, i, draw) for i in order[:most])
+    parts = [describe(scene, i, draw) for i in order[:most]]
+    return ", ".join("a " + part.text for part in parts), [part.claims for part in parts]
+
+
+def twin(scene: Scene, draw: random.Random) -> tuple[Scene, int]:
+    """The same scene but for one object, and its index: some of its attributes are others, or it has moved. It has no
+    references. All pixels that do not show the object are the same."""
+    index = draw.randrange(len(scene.objects))
+    thing, others = scene.objects[index], scene.objects[:index] + scene.objects[index + 1 :]
+
+    def fits(x: int, y: int, radius: int) -> bool:
+        inside = radius < min(x, y) and max(x, y) < scene.canvas - radius - 1
+        return inside and all(math.hypot(x - o.x, y - o.y) >= 0.85 * (radius + o.radius) for o in others)
+
+    changed = thing
+    if draw.random() < 0.5:
+        for _ in range(12):
+            x, y = draw.randrange(scene.canvas), draw.randrange(scene.canvas)
+            if fits(x, y, thing.radius):
+                changed = replace(thing, x=x, y=y)
+                break
+    while changed == thing:
+        values = dict(zip(ATTRIBUTES, thing.attributes, strict=True))
+        for attribute, known in zip(ATTRIBUTES, _VALUES, strict=True):
+            if draw.random() < 0.5:
+                values[attribute] = draw.choice(known)
+        radius = thing.radius
+        if values["size"] != thing.size:
+            radius = max(3, round(SIZES[values["size"]] * scene.canvas / 128))
+            if not fits(thing.x, thing.y, radius):
+                continue
+        changed = replace(thing, radius=radius, **values)
+    objects = (*scene.objects[:index], changed, *scene.objects[index + 1 :])
+    return replace(scene, objects=objects, references=()), index
 
 
 class SceneDataset:
