@@ -9,6 +9,7 @@ holds only one process's rows, or scores of another run, cannot come to be.
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,7 +107,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def read_expressions(path: Path) -> list[ExpressionScore]:
-    """Read an `expressions.jsonl`, given the file or its folder.
+    """Read an `expressions.jsonl`, or one packed by gzip (`.jsonl.gz`), given the file or its folder.
 
     Raises:
         UserError: the file is missing, or a line is not an expression's row.
@@ -189,7 +190,12 @@ def _line(row: ExpressionScore) -> str:
 
 def _read(path: Path) -> str:
     try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rt", encoding="utf-8") as file:
+                return file.read()
         return path.read_text(encoding="utf-8")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}): score the split again") from None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: `cmmasksd evaluate` writes it") from None
 

@@ -1,0 +1,136 @@
+"""The ablation study: its plan, one run of it, what is not run twice, and tables that follow from the files."""
+
+import gzip
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from cmmasksd import cli
+from cmmasksd.config import Config
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "ablation" / "study.py"
+MICRO = {
+    "data.val_references": 6, "data.scene_size": 64, "data.workers": 0, "model.size": "[64,64]",
+    "model.max_tokens": 20, "model.decoder_width": 32, "model.decoder_layers": 1, "model.decoder_heads": 2,
+    "model.decoder_mlp": 32, "model.head_width": 16, "training.batch_size": 6, "training.warmup_steps": 1,
+    "training.epochs": 1, "data.train_references": 12,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("study", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["study"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_run_is_declared_once_and_its_settings_are_real(study):
+    runs = study.plan()
+    assert len({run.name for run in runs}) == len(runs)
+    assert {run.arm for run in runs} == {*study.ARMS, study.EQUAL_COMPUTE}
+    for run in runs:
+        config = Config()
+        for key, value in study.settings(run).items():
+            part, name = key.split(".")
+            assert hasattr(getattr(config, part), name), key
+            setattr(getattr(config, part), name, value)
+        config.distillation.__post_init__()
+        config.training.__post_init__()
+
+
+def test_the_headline_has_five_seeds_and_its_controls(study):
+    seeds = {
+        arm: {run.seed for run in study.plan() if run.arm == arm and run.references == study.SIZE} for arm in study.ARMS
+    }
+    assert seeds["none"] == seeds["both"] == seeds["random"] == set(range(5))
+    assert len(seeds["two-passes"]) >= 3
+
+
+def test_equal_compute_gets_the_branches_share(study):
+    plain, more = (study.settings(study.Run(arm))["training.epochs"] for arm in ("none", study.EQUAL_COMPUTE))
+    assert plain * study.SIZE == study.SENTENCES
+    assert 1.2 < more / plain < 2.5
+    assert study.settings(study.Run(study.EQUAL_COMPUTE))["distillation.vision"] is False
+
+
+@pytest.fixture(scope="module")
+def finished(study, tiny_clip_folder, tmp_path_factory):
+    """Three micro runs, the second of which was cut off between training and scoring."""
+    place = tmp_path_factory.mktemp("study")
+    results, work = place / "results", place / "work"
+    results.mkdir()
+    extra = [f"--{key}={value}" for key, value in (MICRO | {"model.backbone": tiny_clip_folder}).items()]
+    typed = []
+
+    def call(*arguments):
+        typed.append([str(argument) for argument in arguments])
+        if cut and arguments[0] == "evaluate":
+            raise KeyboardInterrupt
+        size = ["--scene_size", "64"] if arguments[0] == "evaluate" else []
+        assert cli.main([*typed[-1], *size]) == 0
+
+    for run in (study.Run("none"), study.Run("both"), study.Run("both", seed=1)):
+        cut = run.seed == 1
+        try:
+            study.execute(run, results, work, call=call, extra=extra, scored=6)
+        except KeyboardInterrupt:
+            assert not (results / run.name).exists()
+            cut = False
+            study.execute(run, results, work, call=call, extra=extra, scored=6)
+    return results, typed
+
+
+def test_a_run_leaves_its_record_and_its_rows(study, finished):
+    results, typed = finished
+    assert [run.name for run in study.done(results)] == ["none-n2000-s0", "both-n2000-s0", "both-n2000-s1"]
+    record = json.loads((results / "both-n2000-s1" / "run.json").read_text())
+    assert record["resumed"] is True
+    assert record["scores"].keys() == {"val", "testB"}
+    packed = (results / "both-n2000-s0" / "testB.jsonl.gz").read_bytes()
+    rows = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
+    assert record["scores"]["testB"]["expressions"] == len(rows)
+    assert sum("--resume" in arguments for arguments in typed) == 1
+    assert all("last" in arguments[2] for arguments in typed if arguments[0] == "evaluate")
+
+
+def test_the_tables_follow_from_the_files(study, finished):
+    results, _ = finished
+    text = study.tables(results, resamples=200)
+    assert "## 2,000 references" in text
+    assert "## 500 references" not in text
+    rows = {
+        line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line
+    }
+    both = [json.loads((results / f"both-n2000-s{seed}" / "run.json").read_text())["scores"] for seed in (0, 1)]
+    mean = 50 * sum(scores["val"]["oIoU"] for scores in both)
+    assert rows["both"][1] == "2"
+    assert rows["both"][2].startswith(f"{mean:.2f} ± ")
+    none = json.loads((results / "none-n2000-s0" / "run.json").read_text())["scores"]
+    assert float(rows["both"][6].split()[0]) == pytest.approx(
+        100 * (both[0]["val"]["oIoU"] - none["val"]["oIoU"]), abs=0.01
+    )
+    assert rows["both"][6].endswith("(1)")  # the second seed has no plain run to be paired with
+    assert rows["none"][1] == "1"
+
+
+def test_an_arm_that_is_not_there(study, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", "run", "--only", "bohth"])
+    with pytest.raises(SystemExit, match="2"):
+        study.main()
+    assert "there is no arm bohth: choose from none, lmvsd" in capsys.readouterr().err
+
+
+def test_the_list_says_what_is_done(study, finished, monkeypatch, capsys):
+    results, _ = finished
+    monkeypatch.setattr(sys, "argv", ["study.py", "list", "--results", str(results), "--only", "both"])
+    study.main()
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "done  both-n2000-s0"
+    assert shown[-1].startswith("2 of ")
