@@ -277,7 +277,7 @@ def masked_words(objective: MaskedSelfDistillation, tokens: Tokens) -> tuple[Tex
     """VMLSD's view of the sentences, and its logits."""
     model = objective.model
     image, text = model.encode_image(pixels()).select(OWNER), model.encode_text(tokens)
-    view = objective.mask_words(tokens, text, correlation(image, text))
+    view = objective.mask_words(tokens, text, objective.choose_words(tokens, correlation(image, text)))
     return view, model.decode(image, view)
 
 
@@ -324,7 +324,8 @@ def repaint(images: Tensor, patch: int) -> Tensor:
 def masked_image(objective: MaskedSelfDistillation, images: Tensor, tokens: Tokens) -> ImageFeatures:
     """LMVSD's view of the images."""
     image, text = objective.model.encode_image(images).select(OWNER), objective.model.encode_text(tokens)
-    return objective.mask_patches(images, OWNER, image, text, correlation(image, text))
+    hidden = objective.choose_patches(image, text, correlation(image, text))
+    return objective.mask_patches(images, OWNER, image, hidden)
 
 
 @torch.no_grad()
@@ -425,7 +426,7 @@ def test_the_patches_that_the_correlation_names_are_masked(tiny_model, tokens, l
     objective = build(tiny_model, vision_level=level, vision_which=which, vision_ratio=0.4)
     image, text = tiny_model.encode_image(pixels()).select(OWNER), tiny_model.encode_text(tokens)
     corr = correlation(image, text)
-    view = objective.mask_patches(pixels(), OWNER, image, text, corr)
+    view = objective.mask_patches(pixels(), OWNER, image, objective.choose_patches(image, text, corr))
     hidden = (view.patches == objective.mask_token).all(-1)
     scores = corr.masked_fill(~text.word_mask[:, None], -2).amax(-1)
     for row in range(3):

@@ -13,7 +13,7 @@ network. The one parameter it adds, the mask token, lives here and not in the mo
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -41,6 +41,23 @@ class Distillable(Protocol):
     def decode(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
         """Logits (B, h, w)."""
         ...
+
+
+@dataclass
+class Views:
+    """What the branches see. B sentences, N patches, L tokens.
+
+    Attributes:
+        branches: "main" and the masked ones -> image and text features, pair by pair.
+        correlation: (B, N, L), where there are masked branches.
+        hidden_patches: (B, N) bool, where LMVSD is on.
+        hidden_words: (B, L) bool, where VMLSD is on.
+    """
+
+    branches: dict[str, tuple[ImageFeatures, TextFeatures]]
+    correlation: Tensor | None = None
+    hidden_patches: Tensor | None = None
+    hidden_words: Tensor | None = None
 
 
 class MaskedSelfDistillation(nn.Module):
@@ -74,16 +91,27 @@ class MaskedSelfDistillation(nn.Module):
             return ["joint"]
         return [name for name, on in (("lmvsd", self.settings.vision), ("vmlsd", self.settings.language)) if on]
 
-    def mask_patches(
-        self, pixel_values: Tensor, image_index: Tensor, image: ImageFeatures, text: TextFeatures, corr: Tensor
-    ) -> ImageFeatures:
-        """LMVSD's view of the images: chosen patches become the mask token (their positions come from the decoder)."""
+    def choose_patches(self, image: ImageFeatures, text: TextFeatures, corr: Tensor) -> Tensor:
+        """The patches that LMVSD hides from each sentence, (B, N) bool."""
         how = self.settings
         if how.vision_guide == "sentence":
             scores = sentence_correlation(image, text, how.correlation)
         else:
             scores = patch_scores(corr, text.word_mask, how.vision_guide)
-        hidden = choose_patches(scores, how.vision_ratio, how.vision_which)  # (B, N)
+        return choose_patches(scores, how.vision_ratio, how.vision_which)
+
+    def choose_words(self, tokens: Tokens, corr: Tensor) -> Tensor:
+        """The tokens of the words that VMLSD hides, (B, L) bool."""
+        how = self.settings
+        return choose_words(
+            corr, tokens.word_ids, how.language_ratio, how.language_which, hide_single_word=how.hide_single_word
+        )
+
+    def mask_patches(
+        self, pixel_values: Tensor, image_index: Tensor, image: ImageFeatures, hidden: Tensor
+    ) -> ImageFeatures:
+        """LMVSD's view of the images: hidden patches become the mask token (their positions come from the decoder)."""
+        how = self.settings
         if how.vision_level == "blank":
             size = pixel_values.shape[-1] // image.grid[1]
             painted = hidden.unflatten(1, image.grid).repeat_interleave(size, 1).repeat_interleave(size, 2)
@@ -101,13 +129,9 @@ class MaskedSelfDistillation(nn.Module):
             patches = token.expand_as(image.patches).scatter(1, index, seen.patches)
         return replace(image, patches=patches)
 
-    def mask_words(self, tokens: Tokens, text: TextFeatures, corr: Tensor) -> TextFeatures:
-        """VMLSD's view of the sentences: the chosen words are gone, from the text tower on or for the decoder only."""
-        how = self.settings
-        hidden = choose_words(
-            corr, tokens.word_ids, how.language_ratio, how.language_which, hide_single_word=how.hide_single_word
-        )
-        if how.language_level == "input":
+    def mask_words(self, tokens: Tokens, text: TextFeatures, hidden: Tensor) -> TextFeatures:
+        """VMLSD's view of the sentences: the hidden words are gone, from the text tower on or for the decoder only."""
+        if self.settings.language_level == "input":
             return self._model.encode_text(tokens.hide(hidden))
         return replace(text, word_mask=text.word_mask & ~hidden)
 
@@ -136,23 +160,9 @@ class MaskedSelfDistillation(nn.Module):
             "loss", and its parts before weighting: "seg", "lmvsd" and "vmlsd", or "joint" (and "lmvsd_seg", … with
             ground truth on the masked branches). Scalars.
         """
-        how, model = self.settings, self._model
-        if image_index is None:
-            image_index = torch.arange(len(tokens), device=pixel_values.device)
+        how = self.settings
         distils = bool(self.branches) and ramp > 0
-        wants_values = distils and how.correlation == "values"
-        image = model.encode_image(pixel_values, value_path=True) if wants_values else model.encode_image(pixel_values)
-        image = image.select(image_index)
-        text = model.encode_text(tokens)
-
-        views = {"main": (image, text)}
-        if distils:
-            corr = correlation(image, text, how.correlation)
-            seen = self.mask_patches(pixel_values, image_index, image, text, corr) if how.vision else image
-            said = self.mask_words(tokens, text, corr) if how.language else text
-            masked = {"lmvsd": (seen, text), "vmlsd": (image, said), "joint": (seen, said)}
-            views |= {branch: masked[branch] for branch in self.branches}
-        logits = self._decode(views)
+        logits = self.decode(self.views(pixel_values, tokens, image_index, masked=distils))
 
         main = logits["main"]
         losses = {"seg": segmentation_loss(main, target, how.segmentation)}
@@ -171,14 +181,42 @@ class MaskedSelfDistillation(nn.Module):
             loss = loss + 0.0 * torch.stack([p.sum() for p in own]).sum() if own else loss
         return {"loss": loss, **losses}
 
-    def _decode(self, views: dict[str, tuple[ImageFeatures, TextFeatures]]) -> dict[str, Tensor]:
-        """All branches in one batched call; with own decoders, one call each."""
+    def views(
+        self, pixel_values: Tensor, tokens: Tokens, image_index: Tensor | None = None, *, masked: bool = True
+    ) -> Views:
+        """Encode once, and make what each branch sees. Arguments as in `forward`; without `masked`, the main branch's
+        view alone."""
+        how, model = self.settings, self._model
+        if image_index is None:
+            image_index = torch.arange(len(tokens), device=pixel_values.device)
+        wants_values = masked and how.correlation == "values"
+        image = model.encode_image(pixel_values, value_path=True) if wants_values else model.encode_image(pixel_values)
+        image = image.select(image_index)
+        text = model.encode_text(tokens)
+        views = Views({"main": (image, text)})
+        if not masked:
+            return views
+        views.correlation = correlation(image, text, how.correlation)
+        seen, said = image, text
+        if how.vision:
+            views.hidden_patches = self.choose_patches(image, text, views.correlation)
+            seen = self.mask_patches(pixel_values, image_index, image, views.hidden_patches)
+        if how.language:
+            views.hidden_words = self.choose_words(tokens, views.correlation)
+            said = self.mask_words(tokens, text, views.hidden_words)
+        branches = {"lmvsd": (seen, text), "vmlsd": (image, said), "joint": (seen, said)}
+        views.branches |= {branch: branches[branch] for branch in self.branches}
+        return views
+
+    def decode(self, views: Views) -> dict[str, Tensor]:
+        """Logits of every branch, (B, h, w), in one batched call; with own decoders, one call each."""
+        branches = views.branches
         if self.own_decoders:
             return {
                 name: self.own_decoders[name](*view) if name in self.own_decoders else self._model.decode(*view)
-                for name, view in views.items()
+                for name, view in branches.items()
             }
-        images, texts = zip(*views.values(), strict=True)
+        images, texts = zip(*branches.values(), strict=True)
         context = [i.context for i in images if i.context is not None]
         image = ImageFeatures(
             torch.cat([i.patches for i in images]), images[0].grid, context=torch.cat(context) if context else None
@@ -188,4 +226,4 @@ class MaskedSelfDistillation(nn.Module):
             torch.cat([t.sentence for t in texts]),
             torch.cat([t.word_mask for t in texts]),
         )
-        return dict(zip(views, self._model.decode(image, text).chunk(len(views)), strict=True))
+        return dict(zip(branches, self._model.decode(image, text).chunk(len(branches)), strict=True))
