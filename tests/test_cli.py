@@ -83,7 +83,8 @@ def test_help_of_every_command_is_light():
     code = """
 import contextlib, io, sys
 from cmmasksd.cli import main
-for command in ["", "demo", "train", "evaluate", "compare", "predict", "data", "data scenes", "pretrain", "report"]:
+commands = "demo,train,evaluate,compare,predict,explain,data,data scenes,pretrain,report"
+for command in ["", *commands.split(",")]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         try:
@@ -103,7 +104,7 @@ def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         main("--help")
     shown = capsys.readouterr().out
-    names = ("demo", "train", "evaluate", "compare", "predict", "data", "pretrain", "report")
+    names = ("demo", "train", "evaluate", "compare", "predict", "explain", "data", "pretrain", "report")
     assert all(f" {name} " in shown for name in names)
 
 
@@ -171,6 +172,9 @@ MISTAKES = [
     (PREDICT + " --image good.png --text x --device toaster", "device 'toaster'"),
     ("predict --model absent --image good.png --text x --out out", "model folder absent"),
     ("predict --model {model} --image good.png --text x --out {file}/out", "Not a directory"),
+    ("explain --model {model} --image good.png --text=", "--text is empty"),
+    ("explain --model {model} --image absent.png --text x", "absent.png does not exist"),
+    ("explain --model absent --image good.png --text x", "model folder absent"),
     ("data scenes --out out --name refcoco", "--name: Expected one of 'scenes', 'scenes+', 'scenesg'"),
     ("data scenes --out out --train 0", "--train is 0"),
     ("data scenes --out out --size 10", "at least 64"),
@@ -423,6 +427,15 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
             assert set(np.unique(pixels)) <= {0, 255}
         with Image.open(overlay) as pixels:
             assert (pixels.mode, pixels.size) == ("RGB", (90, 37))
+
+
+def test_explain(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 90, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    given = ["--model", run / "best", "--image", tmp_path / "a.png", "--out", tmp_path / "out"]
+    assert main("explain", *given, "--text", "the red circle", "--text", "left star") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    names = {"a_1_the-red-circle_explained.png", "a_2_left-star_explained.png"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
 
 def test_scenes_as_a_release(release: Path):

@@ -1,4 +1,4 @@
-"""The command line: demo | train | evaluate | compare | predict | data | pretrain | report.
+"""The command line: demo | train | evaluate | compare | predict | explain | data | pretrain | report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
 says what is wrong and how to mend it), 130 when interrupted. Programming errors keep their traceback. Heavy imports
@@ -102,6 +102,16 @@ def build_parser() -> ArgumentParser:
     predict.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     predict.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
     commands.add_subcommand("predict", predict, help="masks for the sentences about an image")
+
+    explain = ArgumentParser(
+        description="Show what the masked branches see: the correlation, what is hidden, and what each branch predicts."
+    )
+    explain.add_argument("--model", type=Path, required=True, help="folder that training wrote, such as runs/demo/best")
+    explain.add_argument("--image", type=Path, required=True, help="image file")
+    explain.add_argument("--text", action="append", type=str, required=True, help="a sentence; give it again for more")
+    explain.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
+    explain.add_argument("--seed", type=int, default=0, help="of masks that are chosen at random")
+    commands.add_subcommand("explain", explain, help="show what the masked branches see")
 
     data = ArgumentParser(description="Make and look at data.")
     commands.add_subcommand("data", data, help="write generated scenes to files")
@@ -306,9 +316,7 @@ def _predict(settings: Namespace) -> None:
     from cmmasksd.inference.predictor import Segmenter
     from cmmasksd.inference.visualize import PALETTE
 
-    for text in settings.text:
-        if not text.strip():
-            raise UserError("--text is empty: give a sentence of at least one word")
+    _require_words(settings.text)
     pixels = read_image(settings.image, exif=True)
     segmenter = Segmenter.from_pretrained(settings.model, device=settings.device, threshold=settings.threshold)
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -319,6 +327,33 @@ def _predict(settings: Namespace) -> None:
         Image.fromarray(found.overlay(PALETTE[nth % len(PALETTE)])).save(picture)
         share = 100 * float(found.mask.mean())
         print(f"{found.text!r}: {share:.1f} % of the image, score {found.score:.2f} -> {mask}, {picture}")
+
+
+def _explain(settings: Namespace) -> None:
+    import torch
+
+    from cmmasksd.data.images import read_image
+    from cmmasksd.explain import explain, load_objective
+    from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+    _require_words(settings.text)
+    pixels = read_image(settings.image, exif=True)
+    model = CMMaskSDModel.from_pretrained(settings.model)
+    objective = load_objective(settings.model, model)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(settings.seed)
+    found = explain(objective, CMMaskSDProcessor.from_pretrained(settings.model), pixels, settings.text)
+    for nth, one in enumerate(found):
+        picture = settings.out / f"{settings.image.stem}_{nth + 1}_{_slug(one.text)}_explained.png"
+        one.picture().save(picture)
+        print(f"{one.text!r} -> {picture}")
+
+
+def _require_words(texts: list[str]) -> None:
+    for text in texts:
+        if not text.strip():
+            raise UserError("--text is empty: give a sentence of at least one word")
 
 
 def _slug(text: str) -> str:
@@ -417,6 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
             "evaluate": lambda: _evaluate(chosen),
             "compare": lambda: _compare(chosen),
             "predict": lambda: _predict(chosen),
+            "explain": lambda: _explain(chosen),
             "data": lambda: _data(chosen),
             "pretrain": lambda: _pretrain(chosen, own),
             "report": lambda: _report(chosen),

@@ -13,6 +13,7 @@ from cmmasksd.inference.visualize import (
     PREDICTION_COLOR,
     TRUTH_COLOR,
     comparison,
+    heat,
     outline,
     overlay,
 )
@@ -134,3 +135,24 @@ def test_wrong_numbers_are_refused():
         outline(block(), 0)
     with pytest.raises(UserError, match="bool"):
         outline(block().astype(int))
+
+
+def test_heat_goes_from_dark_to_light():
+    image = np.full((6, 8, 3), 100, np.uint8)
+    drawn = heat(image, np.array([[0.0, 1.0], [2.0, 3.0]]), alpha=1.0)
+    assert drawn.shape == image.shape
+    corners = [drawn[0, 0], drawn[0, -1], drawn[-1, 0], drawn[-1, -1]]
+    brightness = [float(corner @ [0.299, 0.587, 0.114]) for corner in corners]
+    assert brightness == sorted(brightness)
+    assert brightness[0] < 40
+    assert brightness[-1] > 200
+    assert (drawn[:3, :4] == drawn[0, 0]).all()
+
+
+def test_heat_of_one_value_and_of_an_uneven_grid():
+    image = np.random.default_rng(0).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    before = image.copy()
+    assert heat(image, np.zeros((3, 2))).shape == image.shape
+    assert np.array_equal(image, before)
+    with pytest.raises(UserError, match="give"):
+        heat(image.astype(float), np.zeros((2, 2)))

@@ -84,6 +84,10 @@ class MaskedSelfDistillation(nn.Module):
             for branch in self.branches:
                 self.own_decoders[branch] = model.copy_decoder()  # pyright: ignore
 
+    def own_weights(self) -> dict[str, Tensor]:
+        """What is trained here and is not the model's: the mask token, and decoders that are not shared."""
+        return {k: v.detach().cpu() for k, v in self.state_dict().items() if not k.startswith("model.")}
+
     @property
     def branches(self) -> list[str]:
         """Names of the masked branches that are on."""

@@ -99,6 +99,35 @@ def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> 
     return drawn
 
 
+_HEAT = np.array([(20, 20, 60), (0, 114, 178), (230, 159, 0), (250, 240, 130)], float)  # dark to light: reads in grey
+
+
+def heat(image: np.ndarray, values: np.ndarray, alpha: float = 0.65) -> np.ndarray:
+    """A map of values over the picture, from its lowest (dark blue) to its highest (light yellow).
+
+    Args:
+        image: (H, W, 3) uint8 RGB; not changed.
+        values: (h, w), any numbers; each cell covers its part of the image.
+        alpha: share of the colours.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        UserError: the image is of another kind.
+    """
+    check_sizes(image)
+    spread = float(values.max() - values.min())
+    level = (values - values.min()) / spread if spread else np.zeros(values.shape)
+    at = level * (len(_HEAT) - 1)
+    low = np.minimum(at.astype(int), len(_HEAT) - 2)
+    colours = _HEAT[low] + (at - low)[..., None] * (_HEAT[low + 1] - _HEAT[low])  # (h, w, 3)
+    rows = np.arange(image.shape[0]) * values.shape[0] // image.shape[0]
+    columns = np.arange(image.shape[1]) * values.shape[1] // image.shape[1]
+    grey = image.mean(2, keepdims=True)
+    return np.rint((1 - alpha) * grey + alpha * colours[rows[:, None], columns]).astype(np.uint8)
+
+
 def line_width(mask: np.ndarray) -> int:
     """A line's width in pixels that looks alike on small and large images."""
     return max(1, round(max(mask.shape) / 120))

@@ -2,7 +2,8 @@
 
     out/config.yaml       the resolved configuration
     out/metrics.jsonl     one row per log step and per validation
-    out/last/, out/best/  a model and its processor (see `save_pretrained`), with config.yaml beside them
+    out/last/, out/best/  a model and its processor (see `save_pretrained`), with config.yaml beside them, and
+                          distillation.safetensors: what the masked branches own (the mask token), for `explain` alone
     out/last/state.pt     everything else that resuming needs: objective, optimiser, place in the run, best score,
                           random states. Tensors and plain values only: it is read without unpickling any object.
 
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from cmmasksd.errors import UserError
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from cmmasksd.model.processing import CMMaskSDProcessor
 
 STATE = "state.pt"
+WEIGHTS = "distillation.safetensors"
 
 
 def random_state() -> dict[str, Any]:
@@ -48,14 +51,27 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def save_model(
-    folder: Path, model: CMMaskSDModel, processor: CMMaskSDProcessor, config_yaml: str, state: Path | None = None
+    folder: Path,
+    model: CMMaskSDModel,
+    processor: CMMaskSDProcessor,
+    config_yaml: str,
+    *,
+    masked: dict[str, Tensor] | None = None,
+    state: Path | None = None,
 ) -> None:
-    """Write a model folder, replacing an older one at once. `state` is a file of `save_state` to move into it."""
+    """Write a model folder, replacing an older one at once.
+
+    Args:
+        masked: weights of the masked branches that are not the model's (`MaskedSelfDistillation.own_weights`).
+        state: a file of `save_state` to move into the folder.
+    """
     aside, old = folder.with_name(folder.name + ".new"), _old(folder)
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     processor.save_pretrained(aside)
     (aside / "config.yaml").write_text(config_yaml)
+    if masked:
+        save_file(masked, aside / WEIGHTS)
     if state is not None:
         state.replace(aside / STATE)
     if folder.exists():

@@ -95,7 +95,8 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
         progress["meter"] = (meter.sums, meter.counts)
         save_state(out / f"{STATE}.new", wrapped, optimizer, accelerator, progress)
         if main:
-            save_model(out / "last", model, processor, config_yaml, state=out / f"{STATE}.new")
+            file, masked = out / f"{STATE}.new", objective.own_weights()
+            save_model(out / "last", model, processor, config_yaml, masked=masked, state=file)
         accelerator.wait_for_everyone()
 
     references = batches.batch_size * how.accumulate * accelerator.num_processes  # of one update
@@ -148,7 +149,7 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
             if validation["mIoU"] > best:
                 best = validation["mIoU"]
                 if main:
-                    save_model(out / "best", model, processor, config_yaml)
+                    save_model(out / "best", model, processor, config_yaml, masked=objective.own_weights())
             meter, logged = Meter(), update  # its clock would count the validation
         save()
     bar.close()

@@ -1,0 +1,178 @@
+"""What the masked branches see: for a sentence, its correlation with the image, what LMVSD and VMLSD hide, and what
+each branch makes of the rest. One picture per sentence.
+
+Everything is drawn on the canvas that the network sees (warped or letterboxed), because that is where patches live. The
+masked branches need more than the model: the mask token and the settings of the run, which training leaves beside it
+(`distillation.safetensors`, `config.yaml`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cmmasksd.config import DistillationConfig
+from cmmasksd.distillation.masking import patch_scores
+from cmmasksd.distillation.objective import MaskedSelfDistillation
+from cmmasksd.errors import UserError
+from cmmasksd.inference.visualize import heat, overlay
+from cmmasksd.training.checkpoint import WEIGHTS
+
+if TYPE_CHECKING:
+    from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+SIDE = 256
+"""Pixels of a panel's long side."""
+HIDDEN = "___"
+"""What stands for a word that VMLSD hides."""
+BRANCHES = {"main": "prediction", "lmvsd": "without the patches", "vmlsd": "without the words", "joint": "without both"}
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One sentence in one image. h x w patches; H x W pixels of the canvas.
+
+    Attributes:
+        text: the sentence.
+        words: its words as the network reads them, and for each whether VMLSD hides it.
+        image: (H, W, 3) uint8, the canvas.
+        correlation: (h, w), of each patch with the word it matches best.
+        hidden_patches: (h, w) bool, what LMVSD hides; None without it.
+        probabilities: branch -> (H, W) in [0, 1].
+    """
+
+    text: str
+    words: tuple[tuple[str, bool], ...]
+    image: np.ndarray
+    correlation: np.ndarray
+    hidden_patches: np.ndarray | None
+    probabilities: dict[str, np.ndarray]
+
+    def picture(self, threshold: float = 0.5) -> Image.Image:
+        """All panels in a row, each with a line that says what it is."""
+        panels = [(f"“{self.text}”", self.image), ("correlation with the words", heat(self.image, self.correlation))]
+        if self.hidden_patches is not None:
+            panels.append(("LMVSD hides", _hide(self.image, self.hidden_patches)))
+        said = " ".join(HIDDEN if hidden else word for word, hidden in self.words)
+        for branch, probability in self.probabilities.items():
+            name = f"“{said}”" if branch == "vmlsd" else BRANCHES[branch]
+            panels.append((name, overlay(self.image, probability > threshold)))
+        return _row(panels)
+
+
+def load_objective(folder: Path, model: CMMaskSDModel) -> MaskedSelfDistillation:
+    """The objective that a model was trained with, from the files that training left beside it.
+
+    Raises:
+        UserError: when there are none, or they do not fit the model.
+    """
+    import yaml
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"there is no {folder / 'config.yaml'}: give a folder that training wrote, such as runs/…/best")
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text())["distillation"]
+        objective = MaskedSelfDistillation(
+            model, DistillationConfig(**settings), model.config.clip_config.projection_dim
+        )
+        weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
+        missing = objective.load_state_dict(weights, strict=False)
+    except (yaml.YAMLError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"the masked branches in {folder} cannot be read ({reason}): train again") from error
+    own = [key for key in missing.missing_keys if not key.startswith("model.")]
+    if own or missing.unexpected_keys:
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit its config.yaml: {own + missing.unexpected_keys}; train again"
+        )
+    if not objective.branches:
+        raise UserError(f"{folder} was trained without masked branches: there is nothing to explain")
+    return objective.eval()
+
+
+@torch.no_grad()
+def explain(
+    objective: MaskedSelfDistillation, processor: CMMaskSDProcessor, image: np.ndarray, texts: list[str]
+) -> list[Explanation]:
+    """Look at what the branches do with an image.
+
+    Args:
+        objective: see `load_objective`.
+        processor: the model's own.
+        image: (H, W, 3) uint8 RGB.
+        texts: sentences.
+    """
+    device = next(objective.parameters()).device
+    canvas, frame = processor.image(image)
+    tokens = processor.tokens(texts).to(device)
+    index = torch.zeros(len(texts), dtype=torch.long, device=device)
+    views = objective.views(processor.pixel_values(canvas[None].to(device)), tokens, index)
+    logits = objective.decode(views)
+    assert views.correlation is not None
+    main, text = views.branches["main"]
+    scores = patch_scores(views.correlation, text.word_mask, "max").unflatten(1, main.grid)
+    probabilities = {name: _enlarge(branch, frame.canvas).sigmoid().cpu().numpy() for name, branch in logits.items()}
+    hidden_words = torch.zeros_like(tokens.word_ids, dtype=torch.bool)
+    hidden_words = hidden_words if views.hidden_words is None else views.hidden_words
+    found = []
+    for nth, said in enumerate(texts):
+        hidden = views.hidden_patches
+        found.append(
+            Explanation(
+                said,
+                _words(processor, tokens.input_ids[nth], tokens.word_ids[nth], hidden_words[nth]),
+                canvas.permute(1, 2, 0).cpu().numpy(),
+                scores[nth].cpu().numpy(),
+                None if hidden is None else hidden[nth].unflatten(0, main.grid).cpu().numpy(),
+                {name: maps[nth] for name, maps in probabilities.items()},
+            )
+        )
+    return found
+
+
+def _enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits[:, None].float(), size, mode="bilinear")[:, 0]
+
+
+def _words(processor: CMMaskSDProcessor, ids: Tensor, word_ids: Tensor, hidden: Tensor) -> tuple[tuple[str, bool], ...]:
+    """The words of one sentence, put together from their pieces, and whether each is hidden."""
+    words = []
+    for word in range(int(word_ids.max()) + 1):
+        of_word = word_ids == word
+        words.append((processor.tokenizer.decode(ids[of_word]).strip(), bool(hidden[of_word].any())))
+    return tuple(words)
+
+
+def _hide(image: np.ndarray, patches: np.ndarray) -> np.ndarray:
+    """The image with hidden patches painted grey: (H, W, 3) and (h, w) bool."""
+    rows, columns = (side // cells for side, cells in zip(image.shape[:2], patches.shape, strict=True))
+    mask = patches.repeat(rows, 0).repeat(columns, 1)
+    return np.where(mask[..., None], np.uint8(128), image)
+
+
+def _row(panels: list[tuple[str, np.ndarray]]) -> Image.Image:
+    """Panels side by side on white, each under its caption."""
+    gap, line = 8, 22
+    scale = SIDE / max(panels[0][1].shape[:2])
+    height, width = (max(1, round(side * scale)) for side in panels[0][1].shape[:2])
+    width = max(width, 120)
+    font = ImageFont.load_default(13)
+    page = Image.new("RGB", (len(panels) * (width + gap) + gap, height + line + 2 * gap), "white")
+    draw = ImageDraw.Draw(page)
+    for nth, (caption, pixels) in enumerate(panels):
+        left = gap + nth * (width + gap)
+        while draw.textlength(caption, font) > width and len(caption) > 2:
+            caption = caption[:-2] + "…"
+        draw.text((left, gap), caption, "black", font)
+        page.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, gap + line))
+    return page
