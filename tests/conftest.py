@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
-TINY_SIZES = {"decoder_width": 32, "decoder_layers": 2, "decoder_heads": 2, "decoder_mlp": 48, "head_width": 16}
+TINY_SIZES = {"decoder_width": 32, "decoder_layers": 2, "decoder_heads": 2, "decoder_mlp": 48, "head_width": 32}
 TINY_CONTEXT = 24
 TINY_WORDS = ("the", "red", "blue", "square", "circle", "left", "right", "of", "a", "on")
 

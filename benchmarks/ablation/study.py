@@ -36,6 +36,7 @@ SCORED = 1500  # references of each split
 SENTENCES = 24_000  # sentence draws of a plain run: epochs x references
 SIZE = 2_000  # references to learn from, unless the run is about their number
 
+BASE: dict[str, object] = {"distillation.start": 0.5, "distillation.warmup": 0.25}
 PLAIN = {"distillation.vision": False, "distillation.language": False}
 RANDOM = {"distillation.vision_which": "random", "distillation.language_which": "random"}
 ARMS: dict[str, dict[str, object]] = {
@@ -108,6 +109,7 @@ def settings(run: Run) -> dict[str, object]:
         "training.validate_every": epochs,
         "training.seed": run.seed,
         "data.scene_seed": run.seed,  # other scenes to learn from; those to score are the same for all
+        **BASE,
         **arm,
     }
 
@@ -134,7 +136,7 @@ def compute() -> float:
             objective(*inputs)["loss"].backward()
         return counter.get_total_flops()
 
-    both = DistillationConfig()
+    both = DistillationConfig(start=float(str(BASE["distillation.start"])))
     ratio = step(both) / step(DistillationConfig(vision=False, language=False))
     return both.start + (1 - both.start) * ratio
 

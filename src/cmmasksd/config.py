@@ -37,7 +37,7 @@ class DataConfig:
     root: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
-    train_references: int = 18000
+    train_references: int = 32000
     val_references: int = 600
     scene_seed: int = 0
     scene_size: int = 128
@@ -121,8 +121,8 @@ class DistillationConfig:
     vision_weight: float = 1.0
     language_weight: float = 1.0
     joint: bool = False
-    start: float = 0.5
-    warmup: float = 0.25
+    start: float = 0.8
+    warmup: float = 0.1
     share_weights: bool = True
     ground_truth: float = 0.0
     segmentation: Literal["bce_dice", "bce"] = "bce_dice"
@@ -243,7 +243,7 @@ class PretrainConfig:
 
     out: Path = Path("runs/tiny-clip")
     init: str | None = None
-    steps: int = 2000
+    steps: int = 6000
     batch_size: int = 64
     phrases: int = 4
     lr: float = 1e-3

@@ -54,43 +54,49 @@ def test_positions_do_not_depend_on_the_size_of_the_grid():
 
 
 def test_masked_words_have_no_influence_and_the_others_do():
-    decoder = FusionDecoder(12, width=16, layers=2, heads=2, mlp=24).eval()
+    decoder = FusionDecoder(12, 10, width=16, layers=2, heads=2, mlp=24).eval()
     patches, words, sentence = torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12)
-    mask = torch.tensor([[True, False, True, False]])
-    before = decoder(patches, words, sentence, mask, (2, 3))
+    embedded, mask = torch.randn(1, 4, 10), torch.tensor([[True, False, True, False]])
+    before = decoder(patches, words, embedded, sentence, mask, (2, 3))
     assert before.shape == (1, 6, 16)
     for index, visible in enumerate(mask[0]):
-        other = words.clone()
-        other[:, index] += 1
-        assert torch.equal(decoder(patches, other, sentence, mask, (2, 3)), before) is not bool(visible)
+        for which in (0, 1):
+            said = [words.clone(), embedded.clone()]
+            said[which][:, index, ::2] += 1
+            assert torch.equal(decoder(patches, *said, sentence, mask, (2, 3)), before) is not bool(visible)
 
 
 def test_a_sentence_without_words_still_decodes():
-    decoder = FusionDecoder(12, width=16, layers=2, heads=2, mlp=24)
+    decoder = FusionDecoder(12, 10, width=16, layers=2, heads=2, mlp=24)
     none = torch.zeros(1, 4, dtype=torch.bool)
-    assert decoder(torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12), none, (2, 3)).isfinite().all()
+    assert (
+        decoder(torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 4, 10), torch.randn(1, 12), none, (2, 3))
+        .isfinite()
+        .all()
+    )
 
 
 def test_decoder_knows_where_a_patch_lies():
     """Permuted patches give permuted features only if positions are missing."""
-    decoder = FusionDecoder(12, width=16, layers=1, heads=2, mlp=24).eval()
+    decoder = FusionDecoder(12, 10, width=16, layers=1, heads=2, mlp=24).eval()
     patches, words, sentence = torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12)
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    turned = decoder(patches.flip(1), words, sentence, mask, (2, 3)).flip(1)
-    assert not torch.allclose(turned, decoder(patches, words, sentence, mask, (2, 3)), atol=1e-2)
+    rest = torch.randn(1, 4, 10), sentence, torch.ones(1, 4, dtype=torch.bool), (2, 3)
+    turned = decoder(patches.flip(1), words, *rest).flip(1)
+    assert not torch.allclose(turned, decoder(patches, words, *rest), atol=1e-2)
 
 
 def test_decoder_reads_how_well_each_patch_matches_the_sentence():
     """Compared with the other patches: whatever the length of the features, and the level of all cosines."""
-    decoder = FusionDecoder(12, width=16, layers=0, heads=2, mlp=24)
+    decoder = FusionDecoder(12, 10, width=16, layers=0, heads=2, mlp=24)
     with torch.no_grad():  # nothing but the match is left: no patch content, and one position for all
         decoder.patch_in.weight.zero_()
         sentence, patches = torch.randn(1, 12), torch.randn(1, 6, 12)
-        words, mask = torch.zeros(1, 1, 12), torch.ones(1, 1, dtype=torch.bool)
-        empty = decoder(torch.zeros(1, 6, 12), words, sentence, mask, (2, 3))
-        seen = decoder(patches, words, sentence, mask, (2, 3))
+        words = torch.zeros(1, 1, 12), torch.zeros(1, 1, 10)
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        empty = decoder(torch.zeros(1, 6, 12), *words, sentence, mask, (2, 3))
+        seen = decoder(patches, *words, sentence, mask, (2, 3))
         assert not torch.allclose(seen, empty, atol=1e-2)
-        longer = decoder(7 * patches, words, 3 * sentence, mask, (2, 3))
+        longer = decoder(7 * patches, *words, 3 * sentence, mask, (2, 3))
         torch.testing.assert_close(longer, seen, rtol=1e-4, atol=1e-4)
         # the same ranking of the patches, nearer to the sentence as a whole: the match, and so the output, is the same
         cosine = torch.tensor([0.1, 0.2, -0.1, 0.3, 0.0, 0.15])
@@ -99,18 +105,22 @@ def test_decoder_reads_how_well_each_patch_matches_the_sentence():
         def turned(cosines):
             return (cosines[:, None] * axis + (1 - cosines**2).sqrt()[:, None] * other)[None]
 
-        low, high = (decoder(turned(c), words, axis[None], mask, (2, 3)) for c in (cosine, cosine + 0.5))
+        low, high = (decoder(turned(c), *words, axis[None], mask, (2, 3)) for c in (cosine, cosine + 0.5))
         torch.testing.assert_close(low, high, rtol=1e-3, atol=1e-3)
 
 
-def test_the_sentence_gates_content_and_position():
-    """Before any layer, two sentences weigh equal patches differently from place to place, not all alike."""
-    decoder = FusionDecoder(12, width=16, layers=0, heads=2, mlp=24)
+@pytest.mark.parametrize("by", ["sentence", "words"])
+def test_the_sentence_gates_content_and_position(by):
+    """Before any layer, two sentences weigh equal patches differently from place to place, not all alike. So do two
+    words that the text tower makes the same of."""
+    decoder = FusionDecoder(12, 10, width=16, layers=0, heads=2, mlp=24)
     decoder.norm = nn.Identity()
     words, mask = torch.zeros(1, 1, 12), torch.ones(1, 1, dtype=torch.bool)
+    sentences, embedded = torch.randn(2, 1, 12), torch.randn(2, 1, 1, 10)
+    sentences[1], embedded[1] = (sentences[1], embedded[0]) if by == "sentence" else (sentences[0], embedded[1])
     with torch.no_grad():
         nothing = torch.zeros(1, 6, 12)  # all patches are the same: only their positions are left
-        a, b = (decoder(nothing, words, torch.randn(1, 12), mask, (2, 3)) for _ in range(2))
+        a, b = (decoder(nothing, words, embedded[i], sentences[i], mask, (2, 3)) for i in range(2))
     difference = (a - b)[0]
     assert (difference - difference[:1]).abs().amax() > 1e-2
 

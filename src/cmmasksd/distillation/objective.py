@@ -225,9 +225,11 @@ class MaskedSelfDistillation(nn.Module):
         image = ImageFeatures(
             torch.cat([i.patches for i in images]), images[0].grid, context=torch.cat(context) if context else None
         )
+        embedded = [t.embedded for t in texts if t.embedded is not None]
         text = TextFeatures(
             torch.cat([t.words for t in texts]),
             torch.cat([t.sentence for t in texts]),
             torch.cat([t.word_mask for t in texts]),
+            torch.cat(embedded) if embedded else None,
         )
         return dict(zip(branches, self._model.decode(image, text).chunk(len(branches)), strict=True))

@@ -122,7 +122,7 @@ class Segmenter:
             found = []
             for start in range(0, len(texts), DECODE_TOGETHER):
                 part = slice(start, start + DECODE_TOGETHER)
-                of_part = type(sentences)(sentences.words[part], sentences.sentence[part], sentences.word_mask[part])
+                of_part = sentences.select(part)
                 index = torch.zeros(len(of_part), dtype=torch.long, device=self.device)
                 logits = self.model.decode(features.select(index), of_part)
                 for text, logit in zip(texts[part], logits, strict=True):

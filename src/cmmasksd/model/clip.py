@@ -96,14 +96,22 @@ class TextFeatures:
         words: (B, L, D).
         sentence: (B, D), the end-of-text token.
         word_mask: (B, L) bool, true for real words only, never start, end or padding.
+        embedded: (B, L, E) the tokens' input embeddings: which word it is, before the tower keeps of it only what told
+            images apart in its training. None: a network whose decoder does not use them.
     """
 
     words: Tensor
     sentence: Tensor
     word_mask: Tensor
+    embedded: Tensor | None = None
 
     def __len__(self) -> int:
         return self.words.shape[0]
+
+    def select(self, index: Tensor | slice) -> TextFeatures:
+        """The features of some of the sentences."""
+        embedded = None if self.embedded is None else self.embedded[index]
+        return TextFeatures(self.words[index], self.sentence[index], self.word_mask[index], embedded)
 
 
 def encode_image(
@@ -148,4 +156,5 @@ def encode_text(clip: CLIPModel, tokens: Tokens) -> TextFeatures:
     """Run the text tower; every token goes through the final norm and the projection."""
     out = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
     words = clip.text_projection(out.last_hidden_state)
-    return TextFeatures(words, clip.text_projection(out.pooler_output), tokens.word_ids >= 0)
+    embedded = clip.text_model.embeddings.token_embedding(tokens.input_ids)
+    return TextFeatures(words, clip.text_projection(out.pooler_output), tokens.word_ids >= 0, embedded)

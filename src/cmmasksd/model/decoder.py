@@ -2,9 +2,14 @@
 
 Our reading, as in CRIS and ETRIS: layers of self-attention over patches, cross-attention from patches to words, and an
 MLP, pre-norm, with fixed 2-D positions. Patches and words arrive in CLIP's joint space and are projected to the
-decoder's width. Since they share a space, each patch also brings its match with the sentence (a cosine, standardised
-over the image): on little data that is worth much (scenes, 3,000 references, one seed: mIoU 0.14 with it, 0.05
-without).
+decoder's width. Two things are ours, and worth much on little data (scenes, one seed each):
+
+- Since patches and words share a space, each patch also brings its match with the sentence (a cosine, standardised
+  over the image). 3,000 references: mIoU 0.14 with it, 0.05 without.
+- Words also come as they enter the text tower (`embedded`). A tower keeps of a word what told images apart in its
+  training, and our small CLIP's keeps nothing of "left" (its sentences with "left" and "right" differ by 0.4 %, with
+  "red" and "blue" by 53 %). 6,000 references: mIoU 0.33 with them, 0.22 without, and nearly all of it on sentences that
+  name a region.
 """
 
 from __future__ import annotations
@@ -73,29 +78,41 @@ class FusionDecoder(nn.Module):
 
     Args:
         dim: width of the joint space.
+        embedding: width of the tokens' input embeddings.
         width, layers, heads, mlp, dropout: see CMMaskSDConfig.
     """
 
-    def __init__(self, dim: int, *, width: int, layers: int, heads: int, mlp: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, embedding: int, *, width: int, layers: int, heads: int, mlp: int, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.patch_in = nn.Linear(dim, width)
         self.word_in = nn.Linear(dim, width)
+        self.embedded_in = nn.Linear(embedding, width)
         # The end of the sentence stays in view: attention over words has somewhere to go when none of them matters.
         self.sentence_in = nn.Linear(dim, width)
         # CLIP's own guess where the sentence is: how well each patch matches it, compared with the other patches.
         self.match_in = nn.Linear(1, width)
         self.gate_norm = nn.LayerNorm(width)
         self.gate = nn.Linear(dim, 2 * width)
+        self.words_gate = nn.Linear(width, 2 * width)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, mlp, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(
-        self, patches: Tensor, words: Tensor, sentence: Tensor, word_mask: Tensor, grid: tuple[int, int]
+        self,
+        patches: Tensor,
+        words: Tensor,
+        embedded: Tensor,
+        sentence: Tensor,
+        word_mask: Tensor,
+        grid: tuple[int, int],
     ) -> Tensor:
         """Fuse.
 
         Args:
-            patches: (B, N, D). words: (B, L, D). sentence: (B, D). word_mask: (B, L) bool. grid: (h, w), h * w = N.
+            patches: (B, N, D). words: (B, L, D). embedded: (B, L, E). sentence: (B, D). word_mask: (B, L) bool.
+            grid: (h, w), h * w = N.
 
         Returns:
             (B, N, width).
@@ -103,12 +120,18 @@ class FusionDecoder(nn.Module):
         # in float32 under autocast too: in bfloat16 the cosines of many patches are equal
         match = F.normalize(patches.float(), dim=-1) * F.normalize(sentence.float(), dim=-1)[:, None]
         match = F.layer_norm(match.sum(-1), match.shape[1:2])[..., None]  # (B, N, 1)
+        # CLIP's features are normed, so that positions (and words that CLIP ignores) are not drowned
+        patches, words, embedded, sentence = (
+            F.layer_norm(x, x.shape[-1:]) for x in (patches, words, embedded, sentence)
+        )
         fused = self.patch_in(patches) + self.match_in(match)
-        fused = fused + grid_positions(grid, fused.shape[-1], fused.device).to(fused.dtype)
+        fused = fused + 2 * grid_positions(grid, fused.shape[-1], fused.device).to(fused.dtype)
         # The sentence gates content and position alike, as CRIS multiplies the two: "left" can pick the left half here.
-        scale, shift = self.gate(F.layer_norm(sentence, sentence.shape[-1:]))[:, None].chunk(2, dim=-1)
+        said = self.embedded_in(embedded)  # (B, L, width)
+        mean = (said * word_mask[..., None]).sum(1) / word_mask.sum(1, keepdim=True).clamp(min=1)
+        scale, shift = (self.gate(sentence) + self.words_gate(mean))[:, None].chunk(2, dim=-1)
         fused = fused + scale * self.gate_norm(fused) + shift
-        keys = torch.cat([self.sentence_in(sentence)[:, None], self.word_in(words)], dim=1)  # (B, 1 + L, width)
+        keys = torch.cat([self.sentence_in(sentence)[:, None], self.word_in(words) + said], dim=1)  # (B, 1 + L, width)
         mask = F.pad(word_mask, (1, 0), value=True)
         for layer in self.layers:
             fused = layer(fused, keys, mask)

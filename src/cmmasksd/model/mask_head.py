@@ -1,8 +1,8 @@
 """The mask head: fused features to logits at four times the patch grid (stride 4 for a patch of 16).
 
-Our reading of CRIS's projector, kept lean (`performance` in the docs): a 1x1 convolution down to `width` channels, two
-bilinear upsamplings with a 3x3 convolution each, and a kernel generated from the sentence that is applied to every
-cell.
+Our reading of CRIS's projector, kept lean: every patch becomes 2x2 cells of `width` channels (a patch knows its own
+outline, which interpolation would blur), a 3x3 convolution, a bilinear upsampling with another, and a kernel generated
+from the sentence that is applied to every cell.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class MaskHead(nn.Module):
 
     def __init__(self, dim: int, features: int, width: int) -> None:
         super().__init__()
-        self.reduce = nn.Linear(features, width)
+        self.reduce = nn.Linear(features, 4 * width)
         self.convolve1 = nn.Conv2d(width, width, 3, padding=1)
         self.norm1 = nn.GroupNorm(8, width)
         self.convolve2 = nn.Conv2d(width, width // 2, 3, padding=1)
@@ -39,10 +39,10 @@ class MaskHead(nn.Module):
         Returns:
             (B, 4h, 4w) logits.
         """
-        x = self.reduce(fused).transpose(1, 2).unflatten(2, grid)  # (B, width, h, w)
-        x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
+        x = self.reduce(fused).transpose(1, 2).unflatten(2, grid)  # (B, 4 width, h, w)
+        x = F.pixel_shuffle(x, 2)  # (B, width, 2h, 2w)
         x = F.relu(self.norm1(self.convolve1(x)))
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
         x = F.relu(self.norm2(self.convolve2(x)))  # (B, width / 2, 4h, 4w)
-        kernel, bias = self.kernel(sentence).split([x.shape[1], 1], dim=1)
+        kernel, bias = self.kernel(F.layer_norm(sentence, sentence.shape[-1:])).split([x.shape[1], 1], dim=1)
         return torch.einsum("bchw,bc->bhw", x, kernel) * x.shape[1] ** -0.5 + bias[..., None]

@@ -24,7 +24,7 @@ from cmmasksd.errors import UserError
 from cmmasksd.model import clip as towers
 from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.configuration import CMMaskSDConfig
-from cmmasksd.model.decoder import FusionDecoder
+from cmmasksd.model.decoder import Attention, FusionDecoder
 from cmmasksd.model.mask_head import MaskHead
 
 
@@ -44,7 +44,8 @@ class Decoder(nn.Module):
 
     def forward(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
         """Features of K images and K sentences to logits (K, 4h, 4w)."""
-        fused = self.fusion(image.patches, text.words, text.sentence, text.word_mask, image.grid)
+        assert text.embedded is not None  # `encode_text` gives them
+        fused = self.fusion(image.patches, text.words, text.embedded, text.sentence, text.word_mask, image.grid)
         return self.head(fused, text.sentence, image.grid)
 
 
@@ -69,6 +70,7 @@ class CMMaskSDModel(PreTrainedModel):
         self.decoder = Decoder(
             FusionDecoder(
                 dim,
+                config.clip_config.text_config.hidden_size,
                 width=config.decoder_width,
                 layers=config.decoder_layers,
                 heads=config.decoder_heads,
@@ -78,6 +80,7 @@ class CMMaskSDModel(PreTrainedModel):
             MaskHead(dim, config.decoder_width, config.head_width),
         )
         self.post_init()
+        self._begin()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -89,10 +92,21 @@ class CMMaskSDModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, MaskHead):  # start as one kernel for all sentences, and with masks that are rare
-            nn.init.normal_(module.kernel.weight, std=0.1 * module.kernel.in_features**-0.5)
-            nn.init.normal_(module.kernel.bias)
-            nn.init.constant_(module.kernel.bias[-1:], -2.0)
+
+    @torch.no_grad()
+    def _begin(self) -> None:
+        """What is more than one layer's matter (transformers calls `_init_weights` for single layers only)."""
+        kernel, fusion = self.decoder.head.kernel, self.decoder.fusion
+        # one kernel for all sentences, and masks that are rare
+        nn.init.normal_(kernel.weight, std=0.1 * kernel.in_features**-0.5)
+        nn.init.normal_(kernel.bias)
+        nn.init.constant_(kernel.bias[-1:], -2.0)
+        # patches and words lie in one space: attention begins as their similarity
+        fusion.word_in.weight.copy_(fusion.patch_in.weight)
+        fusion.sentence_in.weight.copy_(fusion.patch_in.weight)
+        for module in fusion.modules():
+            if isinstance(module, Attention):
+                module.key_value.weight[: module.query.out_features].copy_(module.query.weight)
 
     # -- the forward pass
 

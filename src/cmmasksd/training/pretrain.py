@@ -467,5 +467,7 @@ def save_clip(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path)
     """Write a CLIP in transformers' format, weights in float16 (half the size; loading returns them to float32)."""
     import copy
 
-    copy.deepcopy(clip).half().save_pretrained(folder)
+    half: Any = copy.deepcopy(clip).half()
+    half.config.text_config.dtype = half.config.vision_config.dtype = None  # of a loaded CLIP they still say float32
+    half.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
