@@ -149,7 +149,7 @@ def _words(processor: CMMaskSDProcessor, ids: Tensor, word_ids: Tensor, hidden: 
     words = []
     for word in range(int(word_ids.max()) + 1):
         of_word = word_ids == word
-        words.append((processor.tokenizer.decode(ids[of_word]).strip(), bool(hidden[of_word].any())))
+        words.append((str(processor.tokenizer.decode(ids[of_word])).strip(), bool(hidden[of_word].any())))
     return tuple(words)
 
 

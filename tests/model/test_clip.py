@@ -169,7 +169,7 @@ def test_no_hook_stays_behind(clip, monkeypatch):
 
 def test_select_repeats_every_part_of_the_features():
     part = torch.arange(2.0)[:, None, None].expand(2, 4, 3)
-    features = ImageFeatures(part, (2, 2), dense=part + 10, context=part[:, 0] + 20)
+    features = ImageFeatures(part, (2, 2), dense=part + 10, context=part[:, 0] + 20, early=part + 30)
     chosen = features.select(torch.tensor([1, 0, 1]))
     assert len(features) == 2
     assert len(chosen) == 3
@@ -177,12 +177,25 @@ def test_select_repeats_every_part_of_the_features():
     assert chosen.patches[:, 0, 0].tolist() == [1, 0, 1]
     assert chosen.dense[:, 0, 0].tolist() == [11, 10, 11]
     assert chosen.context[:, 0].tolist() == [21, 20, 21]
+    assert chosen.early[:, 0, 0].tolist() == [31, 30, 31]
     bare = ImageFeatures(part, (2, 2)).select(torch.tensor([0]))
     assert bare.dense is None
     assert bare.context is None
+    assert bare.early is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
+
+
+@torch.no_grad()
+def test_early_patches_know_of_themselves_alone(clip):
+    image = torch.randn(1, 3, 32, 48)
+    other = image.clone()
+    size = clip.config.vision_config.patch_size
+    other[..., :size, size : 2 * size] += 1  # the second patch
+    before, after = (encode_image(clip, pixels)[0].early for pixels in (image, other))
+    assert before.shape == (1, (32 // size) * (48 // size), clip.config.vision_config.hidden_size)
+    assert (before != after).any(-1)[0].nonzero().flatten().tolist() == [1]
 
 
 def test_text_equals_transformers(clip, tiny_tokenizer):

@@ -120,7 +120,9 @@ class MaskedSelfDistillation(nn.Module):
             size = pixel_values.shape[-1] // image.grid[1]
             painted = hidden.unflatten(1, image.grid).repeat_interleave(size, 1).repeat_interleave(size, 2)
             seen = self._model.encode_image(pixel_values[image_index].masked_fill(painted[:, None], 0.0))
-            return replace(image, patches=seen.patches, context=seen.context)
+            return replace(image, patches=seen.patches, context=seen.context, early=seen.early)
+        if image.early is not None:
+            image = replace(image, early=image.early.masked_fill(hidden[..., None], 0.0))
         token = self.mask_token.to(image.patches.dtype)
         if how.vision_level == "feature":
             patches = torch.where(hidden[..., None], token, image.patches)
@@ -221,15 +223,22 @@ class MaskedSelfDistillation(nn.Module):
                 for name, view in branches.items()
             }
         images, texts = zip(*branches.values(), strict=True)
-        context = [i.context for i in images if i.context is not None]
         image = ImageFeatures(
-            torch.cat([i.patches for i in images]), images[0].grid, context=torch.cat(context) if context else None
+            torch.cat([i.patches for i in images]),
+            images[0].grid,
+            context=_cat([i.context for i in images]),
+            early=_cat([i.early for i in images]),
         )
-        embedded = [t.embedded for t in texts if t.embedded is not None]
         text = TextFeatures(
             torch.cat([t.words for t in texts]),
             torch.cat([t.sentence for t in texts]),
             torch.cat([t.word_mask for t in texts]),
-            torch.cat(embedded) if embedded else None,
+            _cat([t.embedded for t in texts]),
         )
         return dict(zip(branches, self._model.decode(image, text).chunk(len(branches)), strict=True))
+
+
+def _cat(parts: list[Tensor | None]) -> Tensor | None:
+    """What a network's features do not have stays None."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None

@@ -17,12 +17,15 @@ class MaskHead(nn.Module):
 
     Args:
         dim: width of the joint space, where the sentence lies.
+        early: width of the patches as they enter the image tower.
         features: channels of the fused features.
         width: channels at twice the patch grid, a multiple of 16; half as many at four times.
     """
 
-    def __init__(self, dim: int, features: int, width: int) -> None:
+    def __init__(self, dim: int, early: int, features: int, *, width: int) -> None:
         super().__init__()
+        # A patch's own pixels, which the tower has mixed with the rest of the picture. Thin, to stay within the budget.
+        self.early_in = nn.Sequential(nn.Linear(early, features // 3), nn.GELU(), nn.Linear(features // 3, features))
         self.reduce = nn.Linear(features, 4 * width)
         self.convolve1 = nn.Conv2d(width, width, 3, padding=1)
         self.norm1 = nn.GroupNorm(8, width)
@@ -30,15 +33,16 @@ class MaskHead(nn.Module):
         self.norm2 = nn.GroupNorm(8, width // 2)
         self.kernel = nn.Linear(dim, width // 2 + 1)  # one weight per channel, and a bias
 
-    def forward(self, fused: Tensor, sentence: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, fused: Tensor, early: Tensor, sentence: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predict.
 
         Args:
-            fused: (B, N, features). sentence: (B, D). grid: (h, w), h * w = N.
+            fused: (B, N, features). early: (B, N, E). sentence: (B, D). grid: (h, w), h * w = N.
 
         Returns:
             (B, 4h, 4w) logits.
         """
+        fused = fused + self.early_in(F.layer_norm(early, early.shape[-1:]))
         x = self.reduce(fused).transpose(1, 2).unflatten(2, grid)  # (B, 4 width, h, w)
         x = F.pixel_shuffle(x, 2)  # (B, width, 2h, 2w)
         x = F.relu(self.norm1(self.convolve1(x)))

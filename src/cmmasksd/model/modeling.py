@@ -44,9 +44,10 @@ class Decoder(nn.Module):
 
     def forward(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
         """Features of K images and K sentences to logits (K, 4h, 4w)."""
-        assert text.embedded is not None  # `encode_text` gives them
+        assert text.embedded is not None  # `encode_text` and `encode_image` give them
+        assert image.early is not None
         fused = self.fusion(image.patches, text.words, text.embedded, text.sentence, text.word_mask, image.grid)
-        return self.head(fused, text.sentence, image.grid)
+        return self.head(fused, image.early, text.sentence, image.grid)
 
 
 class CMMaskSDModel(PreTrainedModel):
@@ -77,7 +78,7 @@ class CMMaskSDModel(PreTrainedModel):
                 mlp=config.decoder_mlp,
                 dropout=config.dropout,
             ),
-            MaskHead(dim, config.decoder_width, config.head_width),
+            MaskHead(dim, config.clip_config.vision_config.hidden_size, config.decoder_width, width=config.head_width),
         )
         self.post_init()
         self._begin()
