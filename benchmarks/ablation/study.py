@@ -36,7 +36,7 @@ SCORED = 1500  # references of each split
 SENTENCES = 24_000  # sentence draws of a plain run: epochs x references
 SIZE = 2_000  # references to learn from, unless the run is about their number
 
-BASE: dict[str, object] = {"distillation.start": 0.5, "distillation.warmup": 0.25}
+BASE = {"distillation.start": 0.5, "distillation.warmup": 0.25}
 PLAIN = {"distillation.vision": False, "distillation.language": False}
 RANDOM = {"distillation.vision_which": "random", "distillation.language_which": "random"}
 ARMS: dict[str, dict[str, object]] = {
@@ -136,7 +136,7 @@ def compute() -> float:
             objective(*inputs)["loss"].backward()
         return counter.get_total_flops()
 
-    both = DistillationConfig(start=float(str(BASE["distillation.start"])))
+    both = DistillationConfig(start=BASE["distillation.start"])
     ratio = step(both) / step(DistillationConfig(vision=False, language=False))
     return both.start + (1 - both.start) * ratio
 
@@ -187,6 +187,7 @@ def done(results: Path) -> list[Run]:
 # Tables
 
 
+@cache
 def rows_of(results: Path, run: Run, split: str) -> list:
     """The rows of one run; sentence ids are made apart by seed, so that the runs of an arm can stand in one list."""
     from cmmasksd.evaluation.results import read_expressions
@@ -249,6 +250,7 @@ def tables(results: Path, resamples: int = 10_000) -> str:
     return "\n".join(parts) + "\n"
 
 
+@cache
 def _record(results: Path, run: Run) -> dict:
     return json.loads((results / run.name / "run.json").read_text())
 

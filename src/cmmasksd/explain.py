@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from cmmasksd.distillation.masking import patch_scores
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import heat, overlay
+from cmmasksd.model.processing import Frame
 from cmmasksd.training.checkpoint import WEIGHTS
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ SIDE = 256
 """Pixels of a panel's long side."""
 HIDDEN = "___"
 """What stands for a word that VMLSD hides."""
-BRANCHES = {"main": "prediction", "lmvsd": "without the patches", "vmlsd": "without the words", "joint": "without both"}
+BRANCHES = {"main": "prediction", "lmvsd": "without the patches", "joint": "without both"}
+"""Captions; VMLSD's is the sentence that is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +122,11 @@ def explain(
     assert views.correlation is not None
     main, text = views.branches["main"]
     scores = patch_scores(views.correlation, text.word_mask, "max").unflatten(1, main.grid)
-    probabilities = {name: _enlarge(branch, frame.canvas).sigmoid().cpu().numpy() for name, branch in logits.items()}
-    hidden_words = torch.zeros_like(tokens.word_ids, dtype=torch.bool)
-    hidden_words = hidden_words if views.hidden_words is None else views.hidden_words
+    whole = Frame(frame.canvas, frame.canvas, (0, 0, *frame.canvas))
+    probabilities = {name: processor.probabilities(z, whole).cpu().numpy() for name, z in logits.items()}
+    hidden_words = views.hidden_words
+    if hidden_words is None:
+        hidden_words = torch.zeros_like(tokens.word_ids, dtype=torch.bool)
     found = []
     for nth, said in enumerate(texts):
         hidden = views.hidden_patches
@@ -138,10 +141,6 @@ def explain(
             )
         )
     return found
-
-
-def _enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(logits[:, None].float(), size, mode="bilinear")[:, 0]
 
 
 def _words(processor: CMMaskSDProcessor, ids: Tensor, word_ids: Tensor, hidden: Tensor) -> tuple[tuple[str, bool], ...]:

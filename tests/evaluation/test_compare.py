@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cmmasksd.errors import UserError
-from cmmasksd.evaluation.compare import _sums, compare, format_comparison, slices_of
+from cmmasksd.evaluation.compare import _columns, _sums, compare, format_comparison, slices_of
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
 from cmmasksd.evaluation.results import ExpressionScore
 
@@ -98,7 +98,7 @@ def test_the_seed_decides_the_draws():
 
 def test_sums_over_an_image():
     rows = [row(0, 50, 100), row(1, 90, 100), row(2, 0, 10)]
-    sums = _sums(rows, np.array([1, 1, 0]), ORIGINAL)
+    sums = _sums(_columns(rows, ORIGINAL), np.array([1, 1, 0]))
     assert sums[0].tolist() == [1, 0, 10, 0, 0, 0, 0, 0, 0]
     assert sums[1].tolist() == pytest.approx([2, 140, 200, 1.4, 2, 1, 1, 1, 1])
 

@@ -149,9 +149,8 @@ def test_head_keeps_the_layout_of_the_grid(which):
     other = parts | {which: parts[which].clone()}
     other[which][:, 3 * 8 + 6, ::2] += 5  # row 3, column 6 of a grid of 5 x 8
     with torch.no_grad():
-        change = (head(**other, sentence=sentence, grid=(5, 8)) - head(**parts, sentence=sentence, grid=(5, 8))).abs()[
-            0
-        ]
+        after, before = (head(**given, sentence=sentence, grid=(5, 8)) for given in (other, parts))
+    change = (after - before).abs()[0]
     row, column = divmod(int(change.argmax()), 32)
     assert abs((row + 0.5) / 4 - 3.5) < 1
     assert abs((column + 0.5) / 4 - 6.5) < 1

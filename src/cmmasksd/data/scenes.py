@@ -651,11 +651,19 @@ class Phrase(NamedTuple):
     text: str
     claims: int
 
+    def may_be(self, there: int) -> bool:
+        """Whether it may be said of an object with these facts."""
+        return self.claims & there == self.claims
+
+
+def _regions(scene: Scene) -> dict[str, tuple[int, int]]:
+    return _Meaning(scene.objects, {}, scene.canvas).zones()
+
 
 def facts(scene: Scene) -> list[int]:
     """For every object its attributes and the regions it might be said to lie in. A phrase can only be true of a scene
     if all its claims are facts of one object."""
-    zones = _Meaning(scene.objects, {}, scene.canvas).zones()
+    zones = _regions(scene)
     return [
         sum([_FACTS[value] for value in thing.attributes])
         + sum([_FACTS[name] for name, (_, loose) in zones.items() if loose >> index & 1])
@@ -667,8 +675,7 @@ def describe(scene: Scene, index: int, draw: random.Random, *, drop: float = 0.0
     """One object: size, fill, colour and shape, each left out with probability `drop`, and a region that it surely lies
     in (all it may be without a word on the region, where `drop` is above 0). Something is always said."""
     thing = scene.objects[index]
-    strict = _Meaning(scene.objects, {}, scene.canvas).zones()
-    zones = [name for name, (there, _) in strict.items() if there >> index & 1]
+    zones = [name for name, (strict, _) in _regions(scene).items() if strict >> index & 1]
     values = [value for value in thing.attributes if draw.random() >= drop]
     if not zones and not values:
         values = [thing.shape]

@@ -116,13 +116,14 @@ def compare(
     a, b = _paired(a, b)
     images = np.array([row.image_id if unit == "image" else row.sent_id for row in a])
     draw = np.random.default_rng(seed)
+    counted = [_columns(rows, protocol) for rows in (a, b)]
     found = []
     for name, chosen in slices(a).items():
         count = int(chosen.sum())
         if count < FEWEST and name != "all":
             continue
         _, owner = np.unique(images[chosen], return_inverse=True)
-        sums = [_sums([rows[i] for i in np.flatnonzero(chosen)], owner, protocol) for rows in (a, b)]
+        sums = [_sums(columns[chosen], owner) for columns in counted]
         whole = [_scores(part.sum(0, keepdims=True), protocol) for part in sums]
         differences = {metric: [] for metric in metrics}
         units = len(sums[0])
@@ -159,16 +160,21 @@ def _paired(
     return a, b
 
 
-def _sums(rows: Sequence[ExpressionScore], owner: np.ndarray, protocol: ScoringProtocol) -> np.ndarray:
-    """(units, 4 + X) float64: per resampled unit the number of expressions, intersections, unions, IoUs, and how many
-    reach each X of P@X. Every score is a function of the sums of these."""
+def _columns(rows: Sequence[ExpressionScore], protocol: ScoringProtocol) -> np.ndarray:
+    """(K, 4 + X) float64: of each expression 1, intersection, union, IoU, and whether it reaches each X of P@X. Every
+    score is a function of the sums of these."""
     columns = [
         [1, row.intersection, row.union, row.iou]
         + [protocol.reaches(row.intersection, row.union, tenths) for tenths in PRECISION_TENTHS]
         for row in rows
     ]
-    sums = np.zeros((int(owner.max()) + 1, 4 + len(PRECISION_TENTHS)))
-    np.add.at(sums, owner, np.array(columns, float))
+    return np.array(columns, float)
+
+
+def _sums(columns: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """(units, 4 + X): the sums of `_columns` over each resampled unit."""
+    sums = np.zeros((int(owner.max()) + 1, columns.shape[1]))
+    np.add.at(sums, owner, columns)
     return sums
 
 

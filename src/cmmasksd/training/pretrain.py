@@ -180,7 +180,7 @@ class CaptionedScenes(Dataset):
     def _caption(self, scene: Scene, draw: random.Random) -> tuple[str, list[int]]:
         """A caption; half of those of scenes with sentences on relations (too long for phrases) begin with one."""
         text, claims = caption(scene, draw)
-        said = [sentence for _, sentences in scene.references for sentence in sentences if sentence.startswith("the ")]
+        said = [text for _, sentences in scene.references for text in sentences if _relates(text)]
         if said and draw.random() < 0.5:
             sentence = referring(draw.choice(said))
             return f"{sentence.text}, {text}", [sentence.claims, *claims]
@@ -192,13 +192,18 @@ class CaptionedScenes(Dataset):
         said = dict(scene.references).get(changed, ())
         phrases = []
         for _ in range(self.phrases):
-            if said and not said[0].startswith("the ") and draw.random() < REFERRING:
+            if said and not _relates(said[0]) and draw.random() < REFERRING:
                 phrases.append(referring(draw.choice(said)))
                 continue
             tries = [describe(scene, changed, draw, drop=draw.choice(DROPS)) for _ in range(4)]
-            apart = [t for t in tries if not any(t.claims & there == t.claims for there in elsewhere)]
+            apart = [phrase for phrase in tries if not any(map(phrase.may_be, elsewhere))]
             phrases.append((apart or tries)[0])
         return phrases
+
+
+def _relates(sentence: str) -> bool:
+    """Whether a sentence of a scene is about relations: those alone begin with an article."""
+    return sentence.startswith("the ")
 
 
 def true_of(claims: Tensor, known: Tensor) -> Tensor:
@@ -303,8 +308,8 @@ def retrieval(
         texts.append(caption(scene, draw)[0])
         which, known = draw.randrange(len(scene.objects)), facts(scene)
         for kind, drop in (("pointing", 0.0), ("pointing_short", 0.5)):
-            text, claims = describe(scene, which, draw, drop=drop)
-            named[kind].append((text, [claims & there == claims for there in known]))
+            phrase = describe(scene, which, draw, drop=drop)
+            named[kind].append((phrase.text, [phrase.may_be(there) for there in known]))
         which, said = scene.references[0]
         named["pointing_referring"].append((said[0], [i == which for i in range(len(known))]))
     features, pooled = encode_image(clip, normalize(torch.stack(images).to(device).permute(0, 3, 1, 2)))
