@@ -1,4 +1,4 @@
-"""The ablation study: its plan, one run of it, what is not run twice, and tables that follow from the files."""
+"""The ablation study: its plan, one run of it, what is not run twice, and a page that follows from the files."""
 
 import gzip
 import importlib.util
@@ -11,7 +11,7 @@ import pytest
 from cmmasksd import cli
 from cmmasksd.config import Config
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "ablation" / "study.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks" / "ablation"
 MICRO = {
     "data.val_references": 6, "data.scene_size": 64, "data.workers": 0, "model.size": "[64,64]",
     "model.max_tokens": 20, "model.decoder_width": 32, "model.decoder_layers": 1, "model.decoder_heads": 2,
@@ -22,11 +22,20 @@ MICRO = {
 
 @pytest.fixture(scope="module")
 def study():
-    spec = importlib.util.spec_from_file_location("study", FILE)
+    return load("study")
+
+
+@pytest.fixture(scope="module")
+def page(study):
+    return load("page")
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["study"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -37,7 +46,7 @@ def test_every_run_is_declared_once_and_its_settings_are_real(study):
     assert {run.arm for run in runs} == {*study.ARMS, study.EQUAL_COMPUTE}
     for run in runs:
         config = Config()
-        for key, value in study.settings(run).items():
+        for key, value in study.settings(run, Path("trunk")).items():
             part, name = key.split(".")
             assert hasattr(getattr(config, part), name), key
             setattr(getattr(config, part), name, value)
@@ -46,18 +55,22 @@ def test_every_run_is_declared_once_and_its_settings_are_real(study):
 
 
 def test_the_headline_has_five_seeds_and_its_controls(study):
-    seeds = {
-        arm: {run.seed for run in study.plan() if run.arm == arm and run.references == study.SIZE} for arm in study.ARMS
-    }
-    assert seeds["none"] == seeds["both"] == seeds["random"] == set(range(5))
-    assert len(seeds["two-passes"]) >= 3
+    def seeds(arm):
+        wanted = ("trained", arm, study.SIZE)
+        return {run.seed for run in study.plan() if (run.regime, run.arm, run.references) == wanted}
+
+    assert seeds("none") == seeds("both") == seeds("random") == seeds(study.EQUAL_COMPUTE) == set(range(5))
 
 
 def test_equal_compute_gets_the_branches_share(study):
-    plain, more = (study.settings(study.Run(arm))["training.epochs"] for arm in ("none", study.EQUAL_COMPUTE))
-    assert plain * study.SIZE == study.SENTENCES
-    assert 1.2 < more / plain < 2.5
-    assert study.settings(study.Run(study.EQUAL_COMPUTE))["distillation.vision"] is False
+    for regime, how in study.REGIMES.items():
+        plain, more = (
+            study.settings(study.Run(arm, regime), Path("trunk"))["training.epochs"]
+            for arm in ("none", study.EQUAL_COMPUTE)
+        )
+        assert plain * study.SIZE == how.draws
+        assert 1.2 < more / plain < 2.5
+    assert study.settings(study.Run(study.EQUAL_COMPUTE), Path())["distillation.vision"] is False
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +89,7 @@ def finished(study, tiny_clip_folder, tmp_path_factory):
         size = ["--scene_size", "64"] if arguments[0] == "evaluate" else []
         assert cli.main([*typed[-1], *size]) == 0
 
-    for run in (study.Run("none"), study.Run("both"), study.Run("both", seed=1)):
+    for run in (study.Run("none", "trained"), study.Run("both", "trained"), study.Run("both", "trained", seed=1)):
         cut = run.seed == 1
         try:
             study.execute(run, results, work, call=call, extra=extra, scored=6)
@@ -89,35 +102,49 @@ def finished(study, tiny_clip_folder, tmp_path_factory):
 
 def test_a_run_leaves_its_record_and_its_rows(study, finished):
     results, typed = finished
-    assert [run.name for run in study.done(results)] == ["none-n2000-s0", "both-n2000-s0", "both-n2000-s1"]
-    record = json.loads((results / "both-n2000-s1" / "run.json").read_text())
+    names = [f"trained-{name}" for name in ("none-n500-s0", "both-n500-s0", "both-n500-s1")]
+    assert [run.name for run in study.done(results)] == names
+    record = json.loads((results / names[2] / "run.json").read_text())
     assert record["resumed"] is True
+    assert record["settings"]["model.weights"] == "trunk"  # no path of this machine
     assert record["scores"].keys() == {"val", "testB"}
-    packed = (results / "both-n2000-s0" / "testB.jsonl.gz").read_bytes()
+    packed = (results / names[1] / "testB.jsonl.gz").read_bytes()
     rows = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
     assert record["scores"]["testB"]["expressions"] == len(rows)
-    assert sum("--resume" in arguments for arguments in typed) == 1
+    trained = [arguments for arguments in typed if arguments[0] == "train"]
+    assert len(trained) == 1 + 4  # the trunk once, and one run twice
+    assert sum("--resume" in arguments for arguments in trained) == 1
     assert all("last" in arguments[2] for arguments in typed if arguments[0] == "evaluate")
 
 
-def test_the_tables_follow_from_the_files(study, finished):
+def test_the_page_follows_from_the_files(page, finished):
     results, _ = finished
-    text = study.tables(results, resamples=200)
-    assert "## 2,000 references" in text
-    assert "## 500 references" not in text
+    text = page.fill("{{runs}} runs\n{{table trained 500}}", page.Study(results, resamples=200))
+    assert text.startswith("3 runs\n")
     rows = {
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line
     }
-    both = [json.loads((results / f"both-n2000-s{seed}" / "run.json").read_text())["scores"] for seed in (0, 1)]
+    both = [json.loads((results / f"trained-both-n500-s{seed}" / "run.json").read_text())["scores"] for seed in (0, 1)]
     mean = 50 * sum(scores["val"]["oIoU"] for scores in both)
     assert rows["both"][1] == "2"
     assert rows["both"][2].startswith(f"{mean:.2f} ± ")
-    none = json.loads((results / "none-n2000-s0" / "run.json").read_text())["scores"]
-    assert float(rows["both"][6].split()[0]) == pytest.approx(
-        100 * (both[0]["val"]["oIoU"] - none["val"]["oIoU"]), abs=0.01
-    )
-    assert rows["both"][6].endswith("(1)")  # the second seed has no plain run to be paired with
+    none = json.loads((results / "trained-none-n500-s0" / "run.json").read_text())["scores"]
+    paired = 100 * (both[0]["val"]["oIoU"] - none["val"]["oIoU"])  # the second seed has no plain run to be paired with
+    assert float(rows["both"][6].split()[0].replace("−", "-")) == pytest.approx(paired, abs=0.01)
+    seeds = page.Study(results).say_seeds("trained", "500", "both", "none", "val", "oIoU")
+    assert float(seeds.replace("−", "-")) == pytest.approx(paired, abs=0.01)
     assert rows["none"][1] == "1"
+
+
+def test_the_pictures_follow_from_the_files(page, finished, tmp_path):
+    files = page.draw(page.Study(finished[0], resamples=200), tmp_path)
+    assert {file.name for file in files} == {"arms.svg", "sizes.svg", "losses.svg"}
+    assert all(file.read_text().startswith("<?xml") for file in files)
+
+
+def test_a_template_that_asks_for_what_is_not_there(page, finished):
+    with pytest.raises(AttributeError, match="say_tabel"):
+        page.fill("{{tabel trained 500}}", page.Study(finished[0]))
 
 
 def test_an_arm_that_is_not_there(study, monkeypatch, capsys):
@@ -132,5 +159,5 @@ def test_the_list_says_what_is_done(study, finished, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["study.py", "list", "--results", str(results), "--only", "both"])
     study.main()
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "done  both-n2000-s0"
+    assert shown[0] == "done  trained-both-n500-s0"
     assert shown[-1].startswith("2 of ")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 SCENE_REFERENCES = 1500
 """References of a generated split, where a command is not told how many."""
+MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
 
 
 def build_parser() -> ArgumentParser:
@@ -61,7 +62,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("train", train, help="train a model")
 
     evaluate = ArgumentParser(description="Score a model on every sentence of a split, at the images' own size.")
-    evaluate.add_argument("--model", required=True, help="folder of a trained model, or hub id")
+    evaluate.add_argument("--model", required=True, help=MODEL)
     evaluate.add_argument("--data", required=True, help=f"one of {', '.join(DATASETS)}")
     evaluate.add_argument("--root", type=Path | None, help="folder that holds refcoco/… and images/train2014/…")
     evaluate.add_argument("--split", required=True, help="such as val, testA, testB or test")
@@ -95,7 +96,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("compare", compare, help="compare two models on one split")
 
     predict = ArgumentParser(description="Find what sentences name in an image.")
-    predict.add_argument("--model", required=True, help="folder of a trained model, or hub id")
+    predict.add_argument("--model", required=True, help=MODEL)
     predict.add_argument("--image", type=Path, required=True, help="image file")
     predict.add_argument("--text", action="append", type=str, required=True, help="a sentence; give it again for more")
     predict.add_argument("--out", type=Path, default=Path("."), help="folder for the masks and overlays")
@@ -106,7 +107,7 @@ def build_parser() -> ArgumentParser:
     explain = ArgumentParser(
         description="Show what the masked branches see: the correlation, what is hidden, and what each branch predicts."
     )
-    explain.add_argument("--model", type=Path, required=True, help="folder that training wrote, such as runs/demo/best")
+    explain.add_argument("--model", required=True, help="folder that training wrote, or scenes")
     explain.add_argument("--image", type=Path, required=True, help="image file")
     explain.add_argument("--text", action="append", type=str, required=True, help="a sentence; give it again for more")
     explain.add_argument("--out", type=Path, default=Path("."), help="folder for the pictures")
@@ -133,7 +134,7 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("pretrain", pretrain, help="train the small CLIP that the package ships")
 
     report = ArgumentParser(description="Write a page of overlays, scores and curves for a scored split.")
-    report.add_argument("--model", required=True, help="the model that was scored")
+    report.add_argument("--model", required=True, help=MODEL)
     report.add_argument("--results", type=Path, required=True, help="folder that evaluate wrote")
     report.add_argument("--root", type=Path | None, help="folder of the data, as given to evaluate")
     report.add_argument("--metrics", type=Path | None, help="metrics.jsonl of the training, for its curves")

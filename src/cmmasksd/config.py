@@ -56,6 +56,8 @@ class ModelConfig:
 
     Attributes:
         backbone: a CLIP in transformers' format by folder or hub id, or "tiny", the small one that this package ships.
+        weights: a trained model of ours to go on from, by folder, hub id or "scenes", the one that this package ships.
+            Its own backbone and decoder are used then, and the sizes of both below are not read.
         size: (height, width) of the input in pixels.
         resize: "warp" to the canvas, or "letterbox".
         max_tokens: of a sentence, start and end included; more are cut (and counted).
@@ -63,6 +65,7 @@ class ModelConfig:
     """
 
     backbone: str = "tiny"
+    weights: str | None = None
     size: tuple[int, int] = (128, 128)
     resize: Literal["warp", "letterbox"] = "warp"
     max_tokens: int = 48

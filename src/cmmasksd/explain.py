@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cmmasksd.assets import located
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.masking import patch_scores
 from cmmasksd.distillation.objective import MaskedSelfDistillation
@@ -69,8 +70,12 @@ class Explanation:
         return _row(panels)
 
 
-def load_objective(folder: Path, model: CMMaskSDModel) -> MaskedSelfDistillation:
+def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistillation:
     """The objective that a model was trained with, from the files that training left beside it.
+
+    Args:
+        name: the model's folder, or the name of a shipped model.
+        model: the model in it.
 
     Raises:
         UserError: when there are none, or they do not fit the model.
@@ -79,6 +84,7 @@ def load_objective(folder: Path, model: CMMaskSDModel) -> MaskedSelfDistillation
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    folder = Path(located(name))
     if not (folder / "config.yaml").is_file():
         raise UserError(f"there is no {folder / 'config.yaml'}: give a folder that training wrote, such as runs/…/best")
     try:

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmmasksd.assets import tiny_clip
 from cmmasksd.data.loading import (
     Batch,
     ScoringItems,
@@ -26,7 +25,7 @@ from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
 
 @pytest.fixture(scope="module")
 def processor():
-    return CMMaskSDProcessor(load_tokenizer(tiny_clip()), (64, 64), patch_size=16)
+    return CMMaskSDProcessor(load_tokenizer("tiny"), (64, 64), patch_size=16)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import nn
 
-from cmmasksd.assets import tiny_clip
 from cmmasksd.cli import main
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.errors import UserError
@@ -89,7 +88,7 @@ class Bright(nn.Module):
 
 @pytest.fixture(scope="module")
 def processor():
-    return CMMaskSDProcessor(load_tokenizer(tiny_clip()), (64, 64), patch_size=16, resize="letterbox", max_tokens=16)
+    return CMMaskSDProcessor(load_tokenizer("tiny"), (64, 64), patch_size=16, resize="letterbox", max_tokens=16)
 
 
 def by_hand(data):
@@ -184,7 +183,7 @@ def model_folder(tmp_path_factory):
     """A network with weights wild enough to answer differently everywhere."""
     from transformers import CLIPConfig
 
-    tokenizer = load_tokenizer(tiny_clip())
+    tokenizer = load_tokenizer("tiny")
     tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = tower | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 64}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cmmasksd.assets import tiny_clip
 from cmmasksd.config import PretrainConfig
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
@@ -26,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A micro model with random weights."""
     root = tmp_path_factory.mktemp("predictor")
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(tiny_clip())
+    tokenizer = load_tokenizer("tiny")
     sizes = PretrainConfig(width=32, vision_layers=1, text_layers=1, image_size=64, context=32)
     build_clip(sizes, tokenizer).save_pretrained(root / "clip")
     tokenizer.save_pretrained(root / "clip")

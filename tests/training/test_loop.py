@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cmmasksd.assets import tiny_clip
 from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig, PretrainConfig, TrainingConfig
 from cmmasksd.errors import UserError
 from cmmasksd.model.modeling import CMMaskSDModel
@@ -27,7 +26,7 @@ from cmmasksd.training.pretrain import build_clip, save_clip
 def micro_clip(tmp_path_factory):
     """A CLIP of width 32 with fresh weights."""
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(tiny_clip())
+    tokenizer = load_tokenizer("tiny")
     sizes = PretrainConfig(width=32, vision_layers=2, text_layers=1, image_size=64, patch_size=16)
     folder = tmp_path_factory.mktemp("clip")
     save_clip(build_clip(sizes, tokenizer), tokenizer, folder)

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from cmmasksd.assets import tiny_clip
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.model.modeling import CMMaskSDModel
@@ -17,7 +16,7 @@ HOW = {"lr": 1e-3, "clip_lr_scale": 0.1, "weight_decay": 0.05}
 @pytest.fixture(scope="module")
 def objective():
     model = CMMaskSDModel.from_backbone(
-        tiny_clip(), decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32, head_width=16
+        "tiny", decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32, head_width=16
     )
     model.clip.logit_scale.requires_grad_(False)
     return MaskedSelfDistillation(

@@ -1,8 +1,13 @@
-"""Files that ship with the package."""
+"""Models that ship with the package, by the names that every command and `from_pretrained` know them by."""
 
 from pathlib import Path
 
+SHIPPED = {
+    "tiny": "tiny-clip",  # the small CLIP that `cmmasksd pretrain` made
+    "scenes": "scenes-model",  # segmentation of generated scenes, grown from it
+}
 
-def tiny_clip() -> Path:
-    """Folder of the small CLIP that `cmmasksd pretrain` made, in transformers' format (see its README.md)."""
-    return Path(__file__).parent / "tiny-clip"
+
+def located(name: str | Path) -> str | Path:
+    """The folder of a shipped model; any other folder or hub id as it is. A folder of the same name is "./scenes"."""
+    return Path(__file__).parent / SHIPPED[name] if name in SHIPPED else name

@@ -20,6 +20,7 @@ from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
+from cmmasksd.assets import located
 from cmmasksd.errors import UserError
 from cmmasksd.model import clip as towers
 from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
@@ -169,7 +170,8 @@ class CMMaskSDModel(PreTrainedModel):
         """A new model on a trained CLIP.
 
         Args:
-            name: any CLIP in transformers' format: a folder, or a hub id such as "openai/clip-vit-base-patch16".
+            name: any CLIP in transformers' format: a folder, a hub id such as "openai/clip-vit-base-patch16", or
+                "tiny".
             **sizes: fields of CMMaskSDConfig.
 
         Raises:
@@ -229,6 +231,7 @@ def _load_whole(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
 
 def _load(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
     """Call transformers safely (no pickled code, no remote code) and quietly; what it raises becomes one line."""
+    name = located(name)
     path = Path(name)
     looks_local = path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
     if looks_local and not path.is_dir():

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmmasksd.assets import located
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import Tokens
 
@@ -264,6 +265,7 @@ class CMMaskSDProcessor:
         """
         from transformers.utils.hub import cached_file
 
+        name = located(name)
         try:
             file = cached_file(str(name), FILE_NAME, _raise_exceptions_for_missing_entries=False)
         except OSError:  # neither a folder nor the form of a hub id
@@ -290,7 +292,7 @@ class CMMaskSDProcessor:
         resize: Literal["warp", "letterbox"],
         max_tokens: int,
     ) -> CMMaskSDProcessor:
-        """A processor for a new model on a CLIP given by folder or hub id."""
+        """A processor for a new model on a CLIP (or another model with a tokenizer) given by folder or hub id."""
         return cls(load_tokenizer(name), size, patch_size=patch_size, resize=resize, max_tokens=max_tokens)
 
 
@@ -308,6 +310,6 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(located(name)), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer can be read from {name}: {error}") from error

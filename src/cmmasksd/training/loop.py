@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cmmasksd.assets import tiny_clip
 from cmmasksd.config import Config
 from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, loaded, open_dataset, training_loader
 from cmmasksd.data.samples import ReferringDataset
@@ -159,32 +158,35 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
 
 
 def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
-    """A new model on the configured backbone, and its processor.
+    """The model to train and its processor: on the configured backbone, or going on from `weights`.
 
     Raises:
-        UserError: when the backbone cannot be loaded or the sizes do not fit it.
+        UserError: when the backbone or the weights cannot be loaded, or the sizes do not fit.
     """
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
     how = config.model
-    backbone = tiny_clip() if how.backbone == "tiny" else how.backbone
-    model = CMMaskSDModel.from_backbone(
-        backbone,
-        decoder_width=how.decoder_width,
-        decoder_layers=how.decoder_layers,
-        decoder_heads=how.decoder_heads,
-        decoder_mlp=how.decoder_mlp,
-        head_width=how.head_width,
-        dropout=how.dropout,
-    )
+    if how.weights is not None:
+        source, model = how.weights, CMMaskSDModel.from_pretrained(how.weights)
+    else:
+        source = how.backbone
+        model = CMMaskSDModel.from_backbone(
+            source,
+            decoder_width=how.decoder_width,
+            decoder_layers=how.decoder_layers,
+            decoder_heads=how.decoder_heads,
+            decoder_mlp=how.decoder_mlp,
+            head_width=how.head_width,
+            dropout=how.dropout,
+        )
     model.clip.logit_scale.requires_grad_(False)  # contrastive training's temperature: nothing here depends on it
     clip = model.config.clip_config
     context = clip.text_config.max_position_embeddings
     if not 3 <= how.max_tokens <= context:
-        raise UserError(f"model.max_tokens {how.max_tokens} does not fit {backbone}: choose from 3 to {context}")
+        raise UserError(f"model.max_tokens {how.max_tokens} does not fit {source}: choose from 3 to {context}")
     processor = CMMaskSDProcessor.from_backbone(
-        backbone,
+        source,
         how.size,
         patch_size=clip.vision_config.patch_size,
         resize=how.resize,

@@ -1,0 +1,262 @@
+"""docs/ablation.md and its pictures, made from the result files of the study alone.
+
+    python benchmarks/ablation/page.py
+
+The text is `ablation.md.in` beside this file; what stands there in double braces is computed here, so that no number
+of the page is typed by hand:
+
+    {{table REGIME REFERENCES}}                          every arm: scores, and differences to "none"
+    {{slices REGIME REFERENCES ARM BASE SPLIT}}          a difference by kind of sentence and size of object
+    {{difference REGIME REFERENCES ARM BASE SPLIT METRIC}}   points and their interval
+    {{seeds REGIME REFERENCES ARM BASE SPLIT METRIC}}    the same seed by seed
+    {{score REGIME REFERENCES ARM SPLIT METRIC}}         percent, mean over seeds
+    {{runs}}                                             how many runs there are
+
+Unusual here: the bootstrap draws images, and all sentences and all seeds of an image together. It says how far a
+difference would hold on other images; how far it would hold for other seeds is to be seen seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from study import ARMS, EQUAL_COMPUTE, HERE, REGIMES, SIZES, SPLITS, Run, done
+
+from cmmasksd.evaluation.compare import Comparison, compare, slices_of
+from cmmasksd.evaluation.protocols import ORIGINAL
+from cmmasksd.evaluation.results import ExpressionScore, read_expressions
+
+DOCS = HERE.parents[1] / "docs"
+PICTURES = "pictures"
+
+
+class Study:
+    """The finished runs in a folder of results, and what the page says of them.
+
+    Args:
+        results: the folder.
+        resamples: of every bootstrap.
+    """
+
+    def __init__(self, results: Path, resamples: int = 10_000) -> None:
+        self.results, self.resamples, self.runs = results, resamples, done(results)
+        self.record = cache(self._record)
+        self.rows = cache(self._rows)
+        self.compared = cache(self._compared)
+
+    def seeds(self, regime: str, references: int, arm: str) -> dict[int, Run]:
+        """Seed -> run."""
+        wanted = (regime, references, arm)
+        return {run.seed: run for run in self.runs if (run.regime, run.references, run.arm) == wanted}
+
+    def pairs(self, regime: str, references: int, arm: str, base: str) -> list[tuple[Run, Run]]:
+        """(base, arm) of every seed that both have."""
+        a, b = self.seeds(regime, references, base), self.seeds(regime, references, arm)
+        return [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
+
+    def _record(self, run: Run) -> dict:
+        return json.loads((self.results / run.name / "run.json").read_text())
+
+    def _rows(self, run: Run, split: str) -> list[ExpressionScore]:
+        """Sentence ids are made apart by seed, so that the runs of an arm can stand in one list."""
+        rows = read_expressions(self.results / run.name / f"{split}.jsonl.gz")
+        return [replace(row, sent_id=row.sent_id + run.seed * 10**12) for row in rows]
+
+    def percent(self, run: Run, split: str, metric: str) -> float:
+        """A score of a run."""
+        return 100 * self.record(run)["scores"][split][metric]
+
+    def _compared(
+        self, regime: str, references: int, arm: str, base: str, split: str, metric: str, sliced: bool
+    ) -> list[Comparison]:
+        pairs = self.pairs(regime, references, arm, base)
+        a, b = ([row for pair in pairs for row in self.rows(pair[i], split)] for i in (0, 1))
+        slices = slices_of if sliced else whole
+        return compare(a, b, ORIGINAL, metrics=[metric], resamples=self.resamples, slices=slices)
+
+    # -- what the template asks for
+
+    def say_score(self, regime: str, references: str, arm: str, split: str, metric: str) -> str:
+        values = [self.percent(run, split, metric) for run in self.seeds(regime, int(references), arm).values()]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread}"
+
+    def say_difference(self, regime: str, references: str, arm: str, base: str, split: str, metric: str) -> str:
+        (found,) = self.compared(regime, int(references), arm, base, split, metric, False)
+        return f"{_points(found.difference)} [{_points(found.low)}, {_points(found.high)}]"
+
+    def say_seeds(self, regime: str, references: str, arm: str, base: str, split: str, metric: str) -> str:
+        pairs = self.pairs(regime, int(references), arm, base)
+        values = [(self.percent(b, split, metric) - self.percent(a, split, metric)) / 100 for a, b in pairs]
+        return ", ".join(map(_points, values))
+
+    def say_table(self, regime: str, references: str) -> str:
+        lines = [
+            "| arm | seeds | val oIoU | val mIoU | testB oIoU | testB mIoU | val oIoU − none | testB oIoU − none |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for arm in [*ARMS, EQUAL_COMPUTE]:
+            if not (runs := self.seeds(regime, int(references), arm)):
+                continue
+            cells = [arm, str(len(runs))]
+            cells += [
+                self.say_score(regime, references, arm, split, metric)
+                for split in SPLITS
+                for metric in ("oIoU", "mIoU")
+            ]
+            paired = arm != "none" and self.pairs(regime, int(references), arm, "none")
+            for split in SPLITS:
+                cells.append(self.say_difference(regime, references, arm, "none", split, "oIoU") if paired else "")
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def say_slices(self, regime: str, references: str, arm: str, base: str, split: str) -> str:
+        lines = [f"| sentences | number | oIoU {base} | oIoU {arm} | difference |", "|---|---|---|---|---|"]
+        pairs = len(self.pairs(regime, int(references), arm, base))
+        for one in self.compared(regime, int(references), arm, base, split, "oIoU", True):
+            interval = f"{_points(one.difference)} [{_points(one.low)}, {_points(one.high)}]"
+            scores = f"{100 * one.a:.2f} | {100 * one.b:.2f}"
+            lines.append(f"| {one.slice} | {one.expressions // pairs} | {scores} | {interval} |")
+        return "\n".join(lines)
+
+    def say_runs(self) -> str:
+        return str(len(self.runs))
+
+
+def whole(rows: object) -> dict[str, np.ndarray]:
+    """The one slice of a plain difference."""
+    assert isinstance(rows, list)
+    return {"all": np.ones(len(rows), bool)}
+
+
+def _points(value: float) -> str:
+    """A fraction as percentage points with its sign."""
+    return f"{100 * value:+.2f}".replace("-", "−")
+
+
+def fill(template: str, study: Study) -> str:
+    """The template with everything in double braces computed."""
+
+    def said(match: re.Match[str]) -> str:
+        what, *given = match[1].split()
+        return getattr(study, f"say_{what}")(*given)
+
+    return re.sub(r"\{\{(.+?)\}\}", said, template)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw(study: Study, folder: Path) -> list[Path]:
+    """The study's pictures as SVG: every arm's difference, training-set sizes, training losses."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update(
+        {"svg.hashsalt": "cmmasksd", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        _arms(study, folder / "arms.svg"),
+        _sizes(study, folder / "sizes.svg"),
+        _losses(study, folder / "losses.svg"),
+    ]
+
+
+def _save(figure, file: Path) -> Path:
+    figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
+    return file
+
+
+def _arms(study: Study, file: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in [*ARMS, EQUAL_COMPUTE] if study.pairs("trained", SIZES[0], arm, "none") and arm != "none"]
+    figure = Figure(figsize=(8, 0.27 * len(arms) + 1))
+    for axes, split in zip(figure.subplots(1, 2, sharey=True), SPLITS, strict=True):
+        axes.axvline(0, color="0.6", linewidth=1)
+        for row, arm in enumerate(arms):
+            (found,) = study.compared("trained", SIZES[0], arm, "none", split, "oIoU", False)
+            many = len(study.pairs("trained", SIZES[0], arm, "none")) > 1
+            axes.plot([100 * found.low, 100 * found.high], [row, row], color="tab:blue", linewidth=3 if many else 1)
+            axes.plot(100 * found.difference, row, "o", color="tab:blue", markersize=6 if many else 4)
+        axes.set_yticks(range(len(arms)), arms)
+        axes.set_title(f"{split}: oIoU points over no distillation")
+        axes.grid(axis="x", color="0.9")
+    axes.invert_yaxis()
+    return _save(figure, file)
+
+
+def _sizes(study: Study, file: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3))
+    for axes, split in zip(figure.subplots(1, 2, sharey=True), SPLITS, strict=True):
+        for arm, look in (("none", "o--"), ("both", "s-")):
+            sizes = [size for size in SIZES if study.seeds("trained", size, arm)]
+            values = [
+                [study.percent(run, split, "oIoU") for run in study.seeds("trained", s, arm).values()] for s in sizes
+            ]
+            means = [statistics.mean(own) for own in values]
+            axes.errorbar(
+                sizes,
+                means,
+                yerr=[statistics.stdev(own) if len(own) > 1 else 0 for own in values],
+                fmt=look,
+                capsize=3,
+                label={"none": "no distillation", "both": "both branches"}[arm],
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
+        axes.minorticks_off()
+        axes.set_xlabel("references to learn from")
+        axes.set_title(f"{split}, oIoU in percent (bars: standard deviation over seeds)", fontsize=8)
+        axes.grid(color="0.9")
+    axes.legend()
+    return _save(figure, file)
+
+
+def _losses(study: Study, file: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3))
+    for axes, regime in zip(figure.subplots(1, 2), REGIMES, strict=True):
+        for arm, look in (("none", "--"), ("both", "-"), ("random", ":")):
+            runs = list(study.seeds(regime, SIZES[0], arm).values())
+            logs = [
+                [json.loads(line) for line in (study.results / run.name / "metrics.jsonl").read_text().splitlines()]
+                for run in runs
+            ]
+            points = [[(row["step"], row["seg"]) for row in log if "seg" in row] for log in logs]
+            if points:
+                steps, losses = np.mean([own[: min(map(len, points))] for own in points], axis=0).T
+                axes.plot(steps, losses, look, label=f"{arm}, {len(runs)} seeds")
+        axes.set_title(REGIMES[regime].title, fontsize=8)
+        axes.set_xlabel("step")
+        axes.grid(color="0.9")
+        if axes.lines:
+            axes.legend()
+    figure.axes[0].set_ylabel("main branch's training loss")
+    return _save(figure, file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=DOCS, help="(default: %(default)s)")
+    options = parser.parse_args()
+    study = Study(options.results)
+    (options.out / "ablation.md").write_text(fill((HERE / "ablation.md.in").read_text(), study))
+    draw(study, options.out / PICTURES)
+
+
+if __name__ == "__main__":
+    main()
