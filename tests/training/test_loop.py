@@ -50,7 +50,7 @@ def settings(clip, out, **training):
     return Config(
         DataConfig(train_references=12, val_references=6, scene_size=64, workers=0),
         ModelConfig(
-            str(clip), (64, 64), max_tokens=32, decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32,
+            str(clip), size=(64, 64), max_tokens=32, decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32,
             head_width=16, dropout=0.1,
         ),
         DistillationConfig(start=0.0, warmup=0.5, vision_which="random", language_which="random"),
@@ -90,6 +90,21 @@ def straight(micro_clip, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         return out, loop.train(settings(micro_clip, out))
+
+
+def test_it_goes_on_from_a_trained_model(straight, tmp_path):
+    config = settings("nowhere", tmp_path)  # the backbone is the trained model's own
+    config.model.weights, config.model.decoder_width = str(straight[0] / "last"), 999
+    model, processor = loop.build(config)
+    trained = CMMaskSDModel.from_pretrained(straight[0] / "last")
+    assert_same(dict(model.state_dict()), dict(trained.state_dict()))
+    assert model.config.decoder_width == 32
+    assert processor.tokens(["red circle"]).input_ids.tolist() == (
+        CMMaskSDProcessor.from_pretrained(straight[0] / "last").tokens(["red circle"]).input_ids.tolist()
+    )
+    config.model.weights = str(tmp_path / "none")
+    with pytest.raises(UserError, match="there is no model folder"):
+        loop.build(config)
 
 
 class Cut(BaseException):

@@ -10,4 +10,4 @@ SHIPPED = {
 
 def located(name: str | Path) -> str | Path:
     """The folder of a shipped model; any other folder or hub id as it is. A folder of the same name is "./scenes"."""
-    return Path(__file__).parent / SHIPPED[name] if name in SHIPPED else name
+    return Path(__file__).parent / SHIPPED[name] if isinstance(name, str) and name in SHIPPED else name
