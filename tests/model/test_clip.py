@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from cmmasksd.model.clip import ImageFeatures, Tokens, encode_image, encode_text
 from cmmasksd.model.processing import tokenize
@@ -169,7 +169,7 @@ def test_no_hook_stays_behind(clip, monkeypatch):
 
 def test_select_repeats_every_part_of_the_features():
     part = torch.arange(2.0)[:, None, None].expand(2, 4, 3)
-    features = ImageFeatures(part, (2, 2), dense=part + 10, context=part[:, 0] + 20, early=part + 30)
+    features = ImageFeatures(part, (2, 2), dense=part + 10, context=part[:, 0] + 20, pixels=part + 30)
     chosen = features.select(torch.tensor([1, 0, 1]))
     assert len(features) == 2
     assert len(chosen) == 3
@@ -177,25 +177,40 @@ def test_select_repeats_every_part_of_the_features():
     assert chosen.patches[:, 0, 0].tolist() == [1, 0, 1]
     assert chosen.dense[:, 0, 0].tolist() == [11, 10, 11]
     assert chosen.context[:, 0].tolist() == [21, 20, 21]
-    assert chosen.early[:, 0, 0].tolist() == [31, 30, 31]
+    assert chosen.pixels[:, 0, 0].tolist() == [31, 30, 31]
     bare = ImageFeatures(part, (2, 2)).select(torch.tensor([0]))
     assert bare.dense is None
     assert bare.context is None
-    assert bare.early is None
+    assert bare.pixels is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
 @torch.no_grad()
-def test_early_patches_know_of_themselves_alone(clip):
-    image = torch.randn(1, 3, 32, 48)
+@pytest.mark.parametrize("size", [14, 16, 32])
+def test_a_patch_has_its_own_pixels_alone(size):
+    vision = {"patch_size": size, "image_size": 2 * size, "hidden_size": 16, "num_attention_heads": 2}
+    vision |= {"intermediate_size": 16, "num_hidden_layers": 1}
+    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config={"hidden_size": 16, "num_hidden_layers": 1}))
+    image = torch.randn(1, 3, 2 * size, 3 * size)
     other = image.clone()
-    size = clip.config.vision_config.patch_size
     other[..., :size, size : 2 * size] += 1  # the second patch
-    before, after = (encode_image(clip, pixels)[0].early for pixels in (image, other))
-    assert before.shape == (1, (32 // size) * (48 // size), clip.config.vision_config.hidden_size)
-    assert (before != after).any(-1)[0].nonzero().flatten().tolist() == [1]
+    before, after = (encode_image(clip, pixels)[0].pixels for pixels in (image, other))
+    assert before.shape == (1, 6, 192)
+    torch.testing.assert_close(after[0, 1], before[0, 1] + 1)
+    assert torch.equal(after[0, [0, 2, 3, 4, 5]], before[0, [0, 2, 3, 4, 5]])
+    if size == 16:  # rows of a channel follow each other
+        corner = image[0, 2, size : size + 4, 2 * size : 2 * size + 2].reshape(2, 4).mean(1)
+        torch.testing.assert_close(before[0, 5, [128, 136]], corner)
+
+
+@torch.no_grad()
+def test_kept_patches_bring_their_own_pixels(clip):
+    image, keep = torch.randn(2, 3, 32, 48), torch.tensor([[3, 1], [0, 2]])
+    whole = encode_image(clip, image)[0].pixels
+    kept = encode_image(clip, image, keep=keep)[0].pixels
+    assert torch.equal(kept, torch.stack([whole[0, [3, 1]], whole[1, [0, 2]]]))
 
 
 def test_text_equals_transformers(clip, tiny_tokenizer):

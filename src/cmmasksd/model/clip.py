@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -72,22 +73,22 @@ class ImageFeatures:
         dense: (B, N, D) patch features for the correlation where they differ from `patches`, else None.
         context: (B, …) what else the decoder of another network needs and no masking touches, such as a class token.
             Ours needs none.
-        early: (B, N, E) the patches as they enter the tower, each of its own pixels alone: what outlines are made from.
-            None: a network whose decoder does not use them.
+        pixels: (B, N, 192) each patch's own pixels, 8 x 8 of them whatever its size: what outlines are made from. None:
+            a network whose decoder does not use them.
     """
 
     patches: Tensor
     grid: tuple[int, int]
     dense: Tensor | None = None
     context: Tensor | None = None
-    early: Tensor | None = None
+    pixels: Tensor | None = None
 
     def __len__(self) -> int:
         return self.patches.shape[0]
 
     def select(self, index: Tensor) -> ImageFeatures:
         """The features of images `index` (K,) int64, in that order: one image repeated for each of its expressions."""
-        rest = (None if part is None else part[index] for part in (self.dense, self.context, self.early))
+        rest = (None if part is None else part[index] for part in (self.dense, self.context, self.pixels))
         return ImageFeatures(self.patches[index], self.grid, *rest)
 
 
@@ -139,7 +140,6 @@ def encode_image(
     if keep is not None:
         index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
         hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-    early = hidden[:, 1:]
     hidden, entering = vision.pre_layrnorm(hidden), []
     last = vision.encoder.layers[-1]
     hooks = [last.layer_norm1.register_forward_hook(lambda *call: entering.append(call[-1]))] if value_path else []
@@ -153,7 +153,11 @@ def encode_image(
     if value_path:
         values = last.self_attn.out_proj(last.self_attn.v_proj(entering[0][:, 1:]))
         dense = clip.visual_projection(vision.post_layernorm(values))
-    return ImageFeatures(projected[:, 1:], grid, dense, early=early), projected[:, 0]
+    fine = F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1]))
+    pixels = F.pixel_unshuffle(fine, 8).flatten(2).transpose(1, 2)  # (B, N, 192)
+    if keep is not None:
+        pixels = pixels.gather(1, keep[..., None].expand(-1, -1, pixels.shape[-1]))
+    return ImageFeatures(projected[:, 1:], grid, dense, pixels=pixels), projected[:, 0]
 
 
 def encode_text(clip: CLIPModel, tokens: Tokens) -> TextFeatures:

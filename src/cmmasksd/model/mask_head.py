@@ -1,8 +1,10 @@
 """The mask head: fused features to logits at four times the patch grid (stride 4 for a patch of 16).
 
 Our reading of CRIS's projector, kept lean: every patch becomes 2x2 cells of `width` channels (a patch knows its own
-outline, which interpolation would blur), a 3x3 convolution, a bilinear upsampling with another, and a kernel generated
-from the sentence that is applied to every cell.
+outline, which interpolation would blur), a 3x3 convolution, a bilinear upsampling, the cells' own pixels, another
+convolution, and a kernel generated from the sentence that is applied to every cell. The pixels are ours: the tower has
+mixed a patch with the rest of the picture, and edges are easier seen than remembered (6,000 references of scenes, one
+seed: P@0.7 0.115 with them, 0.079 with the patches as they enter the tower in their place).
 """
 
 from __future__ import annotations
@@ -17,36 +19,35 @@ class MaskHead(nn.Module):
 
     Args:
         dim: width of the joint space, where the sentence lies.
-        early: width of the patches as they enter the image tower.
         features: channels of the fused features.
         width: channels at twice the patch grid, a multiple of 16; half as many at four times.
     """
 
-    def __init__(self, dim: int, early: int, features: int, *, width: int) -> None:
+    def __init__(self, dim: int, features: int, *, width: int) -> None:
         super().__init__()
-        # A patch's own pixels, which the tower has mixed with the rest of the picture. Thin, to stay within the budget.
-        self.early_in = nn.Sequential(nn.Linear(early, features // 3), nn.GELU(), nn.Linear(features // 3, features))
         self.reduce = nn.Linear(features, 4 * width)
         self.convolve1 = nn.Conv2d(width, width, 3, padding=1)
         self.norm1 = nn.GroupNorm(8, width)
+        self.pixels_in = nn.Conv2d(12, width, 1)  # the 2x2 pixels of a cell, which the tower has mixed with the rest
         self.convolve2 = nn.Conv2d(width, width // 2, 3, padding=1)
         self.norm2 = nn.GroupNorm(8, width // 2)
         self.kernel = nn.Linear(dim, width // 2 + 1)  # one weight per channel, and a bias
 
-    def forward(self, fused: Tensor, early: Tensor, sentence: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, fused: Tensor, pixels: Tensor, sentence: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predict.
 
         Args:
-            fused: (B, N, features). early: (B, N, E). sentence: (B, D). grid: (h, w), h * w = N.
+            fused: (B, N, features). pixels: (B, N, 192). sentence: (B, D). grid: (h, w), h * w = N.
 
         Returns:
             (B, 4h, 4w) logits.
         """
-        fused = fused + self.early_in(F.layer_norm(early, early.shape[-1:]))
         x = self.reduce(fused).transpose(1, 2).unflatten(2, grid)  # (B, 4 width, h, w)
         x = F.pixel_shuffle(x, 2)  # (B, width, 2h, 2w)
         x = F.relu(self.norm1(self.convolve1(x)))
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
+        cells = F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), 8)  # (B, 3, 8h, 8w)
+        x = F.relu(x + self.pixels_in(F.pixel_unshuffle(cells, 2)))
         x = F.relu(self.norm2(self.convolve2(x)))  # (B, width / 2, 4h, 4w)
         kernel, bias = self.kernel(F.layer_norm(sentence, sentence.shape[-1:])).split([x.shape[1], 1], dim=1)
         return torch.einsum("bchw,bc->bhw", x, kernel) * x.shape[1] ** -0.5 + bias[..., None]

@@ -46,9 +46,9 @@ class Decoder(nn.Module):
     def forward(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
         """Features of K images and K sentences to logits (K, 4h, 4w)."""
         assert text.embedded is not None  # `encode_text` and `encode_image` give them
-        assert image.early is not None
+        assert image.pixels is not None
         fused = self.fusion(image.patches, text.words, text.embedded, text.sentence, text.word_mask, image.grid)
-        return self.head(fused, image.early, text.sentence, image.grid)
+        return self.head(fused, image.pixels, text.sentence, image.grid)
 
 
 class CMMaskSDModel(PreTrainedModel):
@@ -79,7 +79,7 @@ class CMMaskSDModel(PreTrainedModel):
                 mlp=config.decoder_mlp,
                 dropout=config.dropout,
             ),
-            MaskHead(dim, config.clip_config.vision_config.hidden_size, config.decoder_width, width=config.head_width),
+            MaskHead(dim, config.decoder_width, width=config.head_width),
         )
         self.post_init()
         self._begin()
