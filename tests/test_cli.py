@@ -19,6 +19,7 @@ from cmmasksd.config import DATASETS
 from cmmasksd.data.refer import ReferDataset
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
+from cmmasksd.model.modeling import CMMaskSDModel
 
 METRICS = ["oIoU", "mIoU", "P@0.5", "P@0.6", "P@0.7", "P@0.8", "P@0.9"]
 SCENES = ["--references", "6", "--scene_size", "64"]
@@ -484,6 +485,33 @@ def test_demo_twice(
         for split in ("val", "testB"):
             assert set(METRICS) <= set(json.loads((tmp_path / split / "results.json").read_text()))
     assert seen[0] == seen[1]  # the second time it only scores
+
+
+def test_the_shipped_model_in_every_command(
+    micro: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`--model scenes`, offline and from a folder that knows nothing of the package, far above chance."""
+    monkeypatch.setattr(cli, "SCENE_REFERENCES", 60)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    data = SceneDataset("scenes", "testB", 3, seed=5)
+    Image.fromarray(data.image(data[0])).save("scene.png")
+    seen = ["--model", "scenes", "--image", "scene.png", "--text", data[0].expressions[0].text]
+    assert main("predict", *seen, "--out", "predicted") == 0
+    assert main("explain", *seen, "--out", "explained") == 0
+    assert [len(list(Path(folder).iterdir())) for folder in ("predicted", "explained")] == [2, 1]
+    scored = ["--model", "scenes", "--data", "scenes", "--split", "val", "--references", "60", "--out", "val"]
+    assert main("evaluate", *scored) == 0
+    results = json.loads(Path("val/results.json").read_text())
+    assert results["mIoU"] > 0.4
+    assert main("report", "--model", "scenes", "--results", "val", "--out", "page.html") == 0
+    assert main("demo", "--trained", "scenes", "--training.out", "demo") == 0
+    assert json.loads(Path("demo/val/results.json").read_text())["mIoU"] == pytest.approx(results["mIoU"])
+    assert "scenes testB" in capsys.readouterr().out
+    assert not Path("demo/metrics.jsonl").exists()
+    assert main("train", *micro, "--model.weights", "scenes", "--training.out", "tuned") == 0
+    shipped, tuned = (CMMaskSDModel.from_pretrained(name) for name in ("scenes", "tuned/last"))
+    assert shipped.config.decoder_width == tuned.config.decoder_width
 
 
 @pytest.mark.parametrize(("split", "count"), [("testA", 10), ("testB", 4)])

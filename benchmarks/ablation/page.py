@@ -11,6 +11,8 @@ of the page is typed by hand:
     {{seeds REGIME REFERENCES ARM BASE SPLIT METRIC}}    the same seed by seed
     {{score REGIME REFERENCES ARM SPLIT METRIC}}         percent, mean over seeds
     {{runs}}                                             how many runs there are
+    {{looks PREFIX …}}                                   what correlation.py found whose name begins with PREFIX
+    {{steps}}                                            what step.py timed
 
 Unusual here: the bootstrap draws images, and all sentences and all seeds of an image together. It says how far a
 difference would hold on other images; how far it would hold for other seeds is to be seen seed by seed.
@@ -128,6 +130,24 @@ class Study:
 
     def say_runs(self) -> str:
         return str(len(self.runs))
+
+    def say_looks(self, *prefixes: str) -> str:
+        found = json.loads((self.results / "correlation.json").read_text())
+        lines = ["| percent | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+        for key in {key: None for own in found.values() for key in own if key.startswith(prefixes)}:
+            shown = [f"{own[key]:.1f}" if key in own else "" for own in found.values()]
+            lines.append(f"| {key} | " + " | ".join(shown) + " |")
+        return "\n".join(lines)
+
+    def say_steps(self) -> str:
+        timed = json.loads((self.results / "step.json").read_text())
+        lines = ["| arm | TFLOP | FLOPs × none | time × none | in every turn |", "|---|---|---|---|---|"]
+        plain = timed["arms"]["none"]["tflop"]
+        for arm, own in timed["arms"].items():
+            turns = ", ".join(f"{ratio:.2f}" for ratio in own["ratios"])
+            share = own["tflop"] / plain
+            lines.append(f"| {arm} | {own['tflop']:.3f} | {share:.2f} | {own['ratio']:.2f} | {turns} |")
+        return "\n".join(lines)
 
 
 def whole(rows: object) -> dict[str, np.ndarray]:

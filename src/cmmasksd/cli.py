@@ -52,6 +52,9 @@ def build_parser() -> ArgumentParser:
 
     demo = ArgumentParser(description="Train on generated scenes, score, and write a page to look at.")
     demo.add_argument("--config", action="config", help="settings of the run; the built-in ones train in minutes")
+    demo.add_argument(
+        "--model", type=str | None, help="score this one and train none, such as scenes: the one that ships"
+    )
     _add_config(demo)
     commands.add_subcommand("demo", demo, help="train on generated scenes, score, and write report.html")
 
@@ -178,13 +181,15 @@ def _demo(settings: Namespace, parser: ArgumentParser) -> None:
     if config.data.name not in STYLES:
         raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
     out = Path(config.training.out)
-    config.training.resume = (out / "last" / STATE).is_file()  # a second `demo` goes on, or only scores
-    train(config, text)
-    data = config.data
+    data, model, log = config.data, settings.trained, None
+    if model is None:
+        config.training.resume = (out / "last" / STATE).is_file()  # a second `demo` goes on, or only scores
+        train(config, text)
+        model, log = str(out / "best"), out / "metrics.jsonl"
     results = []
     for split in (data.val_split, "testB"):
         _score(
-            model=str(out / "best"),
+            model=model,
             name=data.name,
             root=data.root,
             split=split,
@@ -195,9 +200,7 @@ def _demo(settings: Namespace, parser: ArgumentParser) -> None:
             workers=data.workers,
         )
         results.append(read_results(out / split))
-    page = _write_report(
-        str(out / "best"), [out / data.val_split, out / "testB"], data.root, out / "metrics.jsonl", out / "report.html"
-    )
+    page = _write_report(model, [out / data.val_split, out / "testB"], data.root, log, out / "report.html")
     print(format_table(results))
     print(f"These are scores on generated scenes. Look at the pictures: {page}")
 

@@ -50,8 +50,8 @@ def settings(clip, out, **training):
     return Config(
         DataConfig(train_references=12, val_references=6, scene_size=64, workers=0),
         ModelConfig(
-            str(clip), size=(64, 64), max_tokens=32, decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32,
-            head_width=16, dropout=0.1,
+            str(clip), size=(64, 64), max_tokens=32, decoder_width=32, decoder_layers=1, decoder_heads=2,
+            decoder_mlp=32, head_width=16, dropout=0.1,
         ),
         DistillationConfig(start=0.0, warmup=0.5, vision_which="random", language_which="random"),
         TrainingConfig(out=Path(out), **training),
