@@ -53,7 +53,7 @@ def build_parser() -> ArgumentParser:
     demo = ArgumentParser(description="Train on generated scenes, score, and write a page to look at.")
     demo.add_argument("--config", action="config", help="settings of the run; the built-in ones train in minutes")
     demo.add_argument(
-        "--model", type=str | None, help="score this one and train none, such as scenes: the one that ships"
+        "--trained", type=str | None, help="score this model and train none, such as scenes: the one that ships"
     )
     _add_config(demo)
     commands.add_subcommand("demo", demo, help="train on generated scenes, score, and write report.html")
