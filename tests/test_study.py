@@ -31,7 +31,8 @@ def page(study):
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    file = next(folder / f"{name}.py" for folder in (FOLDER, FOLDER.parent) if (folder / f"{name}.py").is_file())
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -145,6 +146,35 @@ def test_the_pictures_follow_from_the_files(page, finished, tmp_path):
 def test_a_template_that_asks_for_what_is_not_there(page, finished):
     with pytest.raises(AttributeError, match="say_tabel"):
         page.fill("{{tabel trained 500}}", page.Study(finished[0]))
+
+
+def test_what_the_correlation_points_at(study, finished, tmp_path, monkeypatch, capsys):
+    """Of a CLIP, and of a model with branches; the numbers keep to what they must."""
+    model = finished[0].parent / "work" / "trained-both-n500-s0" / "last"
+    given = ["tiny=tiny", f"both={model}", "--references", "12", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["correlation.py", *given])
+    load("correlation").main()
+    found = json.loads((tmp_path / "correlation.json").read_text())
+    assert found.keys() == {"tiny", "both"}
+    assert {key for key in found["both"] if key.startswith("branch")} == {"branch main", "branch lmvsd", "branch vmlsd"}
+    for own in found.values():
+        assert own["hidden object high max"] + own["hidden object low max"] == pytest.approx(100, abs=0.1)
+        assert 0 < own["pointing at random"] < 15
+    assert found["tiny"]["hidden object high max"] > found["tiny"]["hidden object low max"]
+    assert "tiny" in load("page").Study(tmp_path).say_looks("pointing").splitlines()[0]
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_the_step_of_the_full_size_is_timed(tmp_path, monkeypatch, capsys):
+    given = ["--size", "64", "--turns", "2", "--arms", "both", "--device", "cpu", "--out", str(tmp_path / "step.json")]
+    monkeypatch.setattr(sys, "argv", ["step.py", *given])
+    load("step").main()
+    arms = json.loads((tmp_path / "step.json").read_text())["arms"]
+    assert arms.keys() == {"none", "both"}
+    assert arms["none"]["ratios"] == [1.0, 1.0]
+    assert arms["both"]["tflop"] > arms["none"]["tflop"] > 0
+    assert "both" in load("page").Study(tmp_path).say_steps()
 
 
 def test_an_arm_that_is_not_there(study, monkeypatch, capsys):

@@ -69,11 +69,11 @@ class ModelConfig:
     size: tuple[int, int] = (128, 128)
     resize: Literal["warp", "letterbox"] = "warp"
     max_tokens: int = 48
-    decoder_width: int = 192
+    decoder_width: int = 128
     decoder_layers: int = 3
     decoder_heads: int = 4
-    decoder_mlp: int = 384
-    head_width: int = 64
+    decoder_mlp: int = 256
+    head_width: int = 48
     dropout: float = 0.0
 
 
