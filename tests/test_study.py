@@ -166,7 +166,7 @@ def test_what_the_correlation_points_at(study, finished, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_the_step_of_the_full_size_is_timed(tmp_path, monkeypatch, capsys):
+def test_the_step_of_the_full_size_is_timed(page, tmp_path, monkeypatch, capsys):
     given = ["--size", "64", "--turns", "2", "--arms", "both", "--device", "cpu", "--out", str(tmp_path / "step.json")]
     monkeypatch.setattr(sys, "argv", ["step.py", *given])
     load("step").main()
@@ -174,7 +174,7 @@ def test_the_step_of_the_full_size_is_timed(tmp_path, monkeypatch, capsys):
     assert arms.keys() == {"none", "both"}
     assert arms["none"]["ratios"] == [1.0, 1.0]
     assert arms["both"]["tflop"] > arms["none"]["tflop"] > 0
-    assert "both" in load("page").Study(tmp_path).say_steps()
+    assert "both" in page.Study(tmp_path).say_steps()
 
 
 def test_an_arm_that_is_not_there(study, monkeypatch, capsys):
