@@ -1,5 +1,6 @@
 """Models that ship with the package, by name."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,10 @@ def test_no_shipped_file_is_larger_than_15_mb():
     for name in SHIPPED:
         folder = Path(located(name))
         assert sum(file.stat().st_size for file in folder.glob("*")) < 15e6
+
+
+def test_the_card_of_a_shipped_model_names_its_weights():
+    for name in SHIPPED:
+        folder = Path(located(name))
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert digest in (folder / "README.md").read_text()

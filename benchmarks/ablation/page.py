@@ -29,7 +29,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from study import ARMS, EQUAL_COMPUTE, HERE, REGIMES, SIZES, SPLITS, Run, done
+from study import ARMS, EQUAL_COMPUTE, HERE, REGIMES, SIZE, SIZES, SPLITS, Run, done
 
 from cmmasksd.evaluation.compare import Comparison, compare, slices_of
 from cmmasksd.evaluation.protocols import ORIGINAL
@@ -199,13 +199,13 @@ def _save(figure, file: Path) -> Path:
 def _arms(study: Study, file: Path) -> Path:
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in [*ARMS, EQUAL_COMPUTE] if study.pairs("trained", SIZES[0], arm, "none") and arm != "none"]
+    arms = [arm for arm in [*ARMS, EQUAL_COMPUTE] if study.pairs("trained", SIZE, arm, "none") and arm != "none"]
     figure = Figure(figsize=(8, 0.27 * len(arms) + 1))
     for axes, split in zip(figure.subplots(1, 2, sharey=True), SPLITS, strict=True):
         axes.axvline(0, color="0.6", linewidth=1)
         for row, arm in enumerate(arms):
-            (found,) = study.compared("trained", SIZES[0], arm, "none", split, "oIoU", False)
-            many = len(study.pairs("trained", SIZES[0], arm, "none")) > 1
+            (found,) = study.compared("trained", SIZE, arm, "none", split, "oIoU", False)
+            many = len(study.pairs("trained", SIZE, arm, "none")) > 1
             axes.plot([100 * found.low, 100 * found.high], [row, row], color="tab:blue", linewidth=3 if many else 1)
             axes.plot(100 * found.difference, row, "o", color="tab:blue", markersize=6 if many else 4)
         axes.set_yticks(range(len(arms)), arms)
@@ -250,7 +250,7 @@ def _losses(study: Study, file: Path) -> Path:
     figure = Figure(figsize=(8, 3))
     for axes, regime in zip(figure.subplots(1, 2), REGIMES, strict=True):
         for arm, look in (("none", "--"), ("both", "-"), ("random", ":")):
-            runs = list(study.seeds(regime, SIZES[0], arm).values())
+            runs = list(study.seeds(regime, SIZE, arm).values())
             logs = [
                 [json.loads(line) for line in (study.results / run.name / "metrics.jsonl").read_text().splitlines()]
                 for run in runs

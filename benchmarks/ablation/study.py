@@ -32,7 +32,7 @@ SPLITS = ("val", "testB")
 SCORED = 500  # references of each split
 SCORED_SEED = 1000  # of their scenes: the same for all runs
 SIZE = 500  # references to learn from, unless the run is about their number
-SIZES = (500, 1_500, 3_000)
+SIZES = (150, 500, 1_500)
 # The default for scenes, said here so that a change of it does not change the study.
 NETWORK = {
     "model.decoder_width": 128,

@@ -37,7 +37,7 @@ class DataConfig:
     root: Path | None = None
     train_split: str = "train"
     val_split: str = "val"
-    train_references: int = 38000
+    train_references: int = 30000
     val_references: int = 600
     scene_seed: int = 0
     scene_size: int = 128
