@@ -137,6 +137,11 @@ def test_the_page_follows_from_the_files(page, finished):
     assert rows["none"][1] == "1"
 
 
+def test_the_page_in_the_docs_is_that_of_the_results(page):
+    made = page.fill((FOLDER / "ablation.md.in").read_text(), page.Study(FOLDER / "results"))
+    assert (FOLDER.parents[1] / "docs" / "ablation.md").read_text() == made
+
+
 def test_the_pictures_follow_from_the_files(page, finished, tmp_path):
     files = page.draw(page.Study(finished[0], resamples=200), tmp_path)
     assert {file.name for file in files} == {"arms.svg", "sizes.svg", "losses.svg"}

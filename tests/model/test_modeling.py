@@ -200,6 +200,11 @@ def test_a_saved_model_is_safetensors_and_json(tiny_model, tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_a_saved_model_knows_nothing_of_the_machine(tiny_clip_folder, tmp_path):
+    CMMaskSDModel.from_backbone(tiny_clip_folder, **TINY_SIZES).save_pretrained(tmp_path)
+    assert str(tiny_clip_folder) not in (tmp_path / "config.json").read_text()
+
+
 def test_backbone_keeps_every_weight_of_its_clip(tiny_clip_folder):
     model = CMMaskSDModel.from_backbone(tiny_clip_folder, **TINY_SIZES)
     stored = load_file(tiny_clip_folder / "model.safetensors")

@@ -178,6 +178,7 @@ class CMMaskSDModel(PreTrainedModel):
             UserError: when there is no CLIP, or its weights do not fit its configuration.
         """
         clip = load_clip(name)
+        clip.config._name_or_path = ""  # else it is saved: a path of this machine
         model = cls(CMMaskSDConfig(clip_config=clip.config, **sizes))
         model.clip.load_state_dict(clip.state_dict())
         return model
