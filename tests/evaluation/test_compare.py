@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.compare import _columns, _sums, compare, format_comparison, slices_of
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
@@ -118,6 +119,14 @@ def test_sums_over_an_image():
 def test_slices_of_sentences(sentence, slices):
     found = slices_of([row(0, 1, 2, sentence=sentence)])
     assert {name for name, chosen in found.items() if chosen[0]} - {"all", "small objects"} == slices
+
+
+def test_sentences_about_unseen_pairs():
+    colour, shape = sorted(HELD_OUT)[0]
+    seen = next((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
+    texts = [f"large {colour} {shape} top left", f"{colour} thing", " ".join(seen), f"{shape} beside the {colour} one"]
+    rows = [row(i, 1, 2, sentence=text) for i, text in enumerate(texts)]
+    assert slices_of(rows)["unseen pair"].tolist() == [True, False, False, False]
 
 
 def test_object_sizes_are_thirds_of_the_split():

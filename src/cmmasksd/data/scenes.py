@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -66,6 +67,14 @@ _WORDS = {
     "crescent": ("crescent", "moon"),
 }
 _GENERIC = ("thing", "shape", "object", "one")
+_HELD_OUT_SAID = re.compile(
+    "|".join(rf"\b{colour} {word}\b" for colour, shape in sorted(HELD_OUT) for word in _WORDS.get(shape, (shape,)))
+)
+
+
+def names_held_out(sentence: str) -> bool:
+    """Whether a sentence of a scene says both colour and shape of an object of a held-out pair."""
+    return bool(_HELD_OUT_SAID.search(sentence))
 
 
 @dataclass(frozen=True, slots=True)

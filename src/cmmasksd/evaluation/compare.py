@@ -5,7 +5,8 @@ the bootstrap (Efron 1979) is paired, both models on the same resampled sentence
 drawing single sentences as if they were independent gives intervals that are too narrow.
 
 Slices say where a difference comes from: sentences with location words, with relations, short and long ones, small and
-large objects. They are read from the rows alone, so any two `expressions.jsonl` of one split compare, ours or not.
+large objects; of generated scenes also sentences that name a colour-shape pair never trained on. They are read from the
+rows alone, so any two `expressions.jsonl` of one split compare, ours or not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from cmmasksd.data.scenes import names_held_out
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import METRIC_NAMES, PRECISION_TENTHS, ScoringProtocol
 from cmmasksd.evaluation.results import ExpressionScore
@@ -75,6 +77,7 @@ def slices_of(rows: Sequence[ExpressionScore]) -> dict[str, np.ndarray]:
     location = np.array([bool(_LOCATION.search(text)) for text in texts]) & ~relation
     slices |= {"relation": relation, "location word": location, "neither": ~relation & ~location}
     slices |= {"1-2 words": words <= 2, "3-5 words": (words >= 3) & (words <= 5), "6 words or more": words >= 6}
+    slices["unseen pair"] = np.array([names_held_out(text) for text in texts])  # of generated scenes
     sizes = np.array([row.target for row in rows])
     small, large = np.quantile(sizes, [1 / 3, 2 / 3])
     slices |= {
