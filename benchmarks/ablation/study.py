@@ -7,7 +7,7 @@
 A run is training and scoring (val and testB). What it leaves in `results/` is all that the tables are made from; a run
 that is there is not run again, and one that was cut off goes on where it stopped. The folder moves between machines:
 run a part here and a part there. Two processes with a thread each (`--part 1/2` and `--part 2/2`, OMP_NUM_THREADS=1)
-get more out of two cores than one with two.
+get more out of two cores than one with two; run `study.py trunk` first, then, which both go on from.
 
 Unusual here: the *last* model of a run is scored, never the best one of several validations, which would be chosen on
 the very sentences that are reported. And an arm at equal compute gets its share in FLOPs, counted and not timed, so
@@ -211,7 +211,8 @@ def compute(regime: str) -> float:
             objective(*inputs)["loss"].backward()
         return counter.get_total_flops()
 
-    ratio = step(DistillationConfig()) / step(DistillationConfig(vision=False, language=False))
+    reading = {key.partition(".")[2]: value for key, value in FIRST_READING.items()}
+    ratio = step(DistillationConfig(**reading)) / step(DistillationConfig(vision=False, language=False))  # pyright: ignore
     start = REGIMES[regime].settings["distillation.start"]
     assert isinstance(start, float)
     return start + (1 - start) * ratio
@@ -257,9 +258,9 @@ def execute(
     begin = time.perf_counter()
     resumed = train(out, keys, call, extra)
     seconds = time.perf_counter() - begin
-    new = work / f"{run.name}.new"
+    new = results / f".{run.name}.new"
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    new.mkdir()
     scores = {}
     for split in SPLITS:
         where = ["--data", keys.get("data.name", "scenes"), "--split", split]
@@ -283,7 +284,7 @@ def done(results: Path) -> list[Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["list", "run"])
+    parser.add_argument("what", choices=["list", "trunk", "run"])
     parser.add_argument("--only", nargs="+", metavar="ARM", help="runs of these arms")
     parser.add_argument("--regime", choices=REGIMES, help="runs of this regime")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th run, from the I-th on")
@@ -301,6 +302,8 @@ def main() -> None:
         for run in runs:
             print(f"{'done' if run in finished else '    '}  {run.name}")
         print(f"{len(finished & set(runs))} of {len(runs)} runs are done")
+    elif options.what == "trunk":
+        print(trunk(options.work))
     else:
         options.results.mkdir(parents=True, exist_ok=True)
         for number, run in enumerate(runs, 1):
