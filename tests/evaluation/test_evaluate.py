@@ -21,8 +21,6 @@ from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import BLOCK, evaluate
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
 from cmmasksd.model.clip import ImageFeatures
-from cmmasksd.model.configuration import CMMaskSDConfig
-from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
 
 
@@ -178,37 +176,11 @@ def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
 # -- processes
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A network with weights wild enough to answer differently everywhere."""
-    from transformers import CLIPConfig
-
-    tokenizer = load_tokenizer("tiny")
-    tower = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = tower | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 64}
-    vision = tower | {"image_size": 64, "patch_size": 16}
-    clip = CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
-    torch.manual_seed(0)
-    model = CMMaskSDModel(
-        CMMaskSDConfig(
-            clip_config=clip, decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32, head_width=16
-        )
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    CMMaskSDProcessor(tokenizer, (64, 64), patch_size=16, max_tokens=32).save_pretrained(folder)
-    return folder
-
-
-def test_two_processes_write_the_same_bytes_as_one(model_folder, tmp_path, monkeypatch):
+def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
     """A real launch. 17 images make 3 blocks, which 2 processes cannot share out evenly."""
     from accelerate.state import AcceleratorState
 
-    arguments = ["evaluate", "--model", str(model_folder), "--data", "scenes", "--split", "val"]
+    arguments = ["evaluate", "--model", "scenes", "--data", "scenes", "--split", "val"]
     arguments += ["--references", "51", "--scene_size", "64", "--workers", "0", "--out"]
     script = tmp_path / "run.py"
     script.write_text(

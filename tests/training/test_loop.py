@@ -107,6 +107,21 @@ def test_it_goes_on_from_a_trained_model(straight, tmp_path):
         loop.build(config)
 
 
+def test_a_frozen_text_tower_keeps_its_weights(straight, micro_clip, tmp_path):
+    config = settings(micro_clip, tmp_path)
+    config.training.freeze_text = True
+    before = loop.build(config)[0].state_dict()
+    loop.train(config)
+    after = CMMaskSDModel.from_pretrained(tmp_path / "last").state_dict()
+    text = {name for name in before if name.startswith(("clip.text_model.", "clip.text_projection."))}
+    assert text
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not changed & text
+    assert any(name.startswith("clip.vision_model.") for name in changed)
+    free = CMMaskSDModel.from_pretrained(straight[0] / "last").state_dict()
+    assert any(not torch.equal(before[name], free[name]) for name in text)  # by itself it does not
+
+
 class Cut(BaseException):
     """The machine goes down."""
 

@@ -181,6 +181,9 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
             dropout=how.dropout,
         )
     model.clip.logit_scale.requires_grad_(False)  # contrastive training's temperature: nothing here depends on it
+    if config.training.freeze_text:
+        model.clip.text_model.requires_grad_(False)
+        model.clip.text_projection.requires_grad_(False)
     clip = model.config.clip_config
     context = clip.text_config.max_position_embeddings
     if not 3 <= how.max_tokens <= context:
