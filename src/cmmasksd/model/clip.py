@@ -162,7 +162,12 @@ def encode_image(
 
 def encode_text(clip: CLIPModel, tokens: Tokens) -> TextFeatures:
     """Run the text tower; every token goes through the final norm and the projection."""
-    out = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+    embedded: list[Tensor] = []  # looked up once: the gradient of every look-up is as large as the whole vocabulary
+    table: Any = clip.text_model.embeddings.token_embedding
+    hook = table.register_forward_hook(lambda *call: embedded.append(call[-1]))
+    try:
+        out = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+    finally:
+        hook.remove()
     words = clip.text_projection(out.last_hidden_state)
-    embedded = clip.text_model.embeddings.token_embedding(tokens.input_ids)
-    return TextFeatures(words, clip.text_projection(out.pooler_output), tokens.word_ids >= 0, embedded)
+    return TextFeatures(words, clip.text_projection(out.pooler_output), tokens.word_ids >= 0, embedded[0])

@@ -42,11 +42,12 @@ class MaskHead(nn.Module):
         Returns:
             (B, 4h, 4w) logits.
         """
-        x = self.reduce(fused).transpose(1, 2).unflatten(2, grid)  # (B, 4 width, h, w)
+        # contiguous: a transposed one counts as "channels last", in which a CPU's convolutions take over twice as long
+        x = self.reduce(fused).transpose(1, 2).contiguous().unflatten(2, grid)  # (B, 4 width, h, w)
         x = F.pixel_shuffle(x, 2)  # (B, width, 2h, 2w)
         x = F.relu(self.norm1(self.convolve1(x)))
         x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
-        cells = F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, grid), 8)  # (B, 3, 8h, 8w)
+        cells = F.pixel_shuffle(pixels.transpose(1, 2).contiguous().unflatten(2, grid), 8)  # (B, 3, 8h, 8w)
         x = F.relu(x + self.pixels_in(F.pixel_unshuffle(cells, 2)))
         x = F.relu(self.norm2(self.convolve2(x)))  # (B, width / 2, 4h, 4w)
         kernel, bias = self.kernel(F.layer_norm(sentence, sentence.shape[-1:])).split([x.shape[1], 1], dim=1)
