@@ -147,6 +147,50 @@ def test_many_sentences_give_what_each_gives_alone(segmenter: Segmenter):
         assert alone.score == pytest.approx(found.score, abs=2e-3)
 
 
+def test_mask_score_and_probability_are_the_processor_s(segmenter: Segmenter):
+    """One upsampling serves all three; each is what the processor makes of the logits, bit for bit."""
+    pixels = picture(90, 61)
+    segmenter.threshold = 0.1
+    values, tokens, frame = segmenter.processor(pixels, SENTENCES)
+    with torch.inference_mode():
+        features = segmenter.model.encode_image(values).select(torch.zeros(3, dtype=torch.long))
+        logits = segmenter.model.decode(features, segmenter.model.encode_text(tokens))
+    for found, logit in zip(segmenter.segment(pixels, SENTENCES), logits, strict=True):
+        mask = segmenter.processor.masks(logit[None], frame, 0.1)[0]
+        probability = segmenter.processor.probabilities(logit[None], frame)[0]
+        np.testing.assert_array_equal(found.mask, mask.numpy())
+        np.testing.assert_array_equal(found.probability, probability.numpy())
+        assert found.probability.dtype == np.float32
+        assert found.score == (float(probability[mask].mean()) if mask.any() else 0)
+
+
+@pytest.mark.parametrize("resize", ["warp", "letterbox"])
+def test_a_batch_gives_what_each_image_gives_alone(segmenter: Segmenter, resize: str, monkeypatch: pytest.MonkeyPatch):
+    segmenter.processor.resize = resize  # pyright: ignore
+    segmenter.threshold = 0.1
+    many = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("star", "heart", "ring") * 5]
+    requests = [(picture(60, 80), SENTENCES), (picture(31, 200, 1), many), (picture(64, 64, 2), "a star")]
+    alone = [segmenter.segment(image, texts) for image, texts in requests]
+    images = calls(segmenter, "encode_image", monkeypatch)
+    together = segmenter.segment_batch(requests)
+    assert [given[0].shape[0] for given in images] == [3]
+    assert [[found.text for found in row] for row in together] == [SENTENCES, many, ["a star"]]
+    for row, expected in zip(together, alone, strict=True):
+        for found, one in zip(row, expected, strict=True):
+            np.testing.assert_array_equal(found.image, one.image)
+            np.testing.assert_allclose(found.probability, one.probability, atol=1e-4)
+            assert (found.mask != one.mask).mean() < 0.002  # rounding may move single pixels across the threshold
+            assert found.score == pytest.approx(one.score, abs=2e-3)
+    assert segmenter.segment_batch([]) == []
+
+
+def test_a_threshold_for_each_image(segmenter: Segmenter):
+    encoded = segmenter.encode([(picture(), "a star"), (picture(), "a star")])
+    low, high = segmenter.decode(encoded, [0.05, 0.4])
+    for found, threshold in ((low, 0.05), (high, 0.4)):
+        np.testing.assert_array_equal(found.mask, found.probability > threshold)
+
+
 def test_the_picture_is_resized_as_in_training(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
     """Trap 20: what enters the network is what the processor that trained it makes of the picture."""
     seen = calls(segmenter, "encode_image", monkeypatch)

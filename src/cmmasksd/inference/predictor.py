@@ -7,7 +7,7 @@ masks = [found.mask for found in segmenter.segment("picture.jpg", ["the red circ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +21,9 @@ from cmmasksd.inference.visualize import PALETTE, Color, overlay
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
     from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor
+    from cmmasksd.model.processing import CMMaskSDProcessor, Frame
 
 DECODE_TOGETHER = 32
 """Sentences that are decoded in one call; bounds the memory."""
@@ -37,16 +38,41 @@ class Segmentation:
         mask: (H, W) bool at the image's own size.
         score: mean probability over the mask, 0 when it is empty.
         image: (H, W, 3) uint8, the image.
+        probability: (H, W) float32 in [0, 1] at the image's own size; the mask is where it is above the threshold.
     """
 
     text: str
     mask: np.ndarray
     score: float
     image: np.ndarray
+    probability: np.ndarray
 
     def overlay(self, color: Color = PALETTE[0], alpha: float = 0.5) -> np.ndarray:
         """The image with the mask drawn in, (H, W, 3) uint8."""
         return overlay(self.image, self.mask, color, alpha)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """B images and K sentences, ready to be decoded pair by pair.
+
+    Attributes:
+        images: B times (H, W, 3) uint8.
+        texts: the K sentences.
+        owner: (K,) which image each sentence is about.
+        frames: B, how each image was laid on the model's canvas.
+        tokens: of the K sentences.
+        features: of the B images.
+        sentences: features of the K sentences.
+    """
+
+    images: list[np.ndarray]
+    texts: list[str]
+    owner: list[int]
+    frames: list[Frame]
+    tokens: Tokens
+    features: ImageFeatures
+    sentences: TextFeatures
 
 
 class Segmenter:
@@ -109,29 +135,76 @@ class Segmenter:
         Raises:
             UserError: for an image that cannot be read, no sentence, or an empty one.
         """
+        return self.segment_batch([(image, texts)])[0]
+
+    def segment_batch(
+        self, requests: Sequence[tuple[np.ndarray | Image | str | Path, Sequence[str] | str]]
+    ) -> list[list[Segmentation]]:
+        """Find what sentences name in several images, which are encoded together.
+
+        Args:
+            requests: images, each with its sentences; see `segment`.
+
+        Returns:
+            For each image one segmentation per sentence, in order.
+
+        Raises:
+            UserError: as `segment`; then nothing was computed.
+        """
+        if not requests:
+            return []
+        encoded = self.encode(requests)
+        found: list[list[Segmentation]] = [[] for _ in requests]
+        for owner, one in zip(encoded.owner, self.decode(encoded), strict=True):
+            found[owner].append(one)
+        return found
+
+    def encode(self, requests: Sequence[tuple[np.ndarray | Image | str | Path, Sequence[str] | str]]) -> Encoded:
+        """The first half of `segment_batch`: everything that is done once per image and once per sentence."""
         import torch
 
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise UserError("no sentence given: say what to look for")
-        pixels = _pixels(image)
-        values, tokens, frame = self.processor(pixels, texts)
+        images, texts, owner, canvases, frames = [], [], [], [], []
+        for nth, (image, said) in enumerate(requests):
+            said = [said] if isinstance(said, str) else list(said)
+            if not said:
+                raise UserError("no sentence given: say what to look for")
+            pixels = _pixels(image)
+            canvas, frame = self.processor.image(pixels)
+            images.append(pixels)
+            canvases.append(canvas)
+            frames.append(frame)
+            texts += said
+            owner += [nth] * len(said)
+        tokens = self.processor.tokens(texts)
+        values = self.processor.pixel_values(torch.stack(canvases))
         with torch.inference_mode():
             features = self.model.encode_image(values.to(self.device))
             sentences = self.model.encode_text(tokens.to(self.device))
-            found = []
-            for start in range(0, len(texts), DECODE_TOGETHER):
-                part = slice(start, start + DECODE_TOGETHER)
-                of_part = sentences.select(part)
-                index = torch.zeros(len(of_part), dtype=torch.long, device=self.device)
-                logits = self.model.decode(features.select(index), of_part)
-                for text, logit in zip(texts[part], logits, strict=True):
-                    # one at a time: a large picture is K times as large for K sentences
-                    mask = self.processor.masks(logit[None], frame, self.threshold)[0]
-                    probability = self.processor.probabilities(logit[None], frame)[0]
+        return Encoded(images, texts, owner, frames, tokens, features, sentences)
+
+    def decode(self, encoded: Encoded, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
+        """The second half, sentence by sentence: a large picture's maps need not all be held at once.
+
+        Args:
+            encoded: see `encode`.
+            thresholds: one per image, where they are not the segmenter's.
+        """
+        import torch
+
+        from cmmasksd.model.processing import level
+
+        above = [level(one) for one in thresholds or [self.threshold] * len(encoded.images)]
+        for start in range(0, len(encoded.texts), DECODE_TOGETHER):
+            part = slice(start, start + DECODE_TOGETHER)
+            index = torch.tensor(encoded.owner[part], device=self.device)
+            with torch.inference_mode():
+                logits = self.model.decode(encoded.features.select(index), encoded.sentences.select(part))
+            for text, owner, logit in zip(encoded.texts[part], encoded.owner[part], logits, strict=True):
+                with torch.inference_mode():
+                    restored = self.processor.restore(logit[None], encoded.frames[owner])[0]
+                    mask, probability = restored > above[owner], restored.sigmoid()
                     score = float(probability[mask].mean()) if mask.any() else 0.0
-                    found.append(Segmentation(text, mask.cpu().numpy(), score, pixels))
-        return found
+                yield Segmentation(text, mask.cpu().numpy(), score, encoded.images[owner], probability.cpu().numpy())
 
 
 def _pixels(image: np.ndarray | Image | str | Path) -> np.ndarray:

@@ -220,15 +220,14 @@ class CMMaskSDProcessor:
         Returns:
             (K, H, W) float in [0, 1].
         """
-        return self._restore(logits, frame).sigmoid()
+        return self.restore(logits, frame).sigmoid()
 
     def masks(self, logits: Tensor, frame: Frame, threshold: float = 0.5) -> Tensor:
         """The masks at the image's own size: (K, h, w) logits to (K, H, W) bool, true above the threshold in (0, 1)."""
-        if not 0 < threshold < 1:
-            raise UserError(f"a threshold of {threshold} is no probability: choose one between 0 and 1")
-        return self._restore(logits, frame) > math.log(threshold / (1 - threshold))
+        return self.restore(logits, frame) > level(threshold)
 
-    def _restore(self, logits: Tensor, frame: Frame) -> Tensor:
+    def restore(self, logits: Tensor, frame: Frame) -> Tensor:
+        """Undo `image`: (K, h, w) logits at any stride to logits (K, H, W) of every pixel of the original image."""
         top, left, h, w = frame.content
         value = logits[:, None].float()
         if (h, w) != frame.canvas:  # padding must go before anything mixes it with the image
@@ -294,6 +293,17 @@ class CMMaskSDProcessor:
     ) -> CMMaskSDProcessor:
         """A processor for a new model on a CLIP (or another model with a tokenizer) given by folder or hub id."""
         return cls(load_tokenizer(name), size, patch_size=patch_size, resize=resize, max_tokens=max_tokens)
+
+
+def level(threshold: float) -> float:
+    """The logit of a threshold in (0, 1).
+
+    Raises:
+        UserError: for another threshold.
+    """
+    if not 0 < threshold < 1:
+        raise UserError(f"a threshold of {threshold} is no probability: choose one between 0 and 1")
+    return math.log(threshold / (1 - threshold))
 
 
 def _inside(cells: int, canvas: int, start: int, length: int) -> Tensor:
