@@ -16,6 +16,7 @@ from PIL import Image
 
 from cmmasksd import cli
 from cmmasksd.config import DATASETS
+from cmmasksd.data.masks import mask_to_polygons
 from cmmasksd.data.refer import ReferDataset
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
@@ -154,6 +155,9 @@ MISTAKES = [
     (EVALUATE + " --data refcoco --split val", "--root"),
     (EVALUATE + " --data refcoco --split val --root absent", "absent"),
     (EVALUATE + " --data refcoco --split tset --root {release}", "val"),
+    (EVALUATE + " --data manifest --split val", "which .jsonl or .csv file"),
+    (EVALUATE + " --data manifest --split val --root absent.jsonl", "absent.jsonl does not exist"),
+    (EVALUATE + " --data manifest --split testA --root empty", "choose one of train, val, test, all"),
     (EVALUATE + " --data refcoco+ --split val --root {release}", "refcoco+"),
     ("evaluate --model absent --out out --data scenes --split val", "model folder absent"),
     ("evaluate --model empty --out out --data scenes --split val", "empty"),
@@ -467,6 +471,39 @@ def test_train_and_evaluate_on_a_release(release: Path, micro: list[str], tmp_pa
     given = ["--model", tmp_path / "run" / "best", "--results", tmp_path / "testB", "--root", release, "--out", page]
     assert main("report", *given) == 0
     assert "refcoco testB" in page.read_text()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "labelme"])
+def test_train_evaluate_and_report_on_own_data(kind: str, micro: list[str], tmp_path: Path):
+    """No row names a split; --data.root is a file, or a folder of labelme files."""
+    scenes, own = SceneDataset("scenes", "train", 18, canvas=64), tmp_path / "own"
+    own.mkdir()
+    rows = []
+    for group in scenes.groups():
+        name = f"{group[0]:02}.png"
+        Image.fromarray(scenes.image(scenes[group[0]])).save(own / name)
+        shapes = []
+        for index in group:
+            texts, polygons = [e.text for e in scenes[index].expressions], mask_to_polygons(scenes.mask(scenes[index]))
+            rows.append({"image": name, "expressions": texts, "polygon": polygons})
+            points = [np.reshape(polygon, (-1, 2)).tolist() for polygon in polygons]
+            shapes += [{"label": texts[0], "points": p, "group_id": index, "shape_type": "polygon"} for p in points]
+        if kind == "labelme":
+            (own / name).with_suffix(".json").write_text(json.dumps({"shapes": shapes, "imagePath": name}))
+    if kind == "jsonl":
+        (own / "cups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    root = own / "cups.jsonl" if kind == "jsonl" else own
+    given = ["--data.name=manifest", f"--data.root={root}", "--training.out", tmp_path / "run"]
+    assert main("train", *micro, *given) == 0
+    model = ["--model", tmp_path / "run" / "best"]
+    scored = ["--data", "manifest", "--root", root, "--split", "test", "--out", tmp_path / "test"]
+    assert main("evaluate", *model, *scored) == 0
+    said = [row["sentence"] for row in lines(tmp_path / "test" / "expressions.jsonl")]
+    assert said
+    assert set(said) <= {text for row in rows for text in row["expressions"]}
+    page = tmp_path / "page.html"
+    assert main("report", *model, "--results", tmp_path / "test", "--root", root, "--out", page) == 0
+    assert "manifest test" in page.read_text()
 
 
 def test_demo_twice(

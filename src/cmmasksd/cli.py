@@ -67,7 +67,7 @@ def build_parser() -> ArgumentParser:
     evaluate = ArgumentParser(description="Score a model on every sentence of a split, at the images' own size.")
     evaluate.add_argument("--model", required=True, help=MODEL)
     evaluate.add_argument("--data", required=True, help=f"one of {', '.join(DATASETS)}")
-    evaluate.add_argument("--root", type=Path | None, help="folder that holds refcoco/… and images/train2014/…")
+    evaluate.add_argument("--root", type=Path | None, help="folder of RefCOCO; for manifest: its file or folder")
     evaluate.add_argument("--split", required=True, help="such as val, testA, testB or test")
     evaluate.add_argument("--out", type=Path, required=True, help="folder for results.json and expressions.jsonl")
     evaluate.add_argument("--references", type=int, default=SCENE_REFERENCES, help="of generated scenes: how many")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cmmasksd.errors import UserError
 
-DATASETS = ("scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google")
+DATASETS = ("scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "manifest")
 
 
 @dataclass
@@ -21,7 +21,8 @@ class DataConfig:
 
     Attributes:
         name: one of DATASETS.
-        root: folder that holds `refcoco/…` and `images/train2014/…`; none for scenes.
+        root: folder that holds `refcoco/…` and `images/train2014/…`; for "manifest", your own data, a .jsonl or .csv
+            file, or a folder of labelme files (see cmmasksd/data/manifest.py); none for scenes.
         train_split: split to train on.
         val_split: split that chooses the best checkpoint.
         train_references: of generated scenes, how many references an epoch has. Real data brings its own number.

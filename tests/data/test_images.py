@@ -132,3 +132,72 @@ def test_the_limit_itself_is_allowed(monkeypatch):
     monkeypatch.setattr(images, "MAX_PIXELS", 59)
     with pytest.raises(UserError, match="of 10x6 has more than"):
         read_image(content.getvalue())
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
+def test_frames_of_an_animation(tmp_path, name):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    first, *others = (Image.new("RGB", (9, 7), colour) for colour in colours)
+    first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
+    found = list(images.read_frames(tmp_path / name))
+    assert [frame.shape for frame in found] == [(7, 9, 3)] * 3
+    assert [tuple(frame[3, 3].tolist()) for frame in found] == colours
+    assert len(list(images.read_frames((tmp_path / name).read_bytes()))) == 3
+    np.testing.assert_array_equal(images.read_image(tmp_path / name), found[0])
+
+
+def test_pages_are_no_frames(tmp_path):
+    page = Image.new("RGB", (9, 7), "red")
+    page.save(tmp_path / "a.tiff", save_all=True, append_images=[page, page])
+    assert len(list(images.read_frames(tmp_path / "a.tiff"))) == 1
+
+
+def test_an_animation_that_is_cut_off_gives_its_first_frames(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 40, 40), dtype=np.uint8)
+    first, *others = (Image.fromarray(frame) for frame in noise)
+    first.save(tmp_path / "a.png", save_all=True, append_images=others)
+    content = (tmp_path / "a.png").read_bytes()
+    frames = images.read_frames(content[: len(content) * 2 // 3])
+    assert next(frames).shape == (40, 40, 3)
+    with pytest.raises(UserError, match="damaged"):
+        list(frames)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_a_picture_in_any_form_is_the_same_picture(tmp_path, mode):
+    image = Image.effect_mandelbrot((12, 10), (-2, -2, 2, 2), 20).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize((12, 10)))
+    image.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    wanted = read_image(tmp_path / "a.png")
+    ways = [tmp_path / "a.png", str(tmp_path / "a.png"), content, bytearray(content), memoryview(content)]
+    for way in [*ways, io.BytesIO(content), image, np.asarray(image)]:
+        np.testing.assert_array_equal(images.as_pixels(way), wanted)
+    with (tmp_path / "a.png").open("rb") as file:
+        np.testing.assert_array_equal(images.as_pixels(file), wanted)
+
+
+def test_what_is_no_picture(tmp_path, monkeypatch):
+    def refused(said, picture):
+        with pytest.raises(UserError, match=said):
+            images.as_pixels(picture)
+
+    for url in ("https://example.org/a.png", "file:///a.png", "data:image/png;base64,AAAA", "S3://a/b.jpg"):
+        refused("is a URL, and nothing is downloaded here", url)
+    refused("NoneType is no image", None)
+    refused("list is no image", [[1]])
+    refused("mode 'rb'", io.StringIO("text"))
+    refused("not an image", b"text")
+    refused("32 bits", Image.new("F", (3, 3)))
+    refused(r"not \(3, 3, 3\) float64: .*astype\('uint8'\)", np.zeros((3, 3, 3)))
+    refused(r"not \(3, 3, 2\) uint8", np.zeros((3, 3, 2), np.uint8))
+    refused("uint16", np.zeros((3, 3), np.uint16))
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40), dtype=np.uint8)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    refused("damaged", Image.open(io.BytesIO(content[: len(content) // 2])))
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    for picture in (content, Image.open(io.BytesIO(content)), np.zeros((40, 40), np.uint8)):
+        refused("of 40x40 has more than", picture)
+    monkeypatch.setattr(images, "MAX_BYTES", 1000)
+    refused("more than", io.BytesIO(content))

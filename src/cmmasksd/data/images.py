@@ -8,16 +8,25 @@ Files are bounded in pixels before they are decoded, and only plain raster forma
 from __future__ import annotations
 
 import io
+import os
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cmmasksd.errors import UserError
 
 MAX_PIXELS = 64_000_000
 """Larger images are refused: a file of a few kilobytes can unpack to gigabytes."""
+
+MAX_BYTES = 4 * MAX_PIXELS
+"""A file object is not read any further."""
+_LIMIT = f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: make it smaller first"
 
 # Pillow would also open PostScript (by starting Ghostscript), icons, and formats of a single instrument.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -40,35 +49,151 @@ def read_image(source: str | Path | bytes, *, exif: bool = False) -> np.ndarray:
     Raises:
         UserError: the file is missing, is no image, is truncated, or has more than ``MAX_PIXELS`` pixels.
     """
+    with _opened(source, _FORMATS) as (image, shown):
+        return _rgb(image, shown, exif=exif)
+
+
+def read_frames(source: str | Path | bytes) -> Iterator[np.ndarray]:
+    """The frames of an animated GIF, WebP or PNG one by one, or the one image of any other file; upright.
+
+    Args and raises as `read_image`; each frame is (H, W, 3) uint8.
+    """
+    with _opened(source, _FORMATS) as (image, shown):
+        animated = image.format in ("GIF", "WEBP", "PNG")  # a TIFF has pages, a JPEG may have thumbnails
+        for nth in range(getattr(image, "n_frames", 1) if animated else 1):
+            image.seek(nth)
+            yield _rgb(image, shown, exif=True)
+
+
+def image_size(source: str | Path | bytes, *, exif: bool = False) -> tuple[int, int]:
+    """(height, width) of an image file from its header, without its pixels; for the rest see `read_image`."""
+    with _opened(source, _FORMATS) as (image, _):
+        width, height = image.size
+        # Pillow would unpack the whole PNG in search of a late EXIF block
+        known = exif and (image.format != "PNG" or "exif" in image.info)
+        turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (width, height) if turned else (height, width)
+
+
+def read_mask(source: str | Path | bytes) -> np.ndarray:
+    """Read a mask from a PNG: every pixel that is not 0 (in a palette: not index 0; and not wholly transparent).
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        UserError: as `read_image`; also for another format, since a JPEG's zeros are not zero.
+    """
+    with _opened(source, ("PNG",)) as (image, _):
+        values = np.array(image)
+    if values.ndim == 2:
+        return values != 0
+    if values.shape[2] in (2, 4):
+        return values[..., :-1].any(axis=2) & (values[..., -1] != 0)
+    return values.any(axis=2)
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, formats: tuple[str, ...]) -> Iterator[tuple[Image.Image, str]]:
+    """The image, and what to call it; whatever goes wrong with it inside is a UserError."""
     if isinstance(source, bytes):
         shown, file = "the image's content", io.BytesIO(source)
     else:
         shown, file = f"image {source}", Path(source)
         if not file.is_file():
             raise UserError(f"{shown} {'is not a file' if file.exists() else 'does not exist'}: check the path")
+    with _decoding(shown, formats):
+        with warnings.catch_warnings():  # our own limit is stricter and says more than Pillow's warning
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(file, formats=formats)
+        with opened:
+            _require_bounded(*opened.size, shown)
+            yield opened, shown
+
+
+@contextmanager
+def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]:
+    """Whatever goes wrong with an image inside is a UserError."""
     try:
-        with _open(file) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise _too_large(shown, f" of {width}x{height}")
-            if image.mode in ("I", "F"):
-                raise UserError(f"{shown} has pixels of 32 bits with no fixed white: save it with 8 or 16 bits")
-            return to_rgb(ImageOps.exif_transpose(image) if exif else image)
+        yield
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large(shown) from None
+        raise UserError(f"{shown} {_LIMIT}") from None
     except PermissionError:
         raise UserError(f"{shown} cannot be read: permission denied") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
-        raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(_FORMATS)} file") from error
+        reason = f"not {'an image' if len(formats) > 1 else 'a ' + formats[0]}"
+        reason = reason if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
+        raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
 
 
-def _open(file: Path | io.BytesIO) -> Image.Image:
-    with warnings.catch_warnings():  # our own limit below is stricter and says more than Pillow's warning
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file, formats=_FORMATS)
+def _require_bounded(width: int, height: int, shown: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{shown} of {width}x{height} {_LIMIT}")
+
+
+Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
+"""What `as_pixels` takes."""
+
+
+def as_pixels(picture: Picture) -> np.ndarray:
+    """A user's picture in any form as RGB, upright as its EXIF orientation says.
+
+    Args:
+        picture: path of a file, its content, a file object opened for reading bytes (read to its end), a PIL image, or
+            an array of uint8: (H, W, 3) RGB, (H, W, 4) RGBA (transparent pixels over white) or (H, W) grey.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        UserError: it is none of these (a URL, for example), is damaged, or has more than ``MAX_PIXELS`` pixels.
+    """
+    if isinstance(picture, str) and re.match(r"[a-z][a-z0-9+.-]+://|data:", picture, re.IGNORECASE):
+        raise UserError(f"{picture[:60]} is a URL, and nothing is downloaded here: give a file, or its bytes")
+    if isinstance(picture, str | os.PathLike):
+        return read_image(Path(picture), exif=True)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        return read_image(bytes(picture), exif=True)
+    if isinstance(picture, np.ndarray):
+        return _array_pixels(picture)
+    if isinstance(picture, Image.Image):
+        with _decoding("the image"):  # it may not be read from its file yet
+            _require_bounded(*picture.size, "the image")
+            return _rgb(picture, "the image", exif=True)
+    if hasattr(picture, "read"):
+        return read_image(read_bytes(picture), exif=True)
+    raise UserError(f"a {type(picture).__name__} is no image: give a path, bytes, a PIL image or an array")
+
+
+def read_bytes(file: BinaryIO) -> bytes:
+    """The content of a file object, if it gives bytes and no more than ``MAX_BYTES`` (else a UserError)."""
+    content = file.read(MAX_BYTES + 1)
+    if not isinstance(content, bytes):
+        raise UserError("the file object gives text: open the image with mode 'rb'")
+    if len(content) > MAX_BYTES:
+        raise UserError(f"the image's content has more than {MAX_BYTES / 1e6:.0f} MB: make it smaller first")
+    return content
+
+
+def _array_pixels(array: np.ndarray) -> np.ndarray:
+    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
+    colour = array.ndim == 3 and array.shape[2] in (3, 4)
+    if not (grey or colour) or array.dtype != np.uint8 or 0 in array.shape:
+        hint = ": values from 0 to 1 become it by (255 * x).round().astype('uint8')" if array.dtype.kind == "f" else ""
+        kinds = "(H, W, 3) uint8 RGB, (H, W, 4) RGBA or (H, W) grey"
+        raise UserError(f"an image must be {kinds}, not {array.shape} {array.dtype}{hint}")
+    _require_bounded(array.shape[1], array.shape[0], "the image")
+    if grey:
+        return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
+    return array if array.shape[2] == 3 else to_rgb(Image.fromarray(array))
+
+
+def _rgb(image: Image.Image, shown: str, *, exif: bool) -> np.ndarray:
+    if image.mode in ("I", "F"):
+        raise UserError(f"{shown} has pixels of 32 bits with no fixed white: save it with 8 or 16 bits")
+    return to_rgb(ImageOps.exif_transpose(image) if exif else image)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -80,7 +205,3 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.array(image.convert("RGB"))
-
-
-def _too_large(shown: str, size: str = "") -> UserError:
-    return UserError(f"{shown}{size} has more than {MAX_PIXELS / 1e6:.0f} megapixels: make it smaller first")

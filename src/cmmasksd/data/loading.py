@@ -37,7 +37,7 @@ def open_dataset(
     Args:
         name: see `cmmasksd.config.DATASETS`.
         split: of the data set.
-        root: folder of the real data sets.
+        root: folder of the real data sets, or the file or folder of one's own (see `cmmasksd.data.manifest`).
         references, seed, canvas: of generated scenes, see `SceneDataset`.
 
     Raises:
@@ -53,6 +53,15 @@ def open_dataset(
         if split == "pretrain":
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
         return SceneDataset(name, split, references or 1500, seed=seed, canvas=canvas)
+    if name == "manifest":
+        if root is None:
+            raise UserError(
+                "manifest is your own data: say with --root (when training: --data.root) which .jsonl or .csv file, or "
+                "which folder of labelme files"
+            )
+        from cmmasksd.data.manifest import ManifestDataset
+
+        return ManifestDataset(root, split)
     if root is None:
         raise UserError(
             f"{name} is read from files: say with --root (when training: --data.root) which folder holds refcoco/… "
