@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -168,6 +169,30 @@ def test_what_the_correlation_points_at(study, finished, tmp_path, monkeypatch, 
     assert found["tiny"]["hidden object high max"] > found["tiny"]["hidden object low max"]
     assert "tiny" in load("page").Study(tmp_path).say_looks("pointing").splitlines()[0]
     capsys.readouterr()
+
+
+def test_towers_are_put_back_one_at_a_time(tiny_model_folder, tmp_path, monkeypatch):
+    from safetensors.torch import load_file, save_file
+
+    towers = load("text_tower")
+    late = shutil.copytree(tiny_model_folder, tmp_path / "late") / "model.safetensors"
+    early = load_file(late)
+    save_file({name: value + 1 for name, value in early.items()}, late, metadata={"format": "pt"})
+    (tmp_path / "results").mkdir()
+    scored = []
+
+    def score(model, work):
+        kept = {name for name, value in load_file(model / "model.safetensors").items() if value.equal(early[name])}
+        scored.append(sorted({".".join(name.split(".")[:2]) for name in kept if name.startswith("clip.")}))
+        return {}
+
+    monkeypatch.setattr(towers, "score", score)
+    monkeypatch.setattr(towers, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["text_tower.py", str(tiny_model_folder), str(late.parent)])
+    towers.main()
+    text, image = ["clip.text_model", "clip.text_projection"], ["clip.vision_model", "clip.visual_projection"]
+    assert scored == [["clip.logit_scale", *text, *image], [], text, image]
+    assert len(json.loads((tmp_path / "results" / "text_tower.json").read_text())) == 4
 
 
 @pytest.mark.slow

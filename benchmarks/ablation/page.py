@@ -139,6 +139,14 @@ class Study:
             lines.append(f"| {key} | " + " | ".join(shown) + " |")
         return "\n".join(lines)
 
+    def say_towers(self) -> str:
+        found = json.loads((self.results / "text_tower.json").read_text())
+        lines = ["| model | val oIoU | val mIoU | testB oIoU | testB mIoU |", "|---|---|---|---|---|"]
+        for model, scores in found.items():
+            cells = [f"{100 * scores[split][metric]:.1f}" for split in SPLITS for metric in ("oIoU", "mIoU")]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
     def say_steps(self) -> str:
         timed = json.loads((self.results / "step.json").read_text())
         lines = ["| arm | TFLOP | FLOPs × none | time × none | in every turn |", "|---|---|---|---|---|"]
