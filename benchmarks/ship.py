@@ -38,12 +38,12 @@ def store(trained: Path, out: Path) -> CMMaskSDModel:
     return model
 
 
-def scores(references: int) -> list[str]:
+def scores(model: Path, references: int) -> list[str]:
     """Rows of the card's table."""
     rows = []
     for split in SPLITS:
         with tempfile.TemporaryDirectory() as folder:
-            command = ["evaluate", "--model", "scenes", "--data", "scenes", "--split", split]
+            command = ["evaluate", "--model", str(model), "--data", "scenes", "--split", split]
             if cmmasksd([*command, "--references", str(references), "--out", folder]):
                 raise SystemExit(2)
             found = json.loads((Path(folder) / "results.json").read_text())
@@ -64,7 +64,7 @@ def main() -> None:
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
         "size": f"{len(weights) / 1e6:.1f}",
         "hash": hashlib.sha256(weights).hexdigest(),
-        "scores": "\n".join(scores(options.references)),
+        "scores": "\n".join(scores(out, options.references)),
     }
     card = (Path(__file__).parent / "scenes-model.md.in").read_text()
     for key, value in known.items():

@@ -1,11 +1,17 @@
 """Models that ship with the package, by name."""
 
 import hashlib
+import importlib.util
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from cmmasksd.assets import SHIPPED, located
+from cmmasksd.model.modeling import CMMaskSDModel
 
 
 def test_a_shipped_name_is_a_folder_of_the_package():
@@ -28,3 +34,29 @@ def test_the_card_of_a_shipped_model_names_its_weights():
         folder = Path(located(name))
         digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
         assert digest in (folder / "README.md").read_text()
+
+
+def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, monkeypatch):
+    """float16 that answers as before, nothing of training beside it, and a card with the scores of what is stored."""
+    file = Path(__file__).parents[1] / "benchmarks" / "ship.py"
+    spec = importlib.util.spec_from_file_location("ship", file)
+    assert spec is not None
+    assert spec.loader is not None
+    ship = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ship)
+    trained, out = shutil.copytree(tiny_model_folder, tmp_path / "last"), tmp_path / "scenes-model"
+    (trained / "state.pt").write_bytes(b"moments")
+    monkeypatch.setattr(ship, "located", lambda name: str(out))
+    monkeypatch.setattr(sys, "argv", ["ship.py", str(trained), "--references", "6"])
+    ship.main()
+    assert not (out / "state.pt").exists()
+    stored = load_file(out / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    loaded = CMMaskSDModel.from_pretrained(out).state_dict()
+    for name, value in load_file(trained / "model.safetensors").items():
+        torch.testing.assert_close(loaded[name], value, rtol=1e-3, atol=1e-3)
+    card = (out / "README.md").read_text()
+    assert "{{" not in card
+    assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in card
+    assert str(tmp_path) not in (out / "config.json").read_text()
+    assert card.count("| val | ") == card.count("| testB | ") == 1
