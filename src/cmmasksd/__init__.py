@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmmasksd.errors import UserError as UserError
+    from cmmasksd.inference.formats import overlay_all as overlay_all
+    from cmmasksd.inference.formats import to_coco as to_coco
+    from cmmasksd.inference.formats import to_detections as to_detections
+    from cmmasksd.inference.formats import to_labelme as to_labelme
     from cmmasksd.inference.predictor import Segmentation as Segmentation
     from cmmasksd.inference.predictor import Segmenter as Segmenter
     from cmmasksd.model.configuration import CMMaskSDConfig as CMMaskSDConfig
@@ -22,6 +26,10 @@ _HOME = {
     "UserError": "cmmasksd.errors",
     "Segmentation": "cmmasksd.inference.predictor",
     "Segmenter": "cmmasksd.inference.predictor",
+    "overlay_all": "cmmasksd.inference.formats",
+    "to_coco": "cmmasksd.inference.formats",
+    "to_detections": "cmmasksd.inference.formats",
+    "to_labelme": "cmmasksd.inference.formats",
     "CMMaskSDConfig": "cmmasksd.model.configuration",
     "CMMaskSDModel": "cmmasksd.model.modeling",
     "CMMaskSDProcessor": "cmmasksd.model.processing",

@@ -1,5 +1,6 @@
 """Segmenter: any kind of picture in, masks of the picture's own size out, and one image encoding for all sentences."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 def test_array_picture_and_file_agree(segmenter: Segmenter, tmp_path: Path):
     pixels = picture(50, 70)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    ways = [pixels, Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png")]
+    content = (tmp_path / "a.png").read_bytes()
+    ways = [pixels, Image.fromarray(pixels), tmp_path / "a.png", str(tmp_path / "a.png"), content, io.BytesIO(content)]
     found = [segmenter.segment(way, "the red circle")[0] for way in ways]
     for other in found[1:]:
         np.testing.assert_array_equal(other.mask, found[0].mask)
@@ -233,7 +235,7 @@ def test_no_sentence_is_a_mistake(segmenter: Segmenter, texts: str | list[str]):
         segmenter.segment(picture(), texts)
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8)])
+@pytest.mark.parametrize("pixels", [np.zeros((5, 5, 2), np.uint8), np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8)])
 def test_an_array_that_is_no_picture(segmenter: Segmenter, pixels: np.ndarray):
     with pytest.raises(UserError, match=r"\(H, W, 3\) uint8"):
         segmenter.segment(pixels, "a star")

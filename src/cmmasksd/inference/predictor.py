@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cmmasksd.data.images import read_image, to_rgb
+from cmmasksd.data.images import Picture, as_pixels
+from cmmasksd.data.masks import mask_to_polygons, mask_to_rle
 from cmmasksd.errors import UserError
+from cmmasksd.inference.formats import box_of
 from cmmasksd.inference.visualize import PALETTE, Color, overlay
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor, Frame
@@ -50,6 +50,26 @@ class Segmentation:
     def overlay(self, color: Color = PALETTE[0], alpha: float = 0.5) -> np.ndarray:
         """The image with the mask drawn in, (H, W, 3) uint8."""
         return overlay(self.image, self.mask, color, alpha)
+
+    @property
+    def area(self) -> int:
+        """Pixels of the mask."""
+        return int(self.mask.sum())
+
+    @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """(x0, y0, x1, y1) in pixels, half-open; None where the mask is empty."""
+        return box_of(self.mask)
+
+    @property
+    def rle(self) -> dict[str, Any]:
+        """COCO's compressed RLE, ready for JSON: {"size": [H, W], "counts": str}."""
+        return mask_to_rle(self.mask)
+
+    @property
+    def polygons(self) -> list[list[float]]:
+        """[x0, y0, x1, y1, ...] for every connected part, along the edges of its pixels; see `mask_to_polygons`."""
+        return mask_to_polygons(self.mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +142,12 @@ class Segmenter:
         model, processor = CMMaskSDModel.from_pretrained(name), CMMaskSDProcessor.from_pretrained(name)
         return cls(model, processor, device=device, threshold=threshold)
 
-    def segment(self, image: np.ndarray | Image | str | Path, texts: Sequence[str] | str) -> list[Segmentation]:
+    def segment(self, image: Picture, texts: Sequence[str] | str) -> list[Segmentation]:
         """Find what each sentence names. The image is encoded once for all of them.
 
         Args:
-            image: (H, W, 3) uint8 RGB, a PIL image, or a file (its EXIF orientation is applied).
+            image: a file's path, content or file object (its EXIF orientation is applied), a PIL image, or an array
+                of uint8: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey. See `as_pixels`.
             texts: one sentence or several.
 
         Returns:
@@ -137,9 +158,7 @@ class Segmenter:
         """
         return self.segment_batch([(image, texts)])[0]
 
-    def segment_batch(
-        self, requests: Sequence[tuple[np.ndarray | Image | str | Path, Sequence[str] | str]]
-    ) -> list[list[Segmentation]]:
+    def segment_batch(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> list[list[Segmentation]]:
         """Find what sentences name in several images, which are encoded together.
 
         Args:
@@ -159,7 +178,7 @@ class Segmenter:
             found[owner].append(one)
         return found
 
-    def encode(self, requests: Sequence[tuple[np.ndarray | Image | str | Path, Sequence[str] | str]]) -> Encoded:
+    def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> Encoded:
         """The first half of `segment_batch`: everything that is done once per image and once per sentence."""
         import torch
 
@@ -168,7 +187,7 @@ class Segmenter:
             said = [said] if isinstance(said, str) else list(said)
             if not said:
                 raise UserError("no sentence given: say what to look for")
-            pixels = _pixels(image)
+            pixels = as_pixels(image)
             canvas, frame = self.processor.image(pixels)
             images.append(pixels)
             canvases.append(canvas)
@@ -205,14 +224,3 @@ class Segmenter:
                     mask, probability = restored > above[owner], restored.sigmoid()
                     score = float(probability[mask].mean()) if mask.any() else 0.0
                 yield Segmentation(text, mask.cpu().numpy(), score, encoded.images[owner], probability.cpu().numpy())
-
-
-def _pixels(image: np.ndarray | Image | str | Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of whatever was given."""
-    if isinstance(image, str | Path):
-        return read_image(Path(image), exif=True)
-    if isinstance(image, np.ndarray):
-        return image
-    from PIL import ImageOps
-
-    return to_rgb(ImageOps.exif_transpose(image))  # as from a file: transparent pixels over white
