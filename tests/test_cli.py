@@ -1,6 +1,7 @@
 """The command line as scripts use it: what it leaves on disk, its exit codes, and one clear line for every mistake."""
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -16,10 +17,12 @@ from PIL import Image
 
 from cmmasksd import cli
 from cmmasksd.config import DATASETS
-from cmmasksd.data.masks import mask_to_polygons
+from cmmasksd.data import images
+from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
 from cmmasksd.data.refer import ReferDataset
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
+from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.modeling import CMMaskSDModel
 
 METRICS = ["oIoU", "mIoU", "P@0.5", "P@0.6", "P@0.7", "P@0.8", "P@0.9"]
@@ -69,6 +72,10 @@ def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPa
     Image.new("RGB", (40, 30), "red").save("good.png")
     Path("cut.jpg").write_bytes((release / "images/train2014").glob("*.jpg").__next__().read_bytes()[:600])
     Path("text.jpg").write_text("no picture")
+    Image.new("L", (9, 9)).save("two.gif", save_all=True, append_images=[Image.new("L", (9, 9), 99)])
+    Path("rows.jsonl").write_text('{"image": "good.png", "text": "x"}')
+    Path("bad.csv").write_text("image,expressions\ngood.png,x|\n")
+    Path("blank.txt").write_text("\n \n")
     Path("unknown.yaml").write_text("data: {nmae: refcoco}\n")
     Path("type.yaml").write_text("training: {epochs: many}\n")
     Path("syntax.yaml").write_text("data: {name: [\n")
@@ -166,11 +173,22 @@ MISTAKES = [
     ("compare empty empty", "cmmasksd evaluate"),
     ("compare absent absent --metrics IoU", "--metrics"),
     ("compare absent absent --resamples 5", "--resamples is 5"),
-    ("predict --model {model} --image good.png", "required: --text"),
+    ("predict --model {model} --image good.png", "no sentence given: say what to look for with --text"),
     (PREDICT + " --image absent.png --text x", "absent.png does not exist"),
     (PREDICT + " --image text.jpg --text x", "not an image"),
     (PREDICT + " --image cut.jpg --text x", "damaged"),
-    (PREDICT + " --image empty --text x", "is not a file"),
+    (PREDICT + " --image empty --text x", "empty holds no image (.jpg,"),
+    (PREDICT + " --image rows.jsonl --text x", "leave out --text"),
+    (PREDICT + " --image bad.csv", "bad.csv, line 2 has an empty sentence"),
+    (PREDICT + " --image absent.jsonl", "absent.jsonl does not exist"),
+    (PREDICT + " --image good.png --texts absent.txt", "absent.txt does not exist"),
+    (PREDICT + " --image good.png --texts blank.txt", "blank.txt has no sentence"),
+    (PREDICT + " --image good.png --texts good.png", "good.png is not UTF-8 text"),
+    (PREDICT + " --image good.png --text \udcff", "is not UTF-8 text"),
+    (PREDICT + " --image cut.jpg --text x --json out.jsonl", "damaged"),
+    ("predict --model {model} --image good.png --text x --out - --json -", "both write to standard output"),
+    ("predict --model {model} --image good.png --text x --text y --out -", "give one of each, or use --json -"),
+    ("predict --model {model} --image two.gif --text x --out -", "two.gif has several frames"),
     (PREDICT + " --image good.png --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --threshold 0", "between 0 and 1"),
@@ -262,6 +280,26 @@ def test_a_mistake_of_ours_keeps_its_traceback(error: Exception, monkeypatch: py
     monkeypatch.setattr(cli, "_report", fail)
     with pytest.raises(type(error), match=r"x|shapes"):
         main("report", "--model", "m", "--results", "r", "--out", "o")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way there")
+def test_a_reader_that_goes_away_is_141():
+    """`cmmasksd … | head`: no complaint, from Python at its end neither."""
+    code = """
+import sys
+from cmmasksd import cli
+cli._report = lambda settings: [print("x" * 9999, flush=True) for _ in range(99)]
+sys.exit(cli.main("report --model m --results r --out o".split()))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
 
 
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -432,6 +470,116 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
             assert set(np.unique(pixels)) <= {0, 255}
         with Image.open(overlay) as pixels:
             assert (pixels.mode, pixels.size) == ("RGB", (90, 37))
+
+
+def photo(file: Path, seed: int = 0) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    frames = [Image.fromarray(np.roll(pixels, nth)) for nth in range(3 if file.suffix == ".gif" else 1)]
+    frames[0].save(file, **({"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}))
+
+
+def test_predict_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A damaged file among many costs itself only; names do not collide; frames of an animation are images."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for nth, name in enumerate(("a.png", "A.jpg", "b.gif")):
+        photo(folder / name, nth)
+    (folder / "aa.jpg").write_bytes((folder / "A.jpg").read_bytes()[:300])
+    (folder / "notes.txt").write_text("not an image")
+    (tmp_path / "texts.txt").write_text("red circle\n\nstar\n")
+    given = ["--image", folder, "--text", "the left one", "--texts", tmp_path / "texts.txt", "--threshold", 0.1]
+    assert main("predict", "--model", run / "best", *given, "--out", out, "--json", out / "rows.jsonl") == 2
+    shown, said = capsys.readouterr()
+    assert said.startswith("cmmasksd predict: 1 of 4 images could not be read, the others are done: image ")
+    assert "aa.jpg does not decode" in said
+    rows = lines(out / "rows.jsonl")
+    texts = ["the left one", "red circle", "star"]
+    wanted = [("A.jpg", None), ("a.png", None), ("b.gif", 1), ("b.gif", 2), ("b.gif", 3)]
+    assert [(Path(row["image"]).name, row.get("frame"), row["text"]) for row in rows] == [
+        (*one, text) for one in wanted for text in texts
+    ]
+    assert len(shown.splitlines()) == len(rows) == 15
+    pictures = {file.name for file in out.glob("*.png")}
+    assert len({name.casefold() for name in pictures}) == 30
+    stems = ("A", "a_2", "b_f0001", "b_f0002", "b_f0003")
+    for nth, row in enumerate(rows):
+        with Image.open(out / f"{stems[nth // 3]}_{nth % 3 + 1}_{row['text'].replace(' ', '-')}_mask.png") as image:
+            mask = np.asarray(image) > 0
+        np.testing.assert_array_equal(decode_segmentation(row["rle"], *row["size"]), mask)
+        assert row["area"] == mask.sum()
+        assert (row["box"] is None) == (not mask.any())
+        assert 0 <= row["score"] <= 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_predict_a_manifest(
+    kind: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "b.png", 1)
+    rows = [("a.png", "left|right", "k1"), ("a.png", "star", "k2"), ("absent.png", "x", "k3"), ("b.png", "y", "k4")]
+    if kind == "csv":
+        text = "image,expressions,id\n" + "".join(",".join(row) + "\n" for row in rows)
+    else:
+        keys = ("image", "expressions", "id")
+        text = "".join(json.dumps(dict(zip(keys, (i, t.split("|"), k), strict=True))) + "\n" for i, t, k in rows)
+    (tmp_path / f"m.{kind}").write_text(text)
+    encoded, encode = [], Segmenter.encode
+    monkeypatch.setattr(Segmenter, "encode", lambda *given: encoded.append(1) or encode(*given))
+    monkeypatch.chdir(tmp_path)
+    assert main("predict", "--model", run / "best", "--image", f"m.{kind}", "--json", "-") == 2
+    shown, said = capsys.readouterr()
+    found = [json.loads(line) for line in shown.splitlines()]
+    assert [(row["id"], row["text"]) for row in found] == [
+        ("k1", "left"), ("k1", "right"), ("k2", "star"), ("k4", "y")
+    ]  # fmt: skip
+    assert {row["image"] for row in found} == {"a.png", "b.png"}
+    assert "line 3" not in said
+    assert "absent.png does not exist" in said
+    assert len(encoded) == 2  # the two rows about a.png share it
+    assert {file.name for file in tmp_path.iterdir()} == {"a.png", "b.png", f"m.{kind}"}  # --json alone: no pictures
+
+
+def test_predict_from_standard_input_to_standard_output(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+):
+    photo(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    given = ["predict", "--model", run / "best", "--text", "the red circle", "--threshold", "0.1"]
+    assert main(*given, "--image", "a.png", "--out", "out") == 0
+    capsysbinary.readouterr()
+    content = Path("a.png").read_bytes()
+    with Image.open("out/a_1_the-red-circle_mask.png") as image:
+        wanted = np.asarray(image)
+    for target in ("--out", "--json"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert main(*given, "--image", "-", target, "-") == 0
+        shown, said = capsysbinary.readouterr()
+        assert said == b""
+        if target == "--out":
+            with Image.open(io.BytesIO(shown)) as image:
+                np.testing.assert_array_equal(np.asarray(image), wanted)
+        else:
+            (row,) = (json.loads(line) for line in shown.splitlines())
+            assert row["image"] == "-"
+            np.testing.assert_array_equal(decode_segmentation(row["rle"], *row["size"]), wanted > 0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "out"]
+
+
+def test_an_interrupt_keeps_what_was_predicted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in "abc":
+        photo(tmp_path / f"{name}.png")
+    read = images.read_frames
+
+    def frames(source: Path):
+        if source.name == "c.png":
+            raise KeyboardInterrupt
+        return read(source)
+
+    monkeypatch.setattr(images, "read_frames", frames)
+    given = ["--image", tmp_path, "--text", "x", "--json", tmp_path / "rows.jsonl"]
+    assert main("predict", "--model", run / "best", *given) == 130
+    assert [Path(row["image"]).name for row in lines(tmp_path / "rows.jsonl")] == ["a.png", "b.png"]
 
 
 def test_explain(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

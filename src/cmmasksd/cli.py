@@ -1,8 +1,8 @@
 """The command line: demo | train | evaluate | compare | predict | explain | data | pretrain | report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
-says what is wrong and how to mend it), 130 when interrupted. Programming errors keep their traceback. Heavy imports
-live inside the commands, so that `--help` answers at once.
+says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away. Programming
+errors keep their traceback. Heavy imports live inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -100,9 +100,26 @@ def build_parser() -> ArgumentParser:
 
     predict = ArgumentParser(description="Find what sentences name in an image.")
     predict.add_argument("--model", required=True, help=MODEL)
-    predict.add_argument("--image", type=Path, required=True, help="image file")
-    predict.add_argument("--text", action="append", type=str, required=True, help="a sentence; give it again for more")
-    predict.add_argument("--out", type=Path, default=Path("."), help="folder for the masks and overlays")
+    predict.add_argument(
+        "--image",
+        required=True,
+        type=Path,
+        help="image or animation (GIF, WebP, PNG); folder of images; .jsonl or .csv file with a row of `image` and "
+        "`expressions` each; or - for an image on standard input",
+    )
+    predict.add_argument("--text", action="append", type=str, default=[], help="a sentence; give it again for more")
+    predict.add_argument("--texts", type=Path | None, help="text file with a sentence in every line")
+    predict.add_argument(
+        "--out",
+        type=Path | None,
+        help="folder for masks and overlays (default: this one, or none with --json); - writes the one mask of one "
+        "sentence to standard output, as PNG",
+    )
+    predict.add_argument(
+        "--json",
+        type=Path | None,
+        help="write a line of JSON for every sentence to this file, or with - to standard output",
+    )
     predict.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     predict.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
     commands.add_subcommand("predict", predict, help="masks for the sentences about an image")
@@ -313,24 +330,66 @@ def _score(
 
 
 def _predict(settings: Namespace) -> None:
-    import numpy as np
-    from PIL import Image
+    from itertools import groupby, islice
 
-    from cmmasksd.data.images import read_image
+    from tqdm import tqdm
+
+    from cmmasksd.data.images import image_size, read_frames
+    from cmmasksd.inference.batch import FileNames, find_sources, json_lines, json_row, read_sentences, save_pictures
     from cmmasksd.inference.predictor import Segmenter
-    from cmmasksd.inference.visualize import PALETTE
 
-    _require_words(settings.text)
-    pixels = read_image(settings.image, exif=True)
+    texts = [*settings.text, *(read_sentences(settings.texts) if settings.texts else [])]
+    _require_words(texts)
+    sources = find_sources(settings.image, texts)
+    if len(sources) == 1:
+        image_size(sources[0].image)  # a wrong path should not wait for the model
+    to_stdout = [f"--{name}" for name in ("out", "json") if str(settings[name]) == "-"]
+    if len(to_stdout) > 1:
+        raise UserError("--out - and --json - both write to standard output: give a file or folder to one of them")
+    if "--out" in to_stdout and (len(sources) > 1 or len(sources[0].texts) > 1):
+        raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
+
     segmenter = Segmenter.from_pretrained(settings.model, device=settings.device, threshold=settings.threshold)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    for nth, found in enumerate(segmenter.segment(pixels, settings.text)):
-        stem = f"{settings.image.stem}_{nth + 1}_{_slug(found.text)}"
-        mask, picture = settings.out / f"{stem}_mask.png", settings.out / f"{stem}_overlay.png"
-        Image.fromarray(found.mask.astype(np.uint8) * 255).save(mask)
-        Image.fromarray(found.overlay(PALETTE[nth % len(PALETTE)])).save(picture)
-        share = 100 * float(found.mask.mean())
-        print(f"{found.text!r}: {share:.1f} % of the image, score {found.score:.2f} -> {mask}, {picture}")
+    folder = settings.out or (None if settings.json else Path("."))
+    names, failures, done = FileNames(), [], 0
+    with (
+        json_lines(settings.json) as write,
+        tqdm(total=len(sources), unit="image", disable=len(sources) == 1 or None) as bar,
+    ):
+        for _, group in groupby(sources, key=lambda source: source.image):
+            rows = list(group)  # neighbouring rows about one image, which is encoded once for all of them
+            try:
+                for frame, pixels in read_frames(rows[0].image):
+                    if "--out" in to_stdout and frame is not None:
+                        raise UserError(f"{rows[0].name} has several frames: name a folder with --out, or use --json -")
+                    encoded = segmenter.encode([(pixels, [text for row in rows for text in row.texts])])
+                    found = segmenter.decode(encoded)
+                    for row in rows:
+                        stem = names.stem(row, frame)
+                        for nth, one in enumerate(islice(found, len(row.texts))):
+                            write(json_row(row, frame, one))
+                            files = save_pictures(one, nth, stem, folder)
+                            done += 1
+                            if to_stdout:
+                                continue
+                            of = "" if len(sources) == 1 and frame is None else f"{stem}: "
+                            share = 100 * float(one.mask.mean())
+                            line = f"{of}{one.text!r}: {share:.1f} % of the image, score {one.score:.2f}{files}"
+                            tqdm.write(line.encode(errors="backslashreplace").decode())
+            except UserError as error:
+                failures.append(str(error))
+            bar.update(len(rows))
+        if failures and not done:
+            raise UserError(_failed(failures, len(sources)))  # here: a file of results that is there stays
+    if failures:
+        raise UserError(_failed(failures, len(sources)))
+
+
+def _failed(failures: list[str], of: int) -> str:
+    if of == 1:
+        return failures[0]
+    more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
+    return f"{len(failures)} of {of} images could not be read, the others are done: {'; '.join(failures[:5])}{more}"
 
 
 def _explain(settings: Namespace) -> None:
@@ -338,6 +397,7 @@ def _explain(settings: Namespace) -> None:
 
     from cmmasksd.data.images import read_image
     from cmmasksd.explain import explain, load_objective
+    from cmmasksd.inference.batch import slug
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
@@ -349,7 +409,7 @@ def _explain(settings: Namespace) -> None:
     torch.manual_seed(settings.seed)
     found = explain(objective, CMMaskSDProcessor.from_pretrained(settings.model), pixels, settings.text)
     for nth, one in enumerate(found):
-        picture = settings.out / f"{settings.image.stem}_{nth + 1}_{_slug(one.text)}_explained.png"
+        picture = settings.out / f"{settings.image.stem}_{nth + 1}_{slug(one.text)}_explained.png"
         one.picture().save(picture)
         print(f"{one.text!r} -> {picture}")
 
@@ -358,10 +418,8 @@ def _require_words(texts: list[str]) -> None:
     for text in texts:
         if not text.strip():
             raise UserError("--text is empty: give a sentence of at least one word")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "sentence"
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the shell that are not UTF-8
+            raise UserError(f"--text {text!r} is not UTF-8 text: type it again")
 
 
 def _data(settings: Namespace) -> None:
@@ -468,6 +526,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{name}: {error}", 2)
     except KeyboardInterrupt:
         return _fail(f"{name}: interrupted", 130)
+    except BrokenPipeError:  # as `| head` does; without this, Python complains once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except Exception as error:
         if (refusal := _refusal(error)) is None:
             raise

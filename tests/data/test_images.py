@@ -139,7 +139,8 @@ def test_frames_of_an_animation(tmp_path, name):
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     first, *others = (Image.new("RGB", (9, 7), colour) for colour in colours)
     first.save(tmp_path / name, save_all=True, append_images=others, lossless=True)
-    found = list(images.read_frames(tmp_path / name))
+    numbers, found = zip(*images.read_frames(tmp_path / name), strict=True)
+    assert numbers == (1, 2, 3)
     assert [frame.shape for frame in found] == [(7, 9, 3)] * 3
     assert [tuple(frame[3, 3].tolist()) for frame in found] == colours
     assert len(list(images.read_frames((tmp_path / name).read_bytes()))) == 3
@@ -149,7 +150,7 @@ def test_frames_of_an_animation(tmp_path, name):
 def test_pages_are_no_frames(tmp_path):
     page = Image.new("RGB", (9, 7), "red")
     page.save(tmp_path / "a.tiff", save_all=True, append_images=[page, page])
-    assert len(list(images.read_frames(tmp_path / "a.tiff"))) == 1
+    assert [number for number, _ in images.read_frames(tmp_path / "a.tiff")] == [None]
 
 
 def test_an_animation_that_is_cut_off_gives_its_first_frames(tmp_path):
@@ -158,7 +159,7 @@ def test_an_animation_that_is_cut_off_gives_its_first_frames(tmp_path):
     first.save(tmp_path / "a.png", save_all=True, append_images=others)
     content = (tmp_path / "a.png").read_bytes()
     frames = images.read_frames(content[: len(content) * 2 // 3])
-    assert next(frames).shape == (40, 40, 3)
+    assert next(frames)[1].shape == (40, 40, 3)
     with pytest.raises(UserError, match="damaged"):
         list(frames)
 

@@ -53,16 +53,20 @@ def read_image(source: str | Path | bytes, *, exif: bool = False) -> np.ndarray:
         return _rgb(image, shown, exif=exif)
 
 
-def read_frames(source: str | Path | bytes) -> Iterator[np.ndarray]:
+def read_frames(source: str | Path | bytes) -> Iterator[tuple[int | None, np.ndarray]]:
     """The frames of an animated GIF, WebP or PNG one by one, or the one image of any other file; upright.
 
-    Args and raises as `read_image`; each frame is (H, W, 3) uint8.
+    Args and raises as `read_image`.
+
+    Yields:
+        The frame's number from 1 (None where there is only one) and its pixels, (H, W, 3) uint8.
     """
     with _opened(source, _FORMATS) as (image, shown):
         animated = image.format in ("GIF", "WEBP", "PNG")  # a TIFF has pages, a JPEG may have thumbnails
-        for nth in range(getattr(image, "n_frames", 1) if animated else 1):
+        count = getattr(image, "n_frames", 1) if animated else 1
+        for nth in range(count):
             image.seek(nth)
-            yield _rgb(image, shown, exif=True)
+            yield (nth + 1 if count > 1 else None), _rgb(image, shown, exif=True)
 
 
 def image_size(source: str | Path | bytes, *, exif: bool = False) -> tuple[int, int]:
