@@ -1,4 +1,4 @@
-"""The command line: demo | train | evaluate | compare | predict | explain | data | pretrain | report.
+"""The command line: demo | train | evaluate | compare | predict | serve | explain | data | pretrain | report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
 says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away. Programming
@@ -7,6 +7,7 @@ errors keep their traceback. Heavy imports live inside the commands, so that `--
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from cmmasksd.config import (
 )
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import METRIC_NAMES
+from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -123,6 +125,14 @@ def build_parser() -> ArgumentParser:
     predict.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     predict.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
     commands.add_subcommand("predict", predict, help="masks for the sentences about an image")
+
+    serve = ArgumentParser(
+        description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, the API asks for that key."
+    )
+    serve.add_argument("--model", default="scenes", help=MODEL)
+    serve.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
+    serve.add_class_arguments(ServeSettings)
+    commands.add_subcommand("serve", serve, help="a web page and an HTTP API for a model")
 
     explain = ArgumentParser(
         description="Show what the masked branches see: the correlation, what is hidden, and what each branch predicts."
@@ -392,6 +402,26 @@ def _failed(failures: list[str], of: int) -> str:
     return f"{len(failures)} of {of} images could not be read, the others are done: {'; '.join(failures[:5])}{more}"
 
 
+def _serve(settings: Namespace) -> None:
+    from dataclasses import fields
+
+    limits = ServeSettings(**{one.name: settings[one.name] for one in fields(ServeSettings)})
+    try:
+        from cmmasksd.serving.api import create_app, make_server
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'cmmasksd[serve]'") from None
+    from cmmasksd.inference.predictor import Segmenter
+
+    segmenter = Segmenter.from_pretrained(settings.model, device=settings.device)
+    key = os.environ.get(KEY_VARIABLE)
+    server, listening = make_server(create_app(segmenter, settings.model, limits, key), limits)
+    host, port = listening.getsockname()[:2]
+    page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    print(f"{settings.model} is served at {page} (Ctrl+C ends it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order by then
+        server.run(sockets=[listening])
+
+
 def _explain(settings: Namespace) -> None:
     import torch
 
@@ -514,6 +544,7 @@ def main(arguments: list[str] | None = None) -> int:
             "evaluate": lambda: _evaluate(chosen),
             "compare": lambda: _compare(chosen),
             "predict": lambda: _predict(chosen),
+            "serve": lambda: _serve(chosen),
             "explain": lambda: _explain(chosen),
             "data": lambda: _data(chosen),
             "pretrain": lambda: _pretrain(chosen, own),

@@ -26,13 +26,16 @@ MAX_PIXELS = 64_000_000
 
 MAX_BYTES = 4 * MAX_PIXELS
 """A file object is not read any further."""
-_LIMIT = f"has more than {MAX_PIXELS / 1e6:.0f} megapixels: make it smaller first"
 
 # Pillow would also open PostScript (by starting Ghostscript), icons, and formats of a single instrument.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
-def read_image(source: str | Path | bytes, *, exif: bool = False) -> np.ndarray:
+class ImageTooLarge(UserError):
+    """More pixels than allowed."""
+
+
+def read_image(source: str | Path | bytes, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read an image file as RGB.
 
     Grey, palette and CMYK images are converted; transparent pixels are laid over white, as a viewer shows them; of an
@@ -42,14 +45,16 @@ def read_image(source: str | Path | bytes, *, exif: bool = False) -> np.ndarray:
         source: path of the file, or its content.
         exif: turn the image upright as its EXIF orientation says. Leave it off where masks were drawn on the stored
             pixels (RefCOCO); turn it on for photographs from a camera.
+        max_pixels: a lower limit than ``MAX_PIXELS``.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing, is no image, is truncated, or has more than ``MAX_PIXELS`` pixels.
+        UserError: the file is missing, is no image, is truncated, or has more than ``max_pixels`` pixels
+            (ImageTooLarge).
     """
-    with _opened(source, _FORMATS) as (image, shown):
+    with _opened(source, _FORMATS, max_pixels) as (image, shown):
         return _rgb(image, shown, exif=exif)
 
 
@@ -98,7 +103,9 @@ def read_mask(source: str | Path | bytes) -> np.ndarray:
 
 
 @contextmanager
-def _opened(source: str | Path | bytes, formats: tuple[str, ...]) -> Iterator[tuple[Image.Image, str]]:
+def _opened(
+    source: str | Path | bytes, formats: tuple[str, ...], max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Image.Image, str]]:
     """The image, and what to call it; whatever goes wrong with it inside is a UserError."""
     if isinstance(source, bytes):
         shown, file = "the image's content", io.BytesIO(source)
@@ -111,7 +118,7 @@ def _opened(source: str | Path | bytes, formats: tuple[str, ...]) -> Iterator[tu
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(file, formats=formats)
         with opened:
-            _require_bounded(*opened.size, shown)
+            _require_bounded(*opened.size, shown, max_pixels)
             yield opened, shown
 
 
@@ -123,7 +130,7 @@ def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(f"{shown} {_LIMIT}") from None
+        raise _too_large(shown, MAX_PIXELS) from None
     except PermissionError:
         raise UserError(f"{shown} cannot be read: permission denied") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
@@ -132,9 +139,13 @@ def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]
         raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
 
 
-def _require_bounded(width: int, height: int, shown: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{shown} of {width}x{height} {_LIMIT}")
+def _require_bounded(width: int, height: int, shown: str, most: int = MAX_PIXELS) -> None:
+    if width * height > min(most, MAX_PIXELS):
+        raise _too_large(f"{shown} of {width}x{height}", min(most, MAX_PIXELS))
+
+
+def _too_large(shown: str, most: int) -> UserError:
+    return ImageTooLarge(f"{shown} has more than {most / 1e6:g} megapixels: make it smaller first")
 
 
 Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
