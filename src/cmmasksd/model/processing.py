@@ -8,9 +8,7 @@ it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from cmmasksd.assets import located
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import Tokens
+from cmmasksd.model.frame import Frame, inside, lay, level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,21 +28,6 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FILE_NAME = "processor_config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """How an image was laid on the model's canvas. All in pixels.
-
-    Attributes:
-        original: (H, W) of the image.
-        canvas: (H, W) of the model's input.
-        content: (top, left, height, width) of the image on the canvas; the rest is padding.
-    """
-
-    original: tuple[int, int]
-    canvas: tuple[int, int]
-    content: tuple[int, int, int, int]
 
 
 def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
@@ -138,11 +122,7 @@ class CMMaskSDProcessor:
     def frame(self, height: int, width: int, size: tuple[int, int] | None = None) -> Frame:
         """Where an image of the given size goes on the canvas."""
         canvas = self.size if size is None else self._checked(size)
-        if self.resize == "warp":
-            return Frame((height, width), canvas, (0, 0, *canvas))
-        scale = min(canvas[0] / height, canvas[1] / width)
-        h, w = (min(c, max(1, round(side * scale))) for c, side in zip(canvas, (height, width), strict=True))
-        return Frame((height, width), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2, h, w))
+        return lay(height, width, canvas, self.resize)
 
     def image(self, image: np.ndarray, size: tuple[int, int] | None = None) -> tuple[Tensor, Frame]:
         """Lay one image on the canvas.
@@ -231,8 +211,10 @@ class CMMaskSDProcessor:
         top, left, h, w = frame.content
         value = logits[:, None].float()
         if (h, w) != frame.canvas:  # padding must go before anything mixes it with the image
-            rows = _inside(value.shape[-2], frame.canvas[0], top, h).to(value.device)
-            columns = _inside(value.shape[-1], frame.canvas[1], left, w).to(value.device)
+            rows, columns = (
+                torch.arange(cells, device=value.device).clamp(*inside(cells, *along))
+                for cells, *along in zip(value.shape[-2:], frame.canvas, (top, left), (h, w), strict=True)
+            )
             value = value[..., rows[:, None], columns]
             value = F.interpolate(value, frame.canvas, mode="bilinear")[..., top : top + h, left : left + w]
         return F.interpolate(value, frame.original, mode="bilinear")[:, 0]
@@ -293,26 +275,6 @@ class CMMaskSDProcessor:
     ) -> CMMaskSDProcessor:
         """A processor for a new model on a CLIP (or another model with a tokenizer) given by folder or hub id."""
         return cls(load_tokenizer(name), size, patch_size=patch_size, resize=resize, max_tokens=max_tokens)
-
-
-def level(threshold: float) -> float:
-    """The logit of a threshold in (0, 1).
-
-    Raises:
-        UserError: for another threshold.
-    """
-    if not 0 < threshold < 1:
-        raise UserError(f"a threshold of {threshold} is no probability: choose one between 0 and 1")
-    return math.log(threshold / (1 - threshold))
-
-
-def _inside(cells: int, canvas: int, start: int, length: int) -> Tensor:
-    """For each cell of one axis of the logits, itself if its centre lies in the image, else the nearest that does."""
-    first = math.ceil(start * cells / canvas - 0.5)
-    last = math.ceil((start + length) * cells / canvas - 0.5) - 1
-    if last < first:  # the image is thinner than a cell and lies between two centres
-        first = last = min(cells - 1, int((start + length / 2) * cells / canvas))
-    return torch.arange(cells).clamp(first, last)
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

@@ -1,0 +1,57 @@
+"""Where an image lies on the model's canvas, and what a threshold is as a logit. Plain numbers, no torch.
+
+The processor and the predictor of exported models both lay images by these lines, so that a picture cannot be placed in
+two ways.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cmmasksd.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """How an image was laid on the model's canvas. All in pixels.
+
+    Attributes:
+        original: (H, W) of the image.
+        canvas: (H, W) of the model's input.
+        content: (top, left, height, width) of the image on the canvas; the rest is padding.
+    """
+
+    original: tuple[int, int]
+    canvas: tuple[int, int]
+    content: tuple[int, int, int, int]
+
+
+def lay(height: int, width: int, canvas: tuple[int, int], resize: Literal["warp", "letterbox"]) -> Frame:
+    """Where an image of the given size goes on the canvas."""
+    if resize == "warp":
+        return Frame((height, width), canvas, (0, 0, *canvas))
+    scale = min(canvas[0] / height, canvas[1] / width)
+    h, w = (min(c, max(1, round(side * scale))) for c, side in zip(canvas, (height, width), strict=True))
+    return Frame((height, width), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2, h, w))
+
+
+def inside(cells: int, canvas: int, start: int, length: int) -> tuple[int, int]:
+    """The first and the last cell of one axis of the logits whose centre lies in the image."""
+    first = math.ceil(start * cells / canvas - 0.5)
+    last = math.ceil((start + length) * cells / canvas - 0.5) - 1
+    if last < first:  # the image is thinner than a cell and lies between two centres
+        first = last = min(cells - 1, int((start + length / 2) * cells / canvas))
+    return first, last
+
+
+def level(threshold: float) -> float:
+    """The logit of a threshold in (0, 1).
+
+    Raises:
+        UserError: for another threshold.
+    """
+    if not 0 < threshold < 1:
+        raise UserError(f"a threshold of {threshold} is no probability: choose one between 0 and 1")
+    return math.log(threshold / (1 - threshold))
