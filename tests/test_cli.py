@@ -92,7 +92,7 @@ def test_help_of_every_command_is_light():
     code = """
 import contextlib, io, sys
 from cmmasksd.cli import main
-commands = "demo,train,evaluate,compare,predict,explain,data,data scenes,pretrain,report"
+commands = "demo,train,evaluate,compare,predict,explain,data,data scenes,pretrain,push,report"
 for command in ["", *commands.split(",")]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
@@ -113,7 +113,7 @@ def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         main("--help")
     shown = capsys.readouterr().out
-    names = ("demo", "train", "evaluate", "compare", "predict", "explain", "data", "pretrain", "report")
+    names = ("demo", "train", "evaluate", "compare", "predict", "explain", "data", "pretrain", "push", "report")
     assert all(f" {name} " in shown for name in names)
 
 
@@ -203,6 +203,11 @@ MISTAKES = [
     ("data scenes --out out --size 10", "at least 64"),
     ("data scenes --out {release} --train 3 --test 3 --size 64", "already exists"),
     ("data scenes --out {file}/out --train 3 --test 3 --size 64", "Not a directory"),
+    ("push --model absent --to ./pushed", "model folder absent"),
+    ("push --model empty --to ./pushed", "empty lacks config.json"),
+    ("push --model {model} --to empty/name", "./empty/name"),
+    ("push --model {model} --to ./pushed --results {run}", "cmmasksd evaluate"),
+    ("push --model {model} --to ./pushed --card absent.md", "absent.md"),
     ("report --model {model} --results empty --out page.html", "cmmasksd evaluate"),
 ]
 

@@ -1,12 +1,15 @@
 """CM-MaskSD: referring image segmentation with cross-modal masked self-distillation.
 
-The names below are loaded when they are first used, so that `import cmmasksd` and `cmmasksd --help` stay quick.
+The names below are loaded when they are first used, so that `import cmmasksd` and `cmmasksd --help` stay quick. The
+import makes transformers' AutoModel and its relatives know our models (see `cmmasksd.model.auto`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from cmmasksd.model.auto import register
 
 if TYPE_CHECKING:
     from cmmasksd.errors import UserError as UserError
@@ -34,6 +37,8 @@ _HOME = {
     "CMMaskSDModel": "cmmasksd.model.modeling",
     "CMMaskSDProcessor": "cmmasksd.model.processing",
 }
+
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: demo | train | evaluate | compare | predict | serve | explain | data | pretrain | report.
+"""The command line: demo | train | evaluate | compare | predict | serve | explain | data | pretrain | push | report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
 says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away. Programming
@@ -163,6 +163,15 @@ def build_parser() -> ArgumentParser:
     pretrain.add_class_arguments(PretrainConfig, "pretrain")
     commands.add_subcommand("pretrain", pretrain, help="train the small CLIP that the package ships")
 
+    push = ArgumentParser(description="Publish a model with a generated card: on the Hugging Face hub, or as a folder.")
+    push.add_argument("--model", required=True, help="folder of a trained model")
+    push.add_argument("--to", required=True, help="USER/NAME on the hub, or ./folder to look at first")
+    push.add_argument("--results", type=Path, nargs="+", default=[], help="folders that evaluate wrote, for the card")
+    push.add_argument("--license", default="mit", help="of the weights, by the hub's identifier")
+    push.add_argument("--card", type=Path | None, help="your own README.md in place of the generated one")
+    push.add_argument("--private", action="store_true", help="nobody else may see it on the hub")
+    commands.add_subcommand("push", push, help="publish a model with its card")
+
     report = ArgumentParser(description="Write a page of overlays, scores and curves for a scored split.")
     report.add_argument("--model", required=True, help=MODEL)
     report.add_argument("--results", type=Path, required=True, help="folder that evaluate wrote")
@@ -317,6 +326,7 @@ def _score(
     from cmmasksd.evaluation.evaluate import evaluate
     from cmmasksd.evaluation.protocols import ORIGINAL
     from cmmasksd.evaluation.results import write_results
+    from cmmasksd.model.hub import model_folder, weights_digest
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
@@ -333,6 +343,7 @@ def _score(
     )
     if accelerator.is_main_process:
         extra: dict[str, Any] = {"data": name, "model": model, "truncated_expressions": truncated}
+        extra["weights"] = weights_digest(model_folder(model))
         if root is None:
             extra |= {"references": len(data), "scene_seed": seed, "scene_size": size}
         write_results(out, split, rows, scores, protocol, extra)
@@ -476,6 +487,32 @@ def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
     print(f"the CLIP is in {pretrain(made.pretrain)}")
 
 
+def _push(settings: Namespace) -> None:
+    from cmmasksd.evaluation.results import read_results
+    from cmmasksd.model import hub
+
+    to_hub = hub.is_hub_id(settings.to)
+    if to_hub and Path(settings.to).parent.is_dir():
+        raise UserError(f"--to {settings.to} may be a folder or a hub id: write ./{settings.to} for the folder")
+    folder = hub.model_folder(settings.model)
+    results = []
+    for path in settings.results:
+        results.append(read_results(path))
+        if results[-1].get("weights") != hub.weights_digest(folder):
+            raise UserError(f"{path} does not hold scores of {settings.model}: score this model with cmmasksd evaluate")
+    name = settings.to if to_hub else Path(settings.to).resolve().name
+    if settings.card is None:
+        card = hub.model_card(folder, name, results, licence=settings.license)
+    else:
+        card = settings.card.read_text(encoding="utf-8")
+    files = hub.contents(folder, card)
+    if to_hub:
+        print(hub.upload(files, settings.to, private=settings.private))
+    else:
+        hub.write_folder(files, Path(settings.to).expanduser())
+        print(f"{', '.join(files)} in {settings.to}; the card is {Path(settings.to) / hub.CARD}")
+
+
 def _report(settings: Namespace) -> None:
     print(_write_report(settings.model, [settings.results], settings.root, settings.metrics, settings.out))
 
@@ -498,7 +535,7 @@ def _write_report(model: str, folders: list[Path], root: Path | None, metrics: P
         if not metrics.is_file():
             raise UserError(f"there is no log {metrics}: leave out --metrics, or give the metrics.jsonl of a run")
         try:
-            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+            rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise UserError(f"{metrics} is no log of a run ({error}): give the metrics.jsonl of a run") from None
     data = open_dataset(
@@ -548,6 +585,7 @@ def main(arguments: list[str] | None = None) -> int:
             "explain": lambda: _explain(chosen),
             "data": lambda: _data(chosen),
             "pretrain": lambda: _pretrain(chosen, own),
+            "push": lambda: _push(chosen),
             "report": lambda: _report(chosen),
         }
         run[command]()

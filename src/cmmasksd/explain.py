@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cmmasksd.assets import located
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.masking import patch_scores
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import heat, overlay
+from cmmasksd.model.hub import model_folder
 from cmmasksd.model.processing import Frame
 from cmmasksd.training.checkpoint import WEIGHTS
 
@@ -74,7 +74,7 @@ def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistilla
     """The objective that a model was trained with, from the files that training left beside it.
 
     Args:
-        name: the model's folder, or the name of a shipped model.
+        name: the model's folder, a hub id, or the name of a shipped model.
         model: the model in it.
 
     Raises:
@@ -84,11 +84,11 @@ def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistilla
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(located(name))
+    folder = model_folder(name)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"there is no {folder / 'config.yaml'}: give a folder that training wrote, such as runs/…/best")
     try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text())["distillation"]
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["distillation"]
         objective = MaskedSelfDistillation(
             model, DistillationConfig(**settings), model.config.clip_config.projection_dim
         )

@@ -8,15 +8,17 @@ image encoding. The masked branches of CM-MaskSD are not here: they exist only w
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
@@ -26,7 +28,11 @@ from cmmasksd.model import clip as towers
 from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.configuration import CMMaskSDConfig
 from cmmasksd.model.decoder import Attention, FusionDecoder
+from cmmasksd.model.hub import contents, is_hub_id, model_card, model_folder, upload
 from cmmasksd.model.mask_head import MaskHead
+
+if TYPE_CHECKING:
+    from cmmasksd.model.processing import CMMaskSDProcessor
 
 
 @dataclass
@@ -187,12 +193,46 @@ class CMMaskSDModel(PreTrainedModel):
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> CMMaskSDModel:  # pyright: ignore
         """As in transformers, but missing, unexpected or misshapen weights stop the load (they would be random)."""
         kwargs.setdefault("dtype", torch.float32)
-        where = {key: kwargs[key] for key in ("revision", "subfolder", "cache_dir", "token") if key in kwargs}
-        if (kind := _model_type(name, **where)) != CMMaskSDConfig.model_type:
+        hub = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+        folder = model_folder(name, **{key: kwargs.pop(key) for key in hub if kwargs.get(key) is not None})
+        if (kind := _model_type(folder)) != CMMaskSDConfig.model_type:
             raise UserError(
                 f"{name} is a {kind!r} model, not a 'cmmasksd': give the folder or hub id of a trained model"
             )
-        return _load_whole(super().from_pretrained, name, *args, use_safetensors=True, **kwargs)
+        return _load_whole(super().from_pretrained, folder, *args, use_safetensors=True, **kwargs)
+
+    def push_to_hub(  # pyright: ignore (the processor must travel with the model)
+        self,
+        repo_id: str,
+        processor: CMMaskSDProcessor,
+        *,
+        results: Sequence[Mapping[str, Any]] = (),
+        licence: str = "mit",
+        private: bool = False,
+        token: str | bool | None = None,
+    ) -> str:
+        """Upload the model, its processor and a generated card; returns the address. `cmmasksd push` does it for a
+        folder.
+
+        Args:
+            repo_id: USER/NAME.
+            processor: the one it was trained with.
+            results: of this model, as `read_results` gives them; they go into the card.
+            licence: of the weights, by the hub's identifier.
+            private: nobody else may see it.
+            token: of the hub; None: the one that you are logged in with.
+
+        Raises:
+            UserError: when the hub refuses.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            files = contents(Path(folder), model_card(Path(folder), repo_id, results, licence=licence))
+            return upload(files, repo_id, private=private, token=token)
+
+
+AutoModel.register(CMMaskSDConfig, CMMaskSDModel, exist_ok=True)  # see cmmasksd.model.auto
 
 
 def load_clip(name: str | Path) -> CLIPModel:
@@ -234,8 +274,7 @@ def _load(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
     """Call transformers safely (no pickled code, no remote code) and quietly; what it raises becomes one line."""
     name = located(name)
     path = Path(name)
-    looks_local = path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1
-    if looks_local and not path.is_dir():
+    if not path.is_dir() and not is_hub_id(name):
         raise UserError(f"there is no model folder {name}: give the folder of a trained model or a hub id")
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"{name} holds no config.json: it is not a model folder")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from cmmasksd.assets import located
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import Tokens
 from cmmasksd.model.frame import Frame, inside, lay, level
+from cmmasksd.model.hub import model_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -235,29 +236,28 @@ class CMMaskSDProcessor:
             "mean": list(self.mean),
             "std": list(self.std),
         }
-        (folder / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / FILE_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> CMMaskSDProcessor:
+    def from_pretrained(cls, name: str | Path, **hub: Any) -> CMMaskSDProcessor:
         """Read what `save_pretrained` wrote, from a folder or a hub id.
+
+        Args:
+            name: a folder, a hub id, or a shipped model.
+            **hub: `revision`, `token`, …, see `cmmasksd.model.hub.model_folder`.
 
         Raises:
             UserError: when the files are not those of a processor of ours.
         """
-        from transformers.utils.hub import cached_file
-
-        name = located(name)
-        try:
-            file = cached_file(str(name), FILE_NAME, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # neither a folder nor the form of a hub id
-            file = None
-        if file is None:
+        folder = model_folder(name, **hub)
+        file = folder / FILE_NAME
+        if not file.is_file():
             raise UserError(f"no {FILE_NAME} in {name}: give the folder or hub id of a trained model")
         try:
-            settings = json.loads(Path(file).read_text())
+            settings = json.loads(file.read_text(encoding="utf-8"))
             settings.pop("processor_class", None)
             size = tuple(settings.pop("size"))
-            return cls(load_tokenizer(name), size, **settings)
+            return cls(load_tokenizer(folder), size, **settings)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file} is not a processor of ours ({error}): save it again with save_pretrained"

@@ -69,7 +69,7 @@ def save_model(
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     processor.save_pretrained(aside)
-    (aside / "config.yaml").write_text(config_yaml)
+    (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
     if masked:
         save_file(masked, aside / WEIGHTS)
     if state is not None:

@@ -273,14 +273,16 @@ class Log:
 
     def __init__(self, out: Path, config_yaml: str, updates: int) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(config_yaml)
+        (out / "config.yaml").write_text(config_yaml, encoding="utf-8")
         file = out / "metrics.jsonl"
         kept = []
         if updates and file.exists():
-            whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+            whole = [
+                line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
+            ]
             kept = [line for line in whole if json.loads(line)["step"] <= updates]
         write_atomically(file, "".join(kept))
-        self.file = file.open("a")
+        self.file = file.open("a", encoding="utf-8", newline="\n")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
