@@ -1,5 +1,6 @@
 # make demo: install, train on generated scenes, score, write runs/demo/report.html
 # make test: install the development tools, run the test suite
+# make docs: build the documentation site into site/
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -7,7 +8,7 @@ BIN = .venv/bin
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/installed
 	$(BIN)/cmmasksd demo --config configs/scenes-tiny.yaml --training.out runs/demo
@@ -21,6 +22,10 @@ lint: .venv/installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+docs: .venv/installed-docs
+	$(BIN)/python docs/make_api.py
+	$(BIN)/zensical build --clean --strict
+
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
@@ -30,5 +35,9 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site

@@ -1,0 +1,101 @@
+"""Writes docs/api.md, the API reference, from the docstrings. The source is parsed, nothing is imported.
+
+python docs/make_api.py [docs/api.md]
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
+MODULES = {  # in the order of the page; all public classes and functions of each
+    "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "inference.export"),
+    "Model": ("model.modeling", "model.configuration", "model.processing", "model.hub"),
+    "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes", "data.masks", "data.images"),
+    "Train": ("config", "training.loop", "training.pretrain"),
+    "Distil": ("distillation.objective", "distillation.correlation", "distillation.masking", "distillation.losses"),
+    "Score": ("evaluation.protocols", "evaluation.metrics", "evaluation.evaluate", "evaluation.results",
+              "evaluation.compare"),
+    "Mistakes": ("errors",),
+}  # fmt: skip
+SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
+ITEM = re.compile(r"^(\*{0,2}\w[\w, *]*): (.*)$")
+
+
+def api(package: Path = PACKAGE) -> str:
+    """The page as Markdown."""
+    parts = [
+        "# API reference\n",
+        "Made from the docstrings. What is not here is not meant to be called from outside.\n",
+    ]
+    for title, names in MODULES.items():
+        parts.append(f"## {title}\n")
+        for name in names:
+            file = package / f"{name.replace('.', '/')}.py"
+            if file.is_file():
+                parts += _module(name, ast.parse(file.read_text(encoding="utf-8")))
+    return "\n".join(parts)
+
+
+def _module(name: str, tree: ast.Module) -> list[str]:
+    found = [f"### cmmasksd.{name}\n", _text(ast.get_docstring(tree))]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            found += _entry(node)
+    return found
+
+
+def _entry(node: ast.ClassDef | ast.FunctionDef, owner: str = "") -> list[str]:
+    said = ast.get_docstring(node)
+    if said is None:
+        return []
+    kind = "class" if isinstance(node, ast.ClassDef) else "def"
+    names = {one.id for one in node.decorator_list if isinstance(one, ast.Name)}
+    head = f"{owner}{node.name}{'' if 'property' in names else _signature(node)}"
+    found = [f"#### {owner}{node.name}\n", f"```text\n{kind} {head}\n```\n", _text(said)]
+    if isinstance(node, ast.ClassDef):
+        for part in node.body:
+            if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
+                found += _entry(part, f"{node.name}.")
+    return found
+
+
+def _signature(node: ast.ClassDef | ast.FunctionDef) -> str:
+    function = node
+    if isinstance(node, ast.ClassDef):
+        inits = [part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__"]
+        if not inits:
+            return ""
+        function = inits[0]
+    assert isinstance(function, ast.FunctionDef)
+    given = ast.unparse(function.args)
+    given = re.sub(r"^(self|cls)(, |$)", "", given)
+    back = f" -> {ast.unparse(function.returns)}" if function.returns and function is node else ""
+    return f"({given}){back}"
+
+
+def _text(docstring: str | None) -> str:
+    """A docstring as Markdown: its sections become lists, what is indented becomes a block."""
+    lines, out, items = inspect.cleandoc(docstring or "").splitlines(), [], False
+    for line in lines:
+        if SECTION.match(line):
+            items = True
+            out += ["", f"**{line.rstrip(':')}**", ""]
+        elif items and line.startswith("    ") and not line.startswith("     "):
+            match = ITEM.match(line[4:])
+            out.append(f"- `{match[1]}`: {match[2]}" if match else f"- {line[4:]}")
+        elif items and line.startswith("     "):
+            out.append(f"  {line.strip()}")
+        else:
+            items = items and not line
+            out.append(line)
+    return "\n".join(out).strip() + "\n"
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("api.md")
+    target.write_text(api(), encoding="utf-8")
