@@ -1,4 +1,5 @@
-"""The command line: demo | train | evaluate | compare | predict | serve | explain | data | pretrain | push | report.
+"""The command line: demo | train | evaluate | compare | predict | export | serve | explain | data | pretrain | push |
+report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
 says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away. Programming
@@ -125,6 +126,24 @@ def build_parser() -> ArgumentParser:
     predict.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     predict.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
     commands.add_subcommand("predict", predict, help="masks for the sentences about an image")
+
+    export = ArgumentParser(
+        description="Write a model as graphs that run without this package: two encoders and the decoder, checked."
+    )
+    export.add_argument("--model", required=True, help=MODEL)
+    export.add_argument("--out", type=Path, required=True, help="folder for the files; an export in it is replaced")
+    export.add_argument(
+        "--format",
+        type=Literal["onnx", "pt2", "web"],
+        default="onnx",
+        help="onnx: for onnxruntime and `predict --model FOLDER`; pt2: programs of torch.export; web: a static page"
+        " that runs the model in the browser",
+    )
+    export.add_argument("--int8", action="store_true", help="quantise the weights (onnx and web)")
+    export.add_argument(
+        "--ort", type=Path | None, help="of web: the folder node_modules/onnxruntime-web/dist of `npm install`"
+    )
+    commands.add_subcommand("export", export, help="write a model for onnxruntime, torch.export or the browser")
 
     serve = ArgumentParser(
         description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, the API asks for that key."
@@ -357,7 +376,7 @@ def _predict(settings: Namespace) -> None:
 
     from cmmasksd.data.images import image_size, read_frames
     from cmmasksd.inference.batch import FileNames, find_sources, json_lines, json_row, read_sentences, save_pictures
-    from cmmasksd.inference.predictor import Segmenter
+    from cmmasksd.inference.predictor import load_segmenter
 
     texts = [*settings.text, *(read_sentences(settings.texts) if settings.texts else [])]
     _require_words(texts)
@@ -370,7 +389,7 @@ def _predict(settings: Namespace) -> None:
     if "--out" in to_stdout and (len(sources) > 1 or len(sources[0].texts) > 1):
         raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
 
-    segmenter = Segmenter.from_pretrained(settings.model, device=settings.device, threshold=settings.threshold)
+    segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
     folder = settings.out or (None if settings.json else Path("."))
     names, failures, done = FileNames(), [], 0
     with (
@@ -431,6 +450,29 @@ def _serve(settings: Namespace) -> None:
     print(f"{settings.model} is served at {page} (Ctrl+C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order by then
         server.run(sockets=[listening])
+
+
+def _export(settings: Namespace) -> None:
+    if settings.ort is not None and settings.format != "web":
+        raise UserError("--ort goes with --format web: leave it out")
+
+    def say(line: str) -> None:
+        print(f"{line} …", file=sys.stderr)
+
+    if settings.format == "web":
+        from cmmasksd.serving.site import write_site
+
+        done = write_site(settings.model, settings.out, ort=settings.ort, int8=settings.int8, progress=say)
+        size = sum(file.stat().st_size for file in settings.out.rglob("*") if file.is_file())
+        how = f"try it: python -m http.server --directory {settings.out}"
+    else:
+        from cmmasksd.inference.export import export
+
+        done = export(settings.model, settings.out, format=settings.format, int8=settings.int8, progress=say)
+        size = sum(file.stat().st_size for file in settings.out.iterdir())
+        how = f"try it: cmmasksd predict --model {settings.out} …" if settings.format == "onnx" else "torch.export.load"
+    parity = ", ".join(f"{name} {value:.2g}" for name, value in done.parity.items())
+    print(f"{settings.out}: {size / 1e6:.1f} MB, difference from torch: {parity}; {how}")
 
 
 def _explain(settings: Namespace) -> None:
@@ -583,6 +625,7 @@ def main(arguments: list[str] | None = None) -> int:
             "predict": lambda: _predict(chosen),
             "serve": lambda: _serve(chosen),
             "explain": lambda: _explain(chosen),
+            "export": lambda: _export(chosen),
             "data": lambda: _data(chosen),
             "pretrain": lambda: _pretrain(chosen, own),
             "push": lambda: _push(chosen),

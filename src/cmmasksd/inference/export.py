@@ -116,7 +116,7 @@ def _graphs(model: CMMaskSDModel) -> dict[str, _Graph]:
     from torch.export import Dim
 
     patch, positions = model.config.clip_config.vision_config.patch_size, _positions(model)
-    # From 1 or 2 up: a size of 1 at the trace would be taken for a constant, and so would its bounds if they were equal.
+    # A grid of one row or column would be another program: the tracer tells h from h * w by their not being equal.
     batch, h, w, tokens = Dim("batch", min=1), Dim("h", min=2), Dim("w", min=2), Dim("tokens", min=3, max=positions)
     per_token = {0: batch, 1: tokens}
     return {
@@ -322,7 +322,7 @@ def _sentences(
 def _trace(graph: _Graph, example: tuple[Tensor, ...]) -> ExportedProgram:
     # CLIP's tower takes its positions as they are where the grid is that of its training, and interpolates them
     # elsewhere; "tracing" makes it interpolate always, which on that grid is the identity.
-    always = mock.patch("torch.jit.is_tracing", lambda: True) if isinstance(graph.module, ImageGraph) else _quiet()
+    always = mock.patch("torch.jit.is_tracing", return_value=True) if isinstance(graph.module, ImageGraph) else _quiet()
     with torch.no_grad(), _quiet(), always:
         return torch.export.export(graph.module.eval(), example, dynamic_shapes=graph.shapes)
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cmmasksd.data.images import Picture, as_pixels
 from cmmasksd.errors import UserError
-from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, _pixels
+from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation
 from cmmasksd.model.frame import Frame, inside, lay, level
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-    from PIL.Image import Image
     from tokenizers import Tokenizer
 
 EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
@@ -106,6 +106,26 @@ class ExportSettings:
         return read
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedArrays:
+    """B images and K sentences, ready to be decoded pair by pair; `Encoded` in numpy.
+
+    Attributes:
+        images: B times (H, W, 3) uint8.
+        texts: the K sentences.
+        owner: (K,) which image each sentence is about.
+        frames: B, how each image was laid on the model's canvas.
+        of_images: what the image graph gives, and of_texts: what the text graph gives, by the decoder's names.
+    """
+
+    images: list[np.ndarray]
+    texts: list[str]
+    owner: list[int]
+    frames: list[Frame]
+    of_images: dict[str, np.ndarray]
+    of_texts: dict[str, np.ndarray]
+
+
 class OnnxSegmenter:
     """An exported model, ready to use; called like `Segmenter`.
 
@@ -157,22 +177,28 @@ class OnnxSegmenter:
             raise UserError(f"{folder / TOKENIZER_FILE} cannot be read ({error}): export again") from None
         return cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
 
-    def segment(self, image: np.ndarray | Image | str | Path, texts: Sequence[str] | str) -> list[Segmentation]:
+    def segment(self, image: Picture, texts: Sequence[str] | str) -> list[Segmentation]:
         """Find what each sentence names. The image is encoded once for all of them. See `Segmenter.segment`."""
         return self.segment_batch([(image, texts)])[0]
 
-    def segment_batch(
-        self, requests: Sequence[tuple[np.ndarray | Image | str | Path, Sequence[str] | str]]
-    ) -> list[list[Segmentation]]:
+    def segment_batch(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> list[list[Segmentation]]:
         """Find what sentences name in several images, which are encoded together. See `Segmenter.segment_batch`."""
         if not requests:
             return []
+        encoded = self.encode(requests)
+        found: list[list[Segmentation]] = [[] for _ in requests]
+        for owner, one in zip(encoded.owner, self.decode(encoded), strict=True):
+            found[owner].append(one)
+        return found
+
+    def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> EncodedArrays:
+        """The first half of `segment_batch`: everything that is done once per image and once per sentence."""
         images, frames, canvases, texts, owner = [], [], [], [], []
         for nth, (image, said) in enumerate(requests):
             said = [said] if isinstance(said, str) else list(said)
             if not said:
                 raise UserError("no sentence given: say what to look for")
-            pixels = _pixels(image)
+            pixels = as_pixels(image)
             canvas, frame = self.canvas(pixels)
             images.append(pixels)
             frames.append(frame)
@@ -180,29 +206,28 @@ class OnnxSegmenter:
             texts += said
             owner += [nth] * len(said)
         ids, attention, is_word = self.tokens(texts)
-        patches, own_pixels = self._run("image", pixel_values=self.pixel_values(np.stack(canvases)))
-        words, sentence, embedded = self._run("text", input_ids=ids, attention_mask=attention)
-        found: list[list[Segmentation]] = [[] for _ in requests]
-        for start in range(0, len(texts), DECODE_TOGETHER):
-            part = slice(start, start + DECODE_TOGETHER)
-            (logits,) = self._run(
-                "decoder",
-                patches=patches[owner[part]],
-                pixels=own_pixels[owner[part]],
-                words=words[part],
-                sentence=sentence[part],
-                embedded=embedded[part],
-                word_mask=is_word[part],
-            )
-            for text, nth, logit in zip(texts[part], owner[part], logits, strict=True):
-                restored = restore(logit, frames[nth])
-                mask, probability = restored > self._level, _sigmoid(restored)
-                score = float(probability[mask].mean()) if mask.any() else 0.0
-                found[nth].append(Segmentation(text, mask, score, images[nth], probability))
-        return found
+        of_images = self._run("image", pixel_values=self.pixel_values(np.stack(canvases)))
+        of_texts = self._run("text", input_ids=ids, attention_mask=attention)
+        return EncodedArrays(images, texts, owner, frames, of_images, of_texts | {"word_mask": is_word})
 
-    def _run(self, graph: str, **values: np.ndarray) -> Any:
-        return self.sessions[graph].run(None, values)
+    def decode(self, encoded: EncodedArrays, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
+        """The second half, sentence by sentence. See `Segmenter.decode`."""
+        above = [level(one) for one in thresholds or [self.threshold] * len(encoded.images)]
+        for start in range(0, len(encoded.texts), DECODE_TOGETHER):
+            part = slice(start, start + DECODE_TOGETHER)
+            of_images = {name: value[encoded.owner[part]] for name, value in encoded.of_images.items()}
+            of_texts = {name: value[part] for name, value in encoded.of_texts.items()}
+            logits = self._run("decoder", **of_images, **of_texts)["logits"]
+            for text, owner, logit in zip(encoded.texts[part], encoded.owner[part], logits, strict=True):
+                restored = restore(logit, encoded.frames[owner])
+                mask, probability = restored > above[owner], _sigmoid(restored)
+                score = float(probability[mask].mean()) if mask.any() else 0.0
+                yield Segmentation(text, mask, score, encoded.images[owner], probability)
+
+    def _run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
+        session = self.sessions[graph]
+        found: Any = session.run(None, values)
+        return dict(zip((one.name for one in session.get_outputs()), found, strict=True))
 
     # -- what the processor does, in numpy
 

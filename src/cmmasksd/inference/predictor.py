@@ -21,9 +21,11 @@ from cmmasksd.inference.formats import box_of
 from cmmasksd.inference.visualize import PALETTE, Color, overlay
 
 if TYPE_CHECKING:
+    from cmmasksd.inference.onnx import OnnxSegmenter
     from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
+    from cmmasksd.model.frame import Frame
     from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor, Frame
+    from cmmasksd.model.processing import CMMaskSDProcessor
 
 DECODE_TOGETHER = 32
 """Sentences that are decoded in one call; bounds the memory."""
@@ -210,7 +212,7 @@ class Segmenter:
         """
         import torch
 
-        from cmmasksd.model.processing import level
+        from cmmasksd.model.frame import level
 
         above = [level(one) for one in thresholds or [self.threshold] * len(encoded.images)]
         for start in range(0, len(encoded.texts), DECODE_TOGETHER):
@@ -224,3 +226,11 @@ class Segmenter:
                     mask, probability = restored > above[owner], restored.sigmoid()
                     score = float(probability[mask].mean()) if mask.any() else 0.0
                 yield Segmentation(text, mask.cpu().numpy(), score, encoded.images[owner], probability.cpu().numpy())
+
+
+def load_segmenter(name: str | Path, *, device: str | None = None, threshold: float = 0.5) -> Segmenter | OnnxSegmenter:
+    """The segmenter of a trained model, or of a folder that `cmmasksd export` wrote (that one works without torch)."""
+    from cmmasksd.inference.onnx import EXPORT_FILE, OnnxSegmenter
+
+    kind = OnnxSegmenter if (Path(name) / EXPORT_FILE).is_file() else Segmenter
+    return kind.from_pretrained(name, device=device, threshold=threshold)
