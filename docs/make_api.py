@@ -42,7 +42,9 @@ def api(package: Path = PACKAGE) -> str:
 
 
 def _module(name: str, tree: ast.Module) -> list[str]:
-    found = [f"### cmmasksd.{name}\n", _text(ast.get_docstring(tree))]
+    paragraphs = (ast.get_docstring(tree) or "").split("\n\n")
+    said = "\n\n".join(f"```python\n{one}\n```" if one.startswith("from ") else one for one in paragraphs)
+    found = [f"### cmmasksd.{name}\n", _text(said)]
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
             found += _entry(node)
