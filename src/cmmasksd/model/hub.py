@@ -25,7 +25,8 @@ CARD = "README.md"
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name can only be a hub id: USER/NAME, and no folder. "./scenes" and "/models/a" are folders."""
     text = str(name)
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).is_dir()
+    is_path = text.startswith((".", "/", "~")) or ":" in text or Path(text).is_dir()
+    return text.count("/") == 1 and not is_path
 
 
 def model_folder(
