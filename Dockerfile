@@ -15,7 +15,7 @@ RUN --mount=from=build,source=/wheels,target=/wheels \
 RUN useradd --create-home user
 USER user
 WORKDIR /home/user
-ENV HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+ENV PYTHONUNBUFFERED=1
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/v1/health', timeout=4)"]
