@@ -92,7 +92,7 @@ def test_help_of_every_command_is_light():
     code = """
 import contextlib, io, sys
 from cmmasksd.cli import main
-commands = "demo,train,evaluate,compare,predict,explain,data,data scenes,pretrain,push,report"
+commands = "demo,train,evaluate,compare,predict,explain,data,data scenes,pretrain,push,report,completion"
 for command in ["", *commands.split(",")]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
@@ -115,6 +115,32 @@ def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out
     names = ("demo", "train", "evaluate", "compare", "predict", "explain", "data", "pretrain", "push", "report")
     assert all(f" {name} " in shown for name in names)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    assert main("completion", shell) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("predict", "evaluate", "--threshold" if shell != "tcsh" else "threshold"))
+    (tmp_path / "script").write_text(script)
+    if shutil.which(shell) is None or shell == "tcsh":
+        return
+    subprocess.run([shell, "-n", tmp_path / "script"], check=True, timeout=60)
+    if shell == "bash":
+        ask = f"""source {tmp_path / "script"}
+for line in 'pre' 'predict --t' 'compare --unit i'; do
+    COMP_WORDS=(cmmasksd $line); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); COMPREPLY=()
+    _shtab_cmmasksd; echo ${{COMPREPLY[@]}}
+done"""
+        told = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True, timeout=60).stdout
+        assert told.splitlines() == ["predict pretrain", "--text --texts --threshold", "image"]
+
+
+def test_completion_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main("completion", "bash") == 2
+    assert "pip install 'cmmasksd[completion]'" in capsys.readouterr().err
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path):

@@ -198,6 +198,12 @@ def build_parser() -> ArgumentParser:
     report.add_argument("--metrics", type=Path | None, help="metrics.jsonl of the training, for its curves")
     report.add_argument("--out", type=Path, required=True, help="the HTML file")
     commands.add_subcommand("report", report, help="a page of overlays for a scored split")
+
+    completion = ArgumentParser(
+        description="Print a script that makes a shell complete cmmasksd's commands and options."
+    )
+    completion.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="for which shell")
+    commands.add_subcommand("completion", completion, help="tab completion for a shell")
     return parser
 
 
@@ -600,6 +606,14 @@ def _write_report(model: str, folders: list[Path], root: Path | None, metrics: P
     )
 
 
+def _completion(settings: Namespace) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("shtab") is None:
+        raise UserError("completions are written by the package shtab: pip install 'cmmasksd[completion]'")
+    print(build_parser().get_completion_script(f"shtab-{settings.shell}"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -630,6 +644,7 @@ def main(arguments: list[str] | None = None) -> int:
             "pretrain": lambda: _pretrain(chosen, own),
             "push": lambda: _push(chosen),
             "report": lambda: _report(chosen),
+            "completion": lambda: _completion(chosen),
         }
         run[command]()
     except ArgumentError as error:
