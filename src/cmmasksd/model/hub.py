@@ -65,7 +65,9 @@ def model_folder(
             force_download=force_download,
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"there is no folder {name}, and the hub does not give it: {error}") from error
+        raise UserError(
+            f"cannot load {name}: there is no such folder, and the hub does not give it ({error})"
+        ) from error
     return Path(found)
 
 
@@ -238,8 +240,9 @@ def _data(settings: Mapping[str, Any]) -> str:
             f"Generated scenes of coloured shapes (style `{data['name']}`, {data.get('train_references')} references, "
             f"seed {data.get('scene_seed')}); the best checkpoint was chosen on their `{data.get('val_split')}`.\n"
         )
+    name = "Pictures labelled by the author (`manifest`)" if data["name"] == "manifest" else f"`{data['name']}`"
     return (
-        f"`{data['name']}`, trained on `{data.get('train_split')}`; the best checkpoint was chosen on "
+        f"{name}, trained on `{data.get('train_split')}`; the best checkpoint was chosen on "
         f"`{data.get('val_split')}`. The images have their own terms of use.\n"
     )
 
