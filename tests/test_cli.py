@@ -231,6 +231,7 @@ MISTAKES = [
     ("data scenes --out {file}/out --train 3 --test 3 --size 64", "Not a directory"),
     ("push --model absent --to ./pushed", "model folder absent"),
     ("push --model empty --to ./pushed", "empty lacks config.json"),
+    ("push --model tiny --to ./pushed", "tiny-clip lacks processor_config.json"),
     ("push --model {model} --to empty/name", "./empty/name"),
     ("push --model {model} --to ./pushed --results {run}", "cmmasksd evaluate"),
     ("push --model {model} --to ./pushed --card absent.md", "absent.md"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -16,6 +17,7 @@ from typing import Any
 
 from cmmasksd.assets import located
 from cmmasksd.errors import UserError
+from cmmasksd.model.auto import MODEL_TYPE
 
 REQUIRED = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 FILES = (*REQUIRED, "config.yaml", "distillation.safetensors")
@@ -84,10 +86,9 @@ def contents(folder: Path, card: str) -> dict[str, Path | bytes]:
     """The files of a model as they are published: name -> where it lies, or what it holds.
 
     Raises:
-        UserError: when the folder lacks a file that loading needs.
+        UserError: when the folder lacks a file that loading needs, or holds another kind of model.
     """
-    if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
-        raise UserError(f"{folder} lacks {', '.join(missing)}: give the folder of a trained model, such as runs/…/best")
+    _check(folder)
     files: dict[str, Path | bytes] = {name: folder / name for name in FILES if (folder / name).is_file()}
     if "config.yaml" in files:
         import yaml
@@ -161,9 +162,13 @@ def model_card(folder: Path, name: str, results: Sequence[Mapping[str, Any]] = (
         name: USER/NAME, or what the folder is called.
         results: as `cmmasksd.evaluation.results.read_results` gives them, one per scored split.
         licence: of the weights, by the hub's identifier.
+
+    Raises:
+        UserError: as `contents`.
     """
     import yaml
 
+    _check(folder)
     settings = _settings(folder)
     header: dict[str, Any] = {
         "license": licence,
@@ -198,6 +203,13 @@ def model_card(folder: Path, name: str, results: Sequence[Mapping[str, Any]] = (
     return "\n".join(parts)
 
 
+def _check(folder: Path) -> None:
+    if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}: give the folder of a trained model, such as runs/…/best")
+    if (kind := _json(folder / "config.json").get("model_type")) != MODEL_TYPE:
+        raise UserError(f"{folder} is a {kind!r} model, not a {MODEL_TYPE!r}: give the folder of a trained model")
+
+
 def _metrics(result: Mapping[str, Any]) -> list[str]:
     return ["oIoU", "mIoU", *sorted(key for key in result if key.startswith("P@"))]
 
@@ -224,8 +236,8 @@ def _scores(results: Sequence[Mapping[str, Any]], scenes: bool) -> Iterable[str]
         "\nIn percent. oIoU is the sum of intersections over the sum of unions, mIoU the mean over sentences; papers "
         "print either as IoU."
     )
-    for line in dict.fromkeys(json.dumps(result["protocol"], ensure_ascii=False) for result in results):
-        yield "Protocol: " + ", ".join(f"{key} `{value}`" for key, value in json.loads(line).items()) + "."
+    for protocol in dict.fromkeys(tuple(result["protocol"].items()) for result in results):
+        yield "Protocol: " + ", ".join(f"{key} `{value}`" for key, value in protocol) + "."
     if any(str(result.get("data", "")).startswith("scenes") for result in results) or scenes:
         yield "Scores on generated scenes compare with no published figure."
     yield ""
@@ -254,12 +266,7 @@ def _configuration(folder: Path, settings: Mapping[str, Any]) -> Iterable[str]:
     with safe_open(folder / "model.safetensors", "pt") as file:
         slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 (no mapping)
         kinds = sorted({one.get_dtype() for one in slices})
-        count = 0
-        for one in slices:
-            size = 1
-            for side in one.get_shape():
-                size *= side
-            count += size
+        count = sum(math.prod(one.get_shape()) for one in slices)
     height, width = processor["size"]
     yield "| | |\n|---|---|"
     yield f"| weights | {count / 1e6:.1f} M, {', '.join(kinds)} |"
@@ -277,7 +284,7 @@ def _configuration(folder: Path, settings: Mapping[str, Any]) -> Iterable[str]:
 def _limits(folder: Path, scenes: bool) -> Iterable[str]:
     if scenes:
         yield "- It knows generated scenes of coloured shapes and is of no use on photographs."
-    yield "- Every sentence of its training names something in the picture; one that does not may still get a mask."
+    yield "- A sentence that names nothing in the picture may still get a mask."
     yield "- A score is the mean probability inside the mask, not a calibrated confidence."
     longest = _json(folder / "processor_config.json")["max_tokens"]
     yield f"- A sentence is cut after {longest} tokens. Words that its training did not have are guesses.\n"
