@@ -224,13 +224,17 @@ def _require_packages(format: str) -> None:
         raise UserError(f"to export needs {error.name}: pip install 'cmmasksd[export]'") from None
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Path, marker: str | Path = EXPORT_FILE) -> None:
     """Refuse to write over anything but an export.
+
+    Args:
+        out: the folder to be written.
+        marker: the file in it by which an earlier export is known.
 
     Raises:
         UserError: `out` is a file, or a folder of something else.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / EXPORT_FILE).is_file()):
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / marker).is_file()):
         raise UserError(f"{out} exists and is not an export: choose another folder, or remove it first")
 
 

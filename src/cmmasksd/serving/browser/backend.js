@@ -1,0 +1,124 @@
+// Where masks come from: here, the exported model in this browser (onnxruntime-web, one thread of WebAssembly). Nothing
+// leaves the page. The same two functions as the HTTP backend of `cmmasksd serve`, see there.
+
+import * as ort from "./ort/ort.wasm.min.mjs";
+import { fitted, lay, pixelValues, restore } from "./pixels.js";
+import { makeTokenizer } from "./tokenizer.js";
+
+const MAP_SIDE = 512, WORD_SIDE = 64; // the longer side of a probability map and of a word's map in pixels, at most
+const MAX_PIXELS = 64_000_000;
+const GRAPHS = ["image", "text", "decoder"];
+
+ort.env.wasm.numThreads = 1; // several would need headers that a plain file server does not send
+ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
+
+let model = null; // promise of {settings, tokenize, sessions}
+
+export async function load(onProgress = () => {}) {
+  model ??= read(onProgress).catch((error) => { model = null; throw error; });
+  const { settings } = await model;
+  onProgress(1, "Ready");
+  return { model: settings.source };
+}
+
+async function read(onProgress) {
+  const settings = JSON.parse(new TextDecoder().decode(await file("export.json")));
+  const tokenize = makeTokenizer(JSON.parse(new TextDecoder().decode(await file("tokenizer.json"))), settings);
+  const sessions = {};
+  for (const [nth, graph] of GRAPHS.entries()) {
+    const bytes = await file(`${graph}.onnx`, (share) => onProgress((nth + 0.9 * share) / 3, "Loading the model"));
+    try {
+      sessions[graph] = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+    } catch (error) {
+      throw new Error(`This browser cannot run the model (${error.message.split("\n")[0]}).`);
+    }
+  }
+  return { settings, tokenize, sessions };
+}
+
+async function file(name, onProgress = () => {}) {
+  const answer = await fetch(new URL(`./model/${name}`, import.meta.url)).catch(() => null);
+  if (!answer?.ok) throw new Error(`The model's file ${name} cannot be loaded: is the site complete, and the network there?`);
+  const total = Number(answer.headers.get("Content-Length")), parts = [];
+  let length = 0;
+  for (const reader = answer.body.getReader(); ;) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    parts.push(value);
+    length += value.length;
+    if (total) onProgress(Math.min(1, length / total));
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+export async function segment(blob, sentences, onProgress = () => {}, signal = undefined) {
+  await load(onProgress);
+  const { settings, tokenize, sessions } = await model;
+  if (sentences.some((sentence) => !sentence.trim())) throw new Error("An empty sentence names no object: give at least one word.");
+  onProgress(0, "Reading the picture");
+  const { width, height, data } = await decode(blob);
+  const frame = lay(height, width, settings), [h, w] = frame.canvas;
+  const input = new ort.Tensor("float32", pixelValues(data, frame, settings), [1, 3, h, w]);
+  const image = await sessions.image.run({ pixel_values: input });
+  const results = [];
+  for (const [nth, text] of sentences.entries()) {
+    onProgress((nth + 1) / (sentences.length + 1), nth ? `${nth} of ${sentences.length} sentences done` : "Looking");
+    await new Promise((next) => setTimeout(next)); // lets the page draw, and a stop be pressed
+    signal?.throwIfAborted();
+    const { ids, words } = tokenize(text), L = ids.length;
+    const said = await sessions.text.run({ input_ids: integers(ids), attention_mask: integers(ids.map(() => 1)) });
+    const word_mask = new ort.Tensor("bool", Uint8Array.from(ids, (_, at) => at > 0 && at < L - 1), [1, L]);
+    const { logits } = await sessions.decoder.run({ ...image, ...said, word_mask });
+    const shown = { ...frame, original: fitted(frame.original, MAP_SIDE) };
+    const probability = restore(logits.data, logits.dims[1], logits.dims[2], shown).map((logit) => 1 / (1 + Math.exp(-logit)));
+    const inMask = probability.filter((value) => value > 0.5);
+    results.push({
+      text,
+      score: inMask.length ? inMask.reduce((a, b) => a + b) / inMask.length : 0,
+      probability: bytes(probability, shown.original),
+      words: words.map(({ pieces, ...word }) => ({ ...word, map: correlation(image.patches, said.words, pieces, frame) })),
+    });
+  }
+  onProgress(1, "Done");
+  return { width, height, results };
+}
+
+const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+
+/** A picture file's pixels, upright, transparent ones over white; no colour profile is applied, as in Python. */
+async function decode(blob) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
+  } catch {
+    throw new Error("This file is not a picture that the browser can read.");
+  }
+  const { width, height } = bitmap;
+  if (width * height > MAX_PIXELS) throw new Error(`The picture has more than ${MAX_PIXELS / 1e6} megapixels: make it smaller first.`);
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true, alpha: false });
+  context.fillStyle = "white";
+  context.fillRect(0, 0, width, height);
+  context.drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return context.getImageData(0, 0, width, height);
+}
+
+/** Cosine of every patch with a word (the mean over its pieces), from its lowest to its highest value. */
+function correlation(patches, words, pieces, frame) {
+  const [, h, w, D] = patches.dims, values = new Float32Array(h * w);
+  const norm = (data, at) => Math.hypot(...data.subarray(at, at + D)) || 1;
+  for (const piece of pieces) {
+    const of = norm(words.data, piece * D) * pieces.length;
+    for (let n = 0; n < h * w; n++) {
+      let sum = 0;
+      for (let d = 0; d < D; d++) sum += patches.data[n * D + d] * words.data[piece * D + d];
+      values[n] += sum / (of * norm(patches.data, n * D));
+    }
+  }
+  const size = fitted(frame.original, WORD_SIDE), map = restore(values, h, w, { ...frame, original: size });
+  const low = map.reduce((a, b) => Math.min(a, b)), high = map.reduce((a, b) => Math.max(a, b));
+  return high > low ? bytes(map.map((value) => (value - low) / (high - low)), size) : null;
+}
+
+const bytes = (values, [height, width]) => ({ width, height, data: Uint8Array.from(values, (value) => Math.round(255 * value)) });

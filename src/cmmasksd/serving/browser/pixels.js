@@ -1,0 +1,128 @@
+// What the processor does to pixels, and how it undoes it; equal to Python's (inference/onnx.py), pixel by pixel. A canvas
+// would scale in its own way, and the model was not trained on that.
+
+/** Where a picture goes on the model's canvas: {original, canvas, content: [top, left, height, width]}. */
+export function lay(height, width, { size: canvas, resize }) {
+  const original = [height, width];
+  if (resize === "warp") return { original, canvas, content: [0, 0, ...canvas] };
+  const scale = Math.min(canvas[0] / height, canvas[1] / width);
+  const [h, w] = original.map((side, axis) => Math.min(canvas[axis], Math.max(1, roundToEven(side * scale))));
+  return { original, canvas, content: [(canvas[0] - h) >> 1, (canvas[1] - w) >> 1, h, w] };
+}
+
+/** RGBA bytes of a picture to the model's input: Float32Array (3, h, w). */
+export function pixelValues(rgba, frame, { mean, std }) {
+  const [H, W] = frame.original, [height, width] = frame.canvas, [top, left, h, w] = frame.content;
+  const small = resizeBicubic(rgba, H, W, h, w), plane = height * width, values = new Float32Array(3 * plane);
+  for (let c = 0; c < 3; c++) {
+    const shift = Math.fround(Math.fround(mean[c]) * 255), scale = Math.fround(Math.fround(std[c]) * 255);
+    values.fill((roundToEven(255 * mean[c]) - shift) / scale, c * plane, (c + 1) * plane);
+    for (let y = 0; y < h; y++)
+      for (let x = 0; x < w; x++)
+        values[c * plane + (top + y) * width + left + x] = Math.fround(small[4 * (y * w + x) + c] - shift) / scale;
+  }
+  return values;
+}
+
+/** Antialiased bicubic on bytes with four channels, in the integers that torch computes with. */
+export function resizeBicubic(pixels, H, W, height, width) {
+  if (W !== width) pixels = resizeLines(pixels, H, W, width, 4 * W, 4, 4 * width, 4);
+  if (H !== height) pixels = resizeLines(pixels, width, H, height, 4, 4 * width, 4, 4 * width);
+  return pixels;
+}
+
+function resizeLines(pixels, lines, source, target, inLine, inStep, outLine, outStep) {
+  const { first, weights, precision } = bicubicWeights(source, target), half = 1 << (precision - 1);
+  const out = new Uint8ClampedArray(4 * lines * target);
+  for (let line = 0; line < lines; line++)
+    for (let at = 0; at < target; at++) {
+      const own = weights[at];
+      let from = line * inLine + first[at] * inStep, r = half, g = half, b = half;
+      for (let tap = 0; tap < own.length; tap++, from += inStep) {
+        r += own[tap] * pixels[from];
+        g += own[tap] * pixels[from + 1];
+        b += own[tap] * pixels[from + 2];
+      }
+      const to = line * outLine + at * outStep;
+      out[to] = r >> precision;
+      out[to + 1] = g >> precision;
+      out[to + 2] = b >> precision;
+    }
+  return out;
+}
+
+function bicubicWeights(source, target) {
+  const scale = source / target, shrink = Math.max(scale, 1), first = [], rows = [];
+  let largest = 0;
+  for (let at = 0; at < target; at++) {
+    const centre = scale * (at + 0.5);
+    const start = Math.max(Math.trunc(centre - 2 * shrink + 0.5), 0), end = Math.min(Math.trunc(centre + 2 * shrink + 0.5), source);
+    const row = [];
+    for (let tap = start; tap < end; tap++) row.push(cubic(Math.abs((tap - centre + 0.5) / shrink)));
+    const sum = row.reduce((a, b) => a + b);
+    first.push(start);
+    rows.push(row.map((weight) => weight / sum));
+    largest = Math.max(largest, ...rows[at]);
+  }
+  let precision = 0;
+  while (precision < 22 && Math.trunc(0.5 + largest * 2 ** (precision + 1)) < 1 << 15) precision++;
+  const weights = rows.map((row) => Int32Array.from(row, (weight) => Math.trunc(weight * 2 ** precision + Math.sign(weight) * 0.5)));
+  return { first, weights, precision };
+}
+
+const cubic = (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((x - 5) * x + 8) * x * -0.5 + 2 : 0);
+
+/** Undo `lay`: values (h, w) at any stride, to the picture's frame, at the size `original` of the frame. */
+export function restore(values, h, w, frame) {
+  const [top, left, height, width] = frame.content, [H, W] = frame.canvas;
+  if (height !== H || width !== W) { // padding must go before anything mixes it with the picture
+    const [firstRow, lastRow] = inside(h, H, top, height), [firstColumn, lastColumn] = inside(w, W, left, width);
+    const clean = new Float32Array(h * w);
+    for (let y = 0; y < h; y++)
+      for (let x = 0; x < w; x++)
+        clean[y * w + x] = values[Math.min(Math.max(y, firstRow), lastRow) * w + Math.min(Math.max(x, firstColumn), lastColumn)];
+    const canvas = resizeBilinear(clean, h, w, H, W);
+    values = new Float32Array(height * width);
+    for (let y = 0; y < height; y++) values.set(canvas.subarray((top + y) * W + left, (top + y) * W + left + width), y * width);
+    [h, w] = [height, width];
+  }
+  return resizeBilinear(values, h, w, ...frame.original);
+}
+
+function inside(cells, canvas, start, length) {
+  const first = Math.ceil((start * cells) / canvas - 0.5), last = Math.ceil(((start + length) * cells) / canvas - 0.5) - 1;
+  if (last >= first) return [first, last];
+  const only = Math.min(cells - 1, Math.trunc(((start + length / 2) * cells) / canvas));
+  return [only, only];
+}
+
+function resizeBilinear(values, h, w, height, width) {
+  const rows = bilinearTaps(h, height), columns = bilinearTaps(w, width), out = new Float32Array(height * width);
+  for (let y = 0; y < height; y++) {
+    const [above, below, down] = rows[y];
+    for (let x = 0; x < width; x++) {
+      const [before, after, across] = columns[x];
+      const left = values[above * w + before] * (1 - down) + values[below * w + before] * down;
+      const right = values[above * w + after] * (1 - down) + values[below * w + after] * down;
+      out[y * width + x] = left * (1 - across) + right * across;
+    }
+  }
+  return out;
+}
+
+const bilinearTaps = (source, target) => Array.from({ length: target }, (_, at) => {
+  const from = Math.max((at + 0.5) * (source / target) - 0.5, 0), low = Math.min(Math.trunc(from), source - 1);
+  return [low, Math.min(low + 1, source - 1), from - low];
+});
+
+/** A size shrunk until its longer side fits. */
+export function fitted([height, width], side) {
+  const scale = Math.min(1, side / Math.max(height, width));
+  return [Math.max(1, roundToEven(height * scale)), Math.max(1, roundToEven(width * scale))];
+}
+
+/** As Python rounds. */
+function roundToEven(value) {
+  const down = Math.floor(value);
+  return value - down === 0.5 ? down + (down % 2) : Math.round(value);
+}

@@ -1,0 +1,102 @@
+"""A static site that runs a model in the visitor's browser: the page of `cmmasksd serve` with another backend.
+
+    index.html, app.js, …    the page
+    backend.js, tokenizer.js, pixels.js
+                             what the Python predictor does, in JavaScript (browser/)
+    model/                   an export, see inference/export.py
+    ort/                     onnxruntime-web, taken from an `npm install` of the user's: it is not ours to ship
+
+Any file server will do; no header is needed, since one thread is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from cmmasksd.errors import UserError
+from cmmasksd.inference.export import check_target, export
+from cmmasksd.inference.onnx import EXPORT_FILE, ExportSettings
+from cmmasksd.model.processing import load_tokenizer
+
+PAGE, BROWSER = Path(__file__).parent / "page", Path(__file__).parent / "browser"
+ORT_VERSION = "1.30.0"
+ORT_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+_WHERE = (Path("node_modules/onnxruntime-web/dist"), Path("web/node_modules/onnxruntime-web/dist"))
+
+
+def write_site(
+    name: str | Path,
+    out: Path,
+    *,
+    ort: Path | None = None,
+    int8: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> ExportSettings:
+    """Write the site.
+
+    Args:
+        name: folder of a trained model, hub id, or a model that ships.
+        out: the folder; a site in it is replaced.
+        ort: the folder `dist` of onnxruntime-web; None: of a node_modules in the working folder or in web/.
+        int8, progress: see `export`.
+
+    Returns:
+        What was written to `model/export.json`.
+
+    Raises:
+        UserError: onnxruntime-web is not there, the model's tokenizer is not CLIP's, `out` holds something else, or as
+            `export`; then nothing is left behind.
+    """
+    ort = ort or next((place for place in _WHERE if place.is_dir()), _WHERE[0])
+    if missing := [file for file in ORT_FILES if not (ort / file).is_file()]:
+        raise UserError(
+            f"no {missing[0]} in {ort}: run `npm install onnxruntime-web@{ORT_VERSION}` here, or give its folder dist"
+            " by --ort"
+        )
+    check_target(out, marker=Path("model") / EXPORT_FILE)
+    tokenizer = getattr(load_tokenizer(name), "backend_tokenizer", None)
+    if tokenizer is None or not _is_clips(json.loads(tokenizer.to_str())):
+        raise UserError(f"the tokenizer of {name} is not CLIP's, which is the only one that the page reads")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        settings = export(name, folder / "model", int8=int8, progress=progress)
+        shutil.copytree(PAGE, folder, dirs_exist_ok=True)
+        shutil.copytree(BROWSER, folder, dirs_exist_ok=True)  # its backend.js takes the place of the page's
+        (folder / "ort").mkdir()
+        for file in ORT_FILES:
+            shutil.copyfile(ort / file, folder / "ort" / file)
+        for file in sorted(folder.rglob("*")):
+            to = out / file.relative_to(folder)
+            if file.is_file():
+                to.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, to)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return settings
+
+
+def _is_clips(tokenizer: dict) -> bool:
+    """Whether tokenizer.js reads this tokenizer as the tokenizers library does."""
+    normalizers = (tokenizer.get("normalizer") or {}).get("normalizers", [])
+    splitters = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    model, post = tokenizer["model"], tokenizer.get("post_processor") or {}
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    return (
+        [one["type"] for one in normalizers] == ["NFC", "Replace", "Lowercase"]
+        and (normalizers[1]["pattern"], normalizers[1]["content"]) == ({"Regex": r"\s+"}, " ")
+        and [one["type"] for one in splitters] == ["Split", "ByteLevel"]
+        and splitters[0] == {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": True}
+        and not splitters[1]["add_prefix_space"]
+        and splitters[1]["use_regex"]
+        and post.get("type") in ("RobertaProcessing", "TemplateProcessing")
+        and (model["type"], model["end_of_word_suffix"]) == ("BPE", "</w>")
+        and not any(
+            model.get(key) for key in ("dropout", "continuing_subword_prefix", "byte_fallback", "ignore_merges")
+        )
+    )
