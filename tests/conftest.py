@@ -147,3 +147,13 @@ def tiny_model_folder(
     _tiny_model.save_pretrained(folder)
     CMMaskSDProcessor(tiny_tokenizer, (32, 32), patch_size=8, max_tokens=TINY_CONTEXT).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model that ships as ONNX, written by the command (which takes a minute). Copy it before you change it."""
+    from cmmasksd.cli import main
+
+    out = tmp_path_factory.mktemp("exported") / "scenes"
+    assert main(["export", "--model", "scenes", "--out", str(out)]) == 0
+    return out

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import threading
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from unicodedata import ucd_3_2_0
@@ -21,11 +22,12 @@ from PIL import Image
 from cmmasksd.cli import main
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
-from cmmasksd.inference.onnx import OnnxSegmenter, resize_bicubic, restore
+from cmmasksd.inference.onnx import ExportSettings, resize_bicubic, restore
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.frame import lay
-from cmmasksd.model.processing import load_tokenizer, tokenize
+from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer, tokenize
 from cmmasksd.serving import site
+from cmmasksd.serving.engine import word_maps
 
 ORT = Path(__file__).parents[2] / "web/node_modules/onnxruntime-web/dist"
 SENTENCES = [
@@ -40,7 +42,9 @@ def node(script: str, *modules: str, **values: object) -> object:
     """Run a script that prints JSON; `modules` are imported from the browser's folder, `values` are its constants."""
     if shutil.which("node") is None:
         pytest.skip("node is not installed: the browser's JavaScript is NOT tested")
-    imports = "".join(f"import * as {name} from {json.dumps((site.BROWSER / name).as_uri())[:-1]}.js\";\n" for name in modules)
+    imports = "".join(
+        f'import * as {name} from {json.dumps((site.BROWSER / name).as_uri())[:-1]}.js";\n' for name in modules
+    )
     constants = "".join(f"const {name} = {json.dumps(value)};\n" for name, value in values.items())
     done = subprocess.run(
         ["node", "--input-type=module", "-"], input=imports + constants + script, capture_output=True, text=True, timeout=300,
@@ -101,11 +105,175 @@ def test_the_javascript_pixels_equal_pythons(height: int, width: int, resize: st
     _, _, h, w = frame.content
     small = np.array(found["small"]).reshape(h, w, 4)[..., :3]
     np.testing.assert_array_equal(small, resize_bicubic(image[..., :3], h, w))
-    from cmmasksd.model.processing import CMMaskSDProcessor
-
     processor = CMMaskSDProcessor(
-        load_tokenizer("scenes"), (64, 96), patch_size=8, resize=resize, mean=settings["mean"], std=settings["std"]  # pyright: ignore
+        load_tokenizer("scenes"),
+        (64, 96),
+        patch_size=8,
+        resize=resize,
+        mean=settings["mean"],
+        std=settings["std"],  # pyright: ignore
     )
     canvas, _ = processor.image(np.ascontiguousarray(image[..., :3]))
     np.testing.assert_allclose(np.array(found["values"]), processor.pixel_values(canvas).numpy().ravel(), atol=1e-5)
     np.testing.assert_allclose(np.array(found["logits"]), restore(logits, frame).ravel(), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The site in a browser
+
+
+@pytest.fixture(scope="module")
+def written(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, made of an export that is there already."""
+    if not ORT.is_dir():
+        pytest.skip("onnxruntime-web is not installed, the site is NOT tested: npm install --prefix web")
+    out = tmp_path_factory.mktemp("site") / "site"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(site, "export", lambda name, to, **how: ExportSettings.read(shutil.copytree(exported, to)))
+        site.write_site("scenes", out, ort=ORT)
+    return out
+
+
+@pytest.fixture(scope="module")
+def address(written: Path) -> Iterator[str]:
+    """A plain file server, as `python -m http.server`."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(written)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def page(address: str) -> Iterator:
+    """The site opened in headless Chromium."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip("playwright is not installed, the site is NOT tested: pip install playwright")
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("chromium is not installed, the site is NOT tested: apt-get install chromium")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(180_000)
+        page.foreign, page.mistakes = [], []
+        page.on("request", lambda request: request.url.startswith(address) or page.foreign.append(request.url))
+        page.on("pageerror", lambda error: page.mistakes.append(str(error)))
+        page.goto(address)
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[str]]]:
+    """A scene as it is, and one cut and stretched to an odd size; with their sentences."""
+    folder, data = tmp_path_factory.mktemp("pictures"), SceneDataset("scenes", "val", 12)
+    groups = list(data.groups())[:2]
+    made = []
+    for nth, group in enumerate(groups):
+        image = Image.fromarray(data.image(data[group[0]]))
+        if nth:
+            image = image.resize((301, 203))
+        image.save(folder / f"scene{nth}.png")
+        texts = [expression.text for index in group for expression in data[index].expressions]
+        made.append((folder / f"scene{nth}.png", texts))
+    return made
+
+
+def test_the_page_finds_the_masks_that_python_finds(page, address: str, pictures, tmp_path: Path):
+    segmenter, compared = Segmenter.from_pretrained("scenes", device="cpu"), 0
+    for file, texts in pictures:
+        page.set_input_files("#file", file)
+        page.fill("#sentences", "\n".join(texts))
+        page.click("#find")
+        page.wait_for_selector("#results:not([hidden]), #error:not(:empty)")
+        assert page.inner_text("#error") == ""
+        with page.expect_download() as download:
+            page.click("#save-rle")
+        download.value.save_as(tmp_path / "masks.json")
+        found = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+        for expected, one in zip(segmenter.segment(file, texts), found, strict=True):
+            height, width = one["segmentation"]["size"]
+            runs = one["segmentation"]["counts"]
+            mask = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+            assert mask.shape == expected.mask.shape
+            union = (mask | expected.mask).sum()
+            assert union == 0 or (mask & expected.mask).sum() / union >= 0.99
+            compared += union > 0
+    assert compared >= 4
+    assert page.foreign == []
+    assert page.mistakes == []
+
+
+def test_words_have_maps_and_mistakes_are_said(page, pictures):
+    file, texts = pictures[0]
+    answer = page.evaluate(
+        """async ([bytes, texts]) => {
+            const backend = await import("./backend.js");
+            const found = await backend.segment(new Blob([Uint8Array.from(bytes)]), texts);
+            const said = [];
+            for (const [blob, text] of [[new Blob(["no picture"]), "red"], [new Blob([Uint8Array.from(bytes)]), " "]])
+                await backend.segment(blob, [text]).catch((error) => said.push(error.message));
+            for (const one of found.results) {
+                one.probability.data = Array.from(one.probability.data);
+                for (const word of one.words) word.map.data = Array.from(word.map.data);
+            }
+            return { ...found, said };
+        }""",
+        [list(file.read_bytes()), texts],
+    )
+    assert answer["said"] == [
+        "This file is not a picture that the browser can read.",
+        "An empty sentence names no object: give at least one word.",
+    ]
+    assert (answer["width"], answer["height"]) == (128, 128)
+    segmenter = Segmenter.from_pretrained("scenes", device="cpu")
+    encoded = segmenter.encode([(file, texts)])
+    for nth, (one, expected) in enumerate(zip(answer["results"], segmenter.segment(file, texts), strict=True)):
+        assert one["score"] == pytest.approx(expected.score, abs=1e-3)
+        probability = np.array(one["probability"]["data"]).reshape(128, 128)
+        assert np.abs(probability - 255 * expected.probability).max() < 1
+        assert " ".join(word["text"] for word in one["words"]) == one["text"]
+        for shown, word in zip(word_maps(segmenter, encoded, nth), one["words"], strict=True):
+            assert (shown["start"], shown["end"]) == (word["start"], word["end"])
+            difference = np.frombuffer(b64decode(shown["map"]["data"]), np.uint8) - np.array(word["map"]["data"], float)
+            assert np.abs(difference).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def test_no_site_without_onnxruntime_web_or_over_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    (tmp_path / "dist").mkdir()
+    for name in site.ORT_FILES:
+        (tmp_path / "dist" / name).write_text("")
+    command = ["export", "--model", "scenes", "--format", "web", "--out"]
+    assert main([*command, str(tmp_path / "new"), "--ort", str(tmp_path)]) == 2
+    assert "npm install onnxruntime-web@" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "mine"), "--ort", str(tmp_path / "dist")]) == 2
+    assert "is not an export" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dist", "mine"]
+    assert (tmp_path / "mine/letter.txt").read_text() == "dear"
+
+
+def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in site.ORT_FILES:
+        (tmp_path / name).write_text("")
+    tokenizer = load_tokenizer("scenes")
+    from tokenizers.normalizers import NFC
+
+    tokenizer.backend_tokenizer.normalizer = NFC()  # pyright: ignore
+    monkeypatch.setattr(site, "load_tokenizer", lambda name: tokenizer)
+    with pytest.raises(UserError, match="not CLIP's"):
+        site.write_site("scenes", tmp_path / "out", ort=tmp_path)
