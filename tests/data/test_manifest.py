@@ -107,6 +107,8 @@ def test_ids_and_sentences(folder: Path):
     named = ManifestDataset(write(folder / "m.jsonl", row(id="cup-1"), row(id="cup-2")), "all")
     assert [named[i].ref_id for i in range(2)] == [1, 2]
     assert [one.id for one in read_rows(folder / "m.jsonl")] == ["cup-1", "cup-2"]
+    alike = ManifestDataset(write(folder / "m.jsonl", row(id="7"), row(id="07"), row(id="٧")), "all")
+    assert [alike[i].ref_id for i in range(3)] == [1, 2, 3]  # int() would make one of all
 
 
 def test_a_photograph_lies_upright(folder: Path):
@@ -292,6 +294,7 @@ ROWS = [
     ({"polygon": None, "rle": {"size": [3, 3], "counts": [9]}}, "expected size"),
     ({"polygon": None, "rle": {"size": [HEIGHT, WIDTH], "counts": [9]}}, "do not add up"),
     ({"polygon": None, "rle": [1]}, "rle is"),
+    ({"polygon": None, "rle": {"labelme": []}}, "lacks 'size' or 'counts'"),
     ({"polygon": None, "mask": "absent.png"}, "absent.png does not exist"),
     ({"polygon": None, "mask": "small.png"}, "5x4 pixels and its picture 24x16"),
     ({"polygon": None, "mask": "turned.png"}, "16x24 pixels and its picture 24x16"),

@@ -32,6 +32,7 @@ import hashlib
 import json
 import math
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,6 +58,14 @@ _SHARE = 0.1  # of the pictures in val, and in test, where no row names a split
 
 
 @dataclass(frozen=True, slots=True)
+class Shapes:
+    """labelme's shapes of one object, and the (height, width) of the picture they were drawn on, where it is said."""
+
+    shapes: list[dict[str, Any]]
+    size: tuple[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row of a manifest.
 
@@ -72,7 +81,7 @@ class Row:
     where: str
     image: Path
     expressions: tuple[str, ...]
-    mask: Path | list[Any] | dict[str, Any] | None = None
+    mask: Path | list[Any] | dict[str, Any] | Shapes | None = None
     split: str | None = None
     id: str | None = None
 
@@ -99,7 +108,7 @@ class ManifestDataset:
             raise UserError(f"a manifest has no split {split!r}: choose one of {', '.join(SPLITS)}, {ALL}")
         rows = _all_rows(Path(root))
         _check_ids(rows)
-        numbered = all(row.id is not None and row.id.isdecimal() and len(row.id) < 19 for row in rows)
+        numbered = all(row.id is not None and re.fullmatch("0|[1-9][0-9]{0,17}", row.id) for row in rows)
         if split != ALL:
             rows = _with_splits(rows)
         image_ids: dict[Path, int] = {}
@@ -335,8 +344,7 @@ def _labelme_rows(file: Path, root: Path) -> Iterator[Row]:
     for parts in objects.values():
         where = f"{file}, shape {parts[0][0]}"
         texts = dict.fromkeys(text for _, shape in parts for text in shape["label"].split("|"))
-        mask = {"labelme": [shape for _, shape in parts], "size": size}
-        yield Row(where, image, _sentences(list(texts), where), mask)
+        yield Row(where, image, _sentences(list(texts), where), Shapes([shape for _, shape in parts], size))
 
 
 def _inside(folder: Path, name: object, where: str) -> Path:
@@ -422,7 +430,9 @@ def _deal(rows: Sequence[Row]) -> dict[Path, str]:
     return {image: of[digest] for image, digest in digests.items()}
 
 
-def _checked_mask(mask: Path | list[Any] | dict[str, Any] | None, size: tuple[int, int]) -> Path | dict[str, Any]:
+def _checked_mask(
+    mask: Path | list[Any] | dict[str, Any] | Shapes | None, size: tuple[int, int]
+) -> Path | dict[str, Any]:
     """The mask as a path or RLE, known to have the picture's size (height, width)."""
     if isinstance(mask, Path):
         if (own := image_size(mask)) != size:
@@ -432,8 +442,8 @@ def _checked_mask(mask: Path | list[Any] | dict[str, Any] | None, size: tuple[in
                 "one size"
             )
         return mask
-    if isinstance(mask, dict) and "labelme" in mask:
-        found = _labelme_mask(mask["labelme"], mask["size"], size)
+    if isinstance(mask, Shapes):
+        found = _labelme_mask(mask.shapes, mask.size, size)
     else:
         found = decode_segmentation(mask, *size)
     return mask_to_rle(found)

@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ class FileNames:
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
+        self._next: dict[str, int] = {}
 
     def stem(self, source: Source, frame: int | None) -> str:
         """The start of the names of one image's files."""
@@ -88,9 +89,12 @@ class FileNames:
         plain = unicodedata.normalize("NFC", file.stem if frame is None else f"{file.stem}_f{frame:04}")
         plain = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "-", plain)
         plain = plain.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
-        others = (f"{plain}_{nth}" for nth in count(2))
-        stem = next(name for name in chain([plain], others) if name.casefold() not in self._taken)
+        for nth in count(self._next.get(plain, 1)):
+            stem = plain if nth == 1 else f"{plain}_{nth}"
+            if stem.casefold() not in self._taken:
+                break
         self._taken.add(stem.casefold())
+        self._next[plain] = nth + 1
         return stem
 
 
