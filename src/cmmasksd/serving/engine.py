@@ -62,7 +62,7 @@ class Engine:
     Args:
         segmenter: used by the engine's thread alone from now on.
         settings: sizes of batch and queue, the limit of pixels.
-        observe: called with (requests, sentences, seconds) after every batch, for the metrics.
+        observe: called with (requests, sentences, seconds) of every batch, for the metrics.
     """
 
     def __init__(
@@ -127,11 +127,7 @@ class Engine:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            jobs = self._next_batch()
-            started = time.monotonic()
-            self._compute(jobs)
-            if jobs:
-                self.observe(len(jobs), sum(len(job.sentences) for job in jobs), time.monotonic() - started)
+            self._compute(self._next_batch())
         self._refuse_waiting()
 
     def _next_batch(self) -> list[Job]:
@@ -179,6 +175,7 @@ class Engine:
                     _settle(job, own)
 
     def _answer(self, ready: Sequence[tuple[Job, np.ndarray]]) -> None:
+        started = time.monotonic()
         encoded = self.segmenter.encode([(pixels, job.sentences) for job, pixels in ready])
         found = self.segmenter.decode(encoded, [job.threshold for job, _ in ready])
         results: list[list[dict[str, Any]]] = [[] for _ in ready]
@@ -191,6 +188,7 @@ class Engine:
                 if "words" in job.want:
                     result["words"] = word_maps(self.segmenter, encoded, nth)
                 results[owner].append(result)
+        self.observe(len(ready), len(encoded.texts), time.monotonic() - started)
         for (job, pixels), of_job in zip(ready, results, strict=True):
             height, width = pixels.shape[:2]
             _settle(job, {"width": width, "height": height, "threshold": job.threshold, "results": of_job})

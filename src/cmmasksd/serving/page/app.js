@@ -18,6 +18,7 @@ let size = { width: 0, height: 0 }; // as drawn
 let word = null; // the word whose map is shown
 let job = null; // AbortController of the running job
 let drawing = 0;
+const context = $("view").getContext("2d", { willReadFrequently: true });
 
 // ---- pictures in
 
@@ -49,6 +50,7 @@ function forget() {
   found = [];
   word = null;
   $("results").hidden = true;
+  document.body.classList.remove("found");
   $("legend").replaceChildren();
 }
 
@@ -154,6 +156,7 @@ function showLegend() {
     return item;
   }));
   $("results").hidden = false;
+  document.body.classList.add("found");
   report();
 }
 
@@ -230,22 +233,22 @@ $("threshold").addEventListener("change", () => say("status", found.map((one, nt
 /** Draw once per frame, however often it is asked for. */
 function draw() {
   cancelAnimationFrame(drawing);
-  drawing = requestAnimationFrame(() => paint($("view").getContext("2d")));
+  drawing = requestAnimationFrame(paint);
 }
 
-function paint(context) {
+function paint() {
   if (!picture) return;
   context.clearRect(0, 0, size.width, size.height);
   context.drawImage(picture.bitmap, 0, 0, size.width, size.height);
   const shown = found.filter((one) => one.on);
-  if (word) paintHeat(context, word.map);
-  else if (shown.length) paintMasks(context);
+  if (word) paintHeat(word.map);
+  else if (shown.length) paintMasks();
   $("view").setAttribute("aria-label", word
     ? `Picture with the map of the word ${word.text}`
     : `Picture ${picture.name}${shown.length ? ` with ${shown.length === 1 ? "1 mask" : `${shown.length} masks`}` : ""}`);
 }
 
-function paintMasks(context) {
+function paintMasks() {
   const { width, height } = size, layer = new ImageData(width, height), out = layer.data, limit = 255 * threshold();
   const line = Math.max(2, Math.round(SIDE / 300)), labels = [];
   for (const [nth, { big, on }] of found.entries()) {
@@ -267,7 +270,8 @@ function paintMasks(context) {
     if (count) labels.push([nth, ...nearest(big, limit, sumX / count, sumY / count)]);
   }
   context.drawImage(canvasOf(layer), 0, 0);
-  const radius = SIDE / 48, within = (at, side) => Math.min(Math.max(at, radius + 2), side - radius - 2);
+  const radius = (13 * width) / ($("view").clientWidth || width); // as large on a phone
+  const within = (at, side) => Math.min(Math.max(at, radius + 2), side - radius - 2);
   for (const [nth, x, y] of labels) label(context, nth, within(x, width), within(y, height), radius);
 }
 
@@ -323,7 +327,7 @@ function swatch(nth) {
   return canvas;
 }
 
-function paintHeat(context, map) {
+function paintHeat(map) {
   const big = enlarge(map), layer = context.getImageData(0, 0, size.width, size.height), { data } = layer;
   for (let at = 0, to = 0; at < big.length; at++, to += 4) {
     const level = (big[at] / 255) * (HEAT.length - 1), low = Math.min(Math.floor(level), HEAT.length - 2);
@@ -384,7 +388,7 @@ function saveMask(one, nth) {
 
 $("save-picture").addEventListener("click", () => {
   word = null;
-  paint($("view").getContext("2d"));
+  paint();
   $("view").toBlob((blob) => download(blob, `${stem()}_masks.png`));
 });
 

@@ -1,0 +1,516 @@
+"""The HTTP API: answers equal the Segmenter's, everything that is wrong is refused in one shape, and one client's
+mischief costs the others nothing. In process by httpx's ASGI transport; what needs sockets runs on a real uvicorn."""
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("httpx", reason="httpx is not installed")
+
+import httpx
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+from cmmasksd.data.masks import decode_segmentation
+from cmmasksd.errors import UserError
+from cmmasksd.inference.predictor import Segmenter
+from cmmasksd.serving import api
+from cmmasksd.serving.api import create_app, make_server
+from cmmasksd.serving.settings import ServeSettings
+
+SENTENCES = ["the red circle", "Blue, square on the left"]
+EVERYTHING = ["rle", "png", "probability", "words"]
+
+
+@pytest.fixture(scope="module")
+def segmenter(tiny_model_folder: Path) -> Segmenter:
+    return Segmenter.from_pretrained(tiny_model_folder, device="cpu")
+
+
+def picture(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that says it is large and holds nothing."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+def as_json(image: bytes, sentences: list[str], **more: object) -> dict:
+    return {"json": {"image": base64.b64encode(image).decode(), "sentences": sentences, **more}}
+
+
+def as_form(image: bytes, sentences: list[str], **more: object) -> dict:
+    return {"files": {"image": ("a.png", image)}, "data": {"sentences": sentences, **more}}
+
+
+def ask(app: FastAPI, *requests: dict, path: str = "/v1/segment", method: str = "POST") -> list[httpx.Response]:
+    """Send requests at once, in process."""
+
+    async def go() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+            return await asyncio.gather(*(client.request(method, path, **request) for request in requests))
+
+    return asyncio.run(go())
+
+
+@pytest.fixture
+def serve(segmenter: Segmenter) -> Iterator:
+    """Makes applications; their engines end with the test."""
+    made = []
+
+    def make(key: str | None = None, **settings: object) -> FastAPI:
+        made.append(create_app(segmenter, "tiny", ServeSettings(**settings), key))  # pyright: ignore
+        return made[-1]
+
+    yield make
+    for app in made:
+        app.state.engine.close()
+
+
+def hold(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Make the engine stop before its next batch: (it has got there, let it go on)."""
+    engine, reached, go = app.state.engine, threading.Event(), threading.Event()
+    compute = engine._compute
+
+    def wait(jobs):
+        reached.set()
+        assert go.wait(60)
+        compute(jobs)
+
+    monkeypatch.setattr(engine, "_compute", wait)
+    return reached, go
+
+
+def assert_refused(answer: httpx.Response, status: int, code: str) -> str:
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"}
+    assert set(answer.json()["error"]) == {"code", "message"}
+    assert answer.json()["error"]["code"] == code
+    message = answer.json()["error"]["message"]
+    assert message
+    assert "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+@pytest.mark.parametrize("kind", [as_json, as_form])
+def test_the_answer_is_the_segmenter_s(serve, segmenter: Segmenter, kind):
+    pixels = picture(60, 90)
+    [answer] = ask(serve(), kind(png(pixels), SENTENCES, threshold=0.4, want=EVERYTHING))
+    assert answer.status_code == 200, answer.text
+    said = answer.json()
+    assert (said["width"], said["height"], said["threshold"]) == (90, 60, 0.4)
+    assert [one["text"] for one in said["results"]] == SENTENCES
+    encoded = segmenter.encode([(pixels, SENTENCES)])
+    areas = []
+    for one, expected in zip(said["results"], segmenter.decode(encoded, [0.4]), strict=True):
+        mask = decode_segmentation(one["rle"], 60, 90)
+        np.testing.assert_array_equal(mask, expected.mask)
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(one["png"])))) > 0, mask)
+        assert one["score"] == pytest.approx(expected.score)
+        assert one["area"] == mask.sum()
+        areas.append(one["area"])
+        if one["area"]:
+            x, y, w, h = one["box"]
+            assert mask[y : y + h, x : x + w].sum() == one["area"]
+            assert all(side.any() for side in (mask[y], mask[y + h - 1], mask[:, x], mask[:, x + w - 1]))
+        else:
+            assert one["box"] is None
+        values = unpack(one["probability"])
+        assert values.shape == (60, 90)
+        assert np.abs(values / 255 - expected.probability).max() < 0.003
+    assert any(areas)
+
+
+def unpack(shown: dict) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(shown["data"]), np.uint8).reshape(shown["height"], shown["width"])
+
+
+def test_what_is_not_wanted_is_left_out(serve):
+    [answer] = ask(serve(), as_json(png(picture()), ["a"]))
+    assert set(answer.json()["results"][0]) == {"text", "score", "area", "box", "truncated", "rle"}
+
+
+def test_words_are_spans_with_their_correlation(serve, segmenter: Segmenter):
+    """A word's map follows the cosines of the patches with the word."""
+    from cmmasksd.distillation.correlation import correlation
+
+    pixels = picture(64, 64)
+    [answer] = ask(serve(), as_json(png(pixels), SENTENCES, want=["words"]))
+    encoded = segmenter.encode([(pixels, SENTENCES)])
+    for nth, one in enumerate(answer.json()["results"]):
+        assert [one["text"][word["start"] : word["end"]] for word in one["words"]] == [w["text"] for w in one["words"]]
+        image = encoded.features.select(torch.tensor([0]))
+        cosine = correlation(image, encoded.sentences.select(slice(nth, nth + 1)))[0]
+        for word, shown in enumerate(one["words"]):
+            pieces = (encoded.tokens.word_ids[nth] == word).nonzero()[:, 0]
+            values = unpack(shown["map"])
+            assert (values.min(), values.max()) == (0, 255)
+            of_patches = values.reshape(4, 16, 4, 16).mean((1, 3)).ravel()
+            assert np.corrcoef(of_patches, cosine[:, pieces].mean(1))[0, 1] > 0.95
+    words = [word["text"] for word in answer.json()["results"][1]["words"]]
+    assert words == ["Blue", ",", "square", "on", "the", "left"]
+
+
+def test_maps_are_small_and_of_the_picture_s_shape(serve):
+    [answer] = ask(serve(), as_json(png(picture(700, 1400)), ["red"], want=["probability", "words"]))
+    one = answer.json()["results"][0]
+    assert unpack(one["probability"]).shape == (256, 512)
+    assert unpack(one["words"][0]["map"]).shape == (32, 64)
+
+
+def test_requests_that_wait_are_computed_together(serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+    app = serve(max_batch=4)
+    images = [picture(40 + 9 * nth, 50, nth) for nth in range(6)]
+    requests = [as_json(png(image), [f"red {nth}"]) for nth, image in enumerate(images)]
+    sizes, encode = [], segmenter.encode
+    monkeypatch.setattr(segmenter, "encode", lambda requests: sizes.append(len(requests)) or encode(requests))
+    reached, go = hold(app, monkeypatch)
+    answers: list[httpx.Response] = []
+    first = threading.Thread(target=lambda: answers.extend(ask(app, requests[0])))
+    first.start()
+    assert reached.wait(60)
+    rest: list[httpx.Response] = []
+    others = threading.Thread(target=lambda: rest.extend(ask(app, *requests[1:])))
+    others.start()
+    while app.state.engine.waiting < 5:
+        time.sleep(0.01)
+    go.set()
+    first.join()
+    others.join()
+    answers += rest
+    assert sizes == [1, 4, 1]
+    for nth, (image, answer) in enumerate(zip(images, answers, strict=True)):
+        expected = segmenter.segment(image, f"red {nth}")[0]
+        found = answer.json()["results"][0]
+        assert found["text"] == f"red {nth}"
+        mask = decode_segmentation(found["rle"], *image.shape[:2])
+        assert (mask != expected.mask).mean() < 0.01  # rounding may move single pixels across the threshold
+
+
+def test_health_metrics_and_headers(serve):
+    app = serve()
+    ask(app, as_json(png(picture()), SENTENCES), as_json(b"no picture", SENTENCES))
+    [health] = ask(app, {}, path="/v1/health", method="GET")
+    assert health.json()["status"] == "ok"
+    assert health.json()["model"] == "tiny"
+    [metrics] = ask(app, {}, path="/metrics", method="GET")
+    values = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(metrics.text)
+        for sample in family.samples
+    }
+    assert values["cmmasksd_requests_total", "200"] == values["cmmasksd_requests_total", "415"] == 1
+    assert values["cmmasksd_sentences_total",] >= 2
+    for answer in (
+        health,
+        metrics,
+        *ask(app, {}, path="/page/", method="GET"),
+        *ask(app, {}, path="/no", method="GET"),
+    ):
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_page_is_served(serve):
+    app = serve()
+    for name, kind in {
+        "": "text/html",
+        "app.js": "javascript",
+        "backend.js": "javascript",
+        "style.css": "text/css",
+    }.items():
+        [answer] = ask(app, {}, path=f"/page/{name}", method="GET")
+        assert answer.status_code == 200
+        assert kind in answer.headers["content-type"]
+        assert "<script>" not in answer.text
+        assert " style=" not in answer.text
+
+
+def test_the_examples_are_scenes_of_ours():
+    """Anyone can make the shipped examples again, and their sentences are true ones."""
+    from cmmasksd.data.scenes import SceneDataset
+
+    folder = api.PAGE / "examples"
+    data = SceneDataset("scenes", "val", 40, seed=0, canvas=384)
+    for example in json.loads((folder / "examples.json").read_text())["examples"]:
+        references = [one for one in data if one.image_id == example["image_id"]]
+        with Image.open(folder / example["file"]) as image:
+            assert np.abs(np.asarray(image).astype(int) - data.image(references[0])).mean() < 8  # JPEG
+        assert set(example["sentences"]) <= {e.text for one in references for e in one.expressions}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+GOOD = base64.b64encode(b"GIF89a").decode()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "code"),
+    [
+        ({"content": b"{", "headers": {"content-type": "application/json"}}, 400, "unreadable"),
+        ({"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}, 400, "unreadable"),
+        ({"content": b"\xff", "headers": {"content-type": "application/json"}}, 400, "unreadable"),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "bad_form"),
+        ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "bad_form"),
+        ({"json": {"image": "no base64!", "sentences": ["a"]}}, 400, "bad_base64"),
+        ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "unsupported_media_type"),
+        ({"content": b"x"}, 415, "unsupported_media_type"),
+        (as_json(b"plain text", ["a"]), 415, "no_image"),
+        (as_json(png(picture())[:200], ["a"]), 415, "no_image"),
+        (as_form(b"", ["a"]), 415, "no_image"),
+        (as_json(bomb(6000, 6000), ["a"]), 413, "too_many_pixels"),
+        (as_json(bomb(60_000, 60_000), ["a"]), 413, "too_many_pixels"),
+        (as_json(b"0" * 11_000_000, ["a"]), 413, "too_many_bytes"),
+        (as_form(b"0" * 11_000_000, ["a"]), 413, "too_many_bytes"),
+        (as_json(b"", ["a"] * 10_000), 422, "invalid"),
+        (as_form(b"", ["a"] * 10_000), 400, "bad_form"),
+        (as_form(b"", ["a"] * 33), 422, "invalid"),
+        (as_json(b"", ["a" * 301]), 422, "invalid"),
+        (as_json(b"", []), 422, "invalid"),
+        (as_json(b"", [" \t"]), 422, "invalid"),
+        (as_json(b"", [7]), 422, "invalid"),  # pyright: ignore
+        (as_json(b"", ["\ud800"]), 422, "invalid"),
+        (as_json(b"", ["a"], threshold=1), 422, "invalid"),
+        (as_json(b"", ["a"], threshold="0.5"), 422, "invalid"),
+        (as_json(b"", ["a"], want=["all"]), 422, "invalid"),
+        (as_json(b"", ["a"], more=1), 422, "invalid"),
+        (as_form(b"", ["a"], threshold="nan"), 422, "invalid"),
+        ({"json": {"image": 5, "sentences": ["a"]}}, 422, "invalid"),
+        ({"json": {"sentences": ["a"]}}, 422, "invalid"),
+        ({"json": [1]}, 422, "invalid"),
+        ({"json": None, "content": b"null", "headers": {"content-type": "application/json"}}, 422, "invalid"),
+        ({"data": {"image": "text", "sentences": ["a"]}, "files": {"x": b""}}, 422, "invalid"),
+    ],
+)
+def test_refusals(serve, request_: dict, status: int, code: str):
+    app = serve()
+    if "json" in request_ and "\\ud800" in json.dumps(request_["json"]):  # httpx will not send half a character
+        request_ = {"content": json.dumps(request_["json"]), "headers": {"content-type": "application/json"}}
+    [answer] = ask(app, request_)
+    assert_refused(answer, status, code)
+    [after] = ask(app, as_json(png(picture()), ["red"]))
+    assert after.status_code == 200
+
+
+@pytest.mark.parametrize(("path", "method", "status"), [("/no", "GET", 404), ("/v1/segment", "GET", 405)])
+def test_wrong_addresses(serve, path: str, method: str, status: int):
+    [answer] = ask(serve(), {}, path=path, method=method)
+    assert_refused(answer, status, "not_found" if status == 404 else "method_not_allowed")
+    assert (status == 405) == ("allow" in answer.headers)
+
+
+@pytest.mark.parametrize("given", [None, "", "wrong", "geheim"])
+def test_a_key(serve, given: str | None):
+    app = serve(key="secret")
+    request = as_json(png(picture()), ["red"]) | {"headers": {} if given is None else {"X-API-Key": given}}
+    [answer] = ask(app, request)
+    assert_refused(answer, 401, "no_key")
+    [answer] = ask(app, request | {"headers": {"x-api-key": "secret"}})
+    assert answer.status_code == 200
+    [health] = ask(app, {}, path="/v1/health", method="GET")
+    assert health.status_code == 200
+    [schema] = ask(app, {}, path="/openapi.json", method="GET")
+    assert schema.json()["components"]["securitySchemes"]
+    assert "401" in schema.json()["paths"]["/v1/segment"]["post"]["responses"]
+
+
+def test_a_full_queue_says_come_again(serve, monkeypatch: pytest.MonkeyPatch):
+    app = serve(queue=2, max_batch=1)
+    reached, go = hold(app, monkeypatch)
+    engine, answers = app.state.engine, []
+    good = as_json(png(picture()), ["red"])
+    thread = threading.Thread(target=lambda: answers.extend(ask(app, good, good, good)))
+    thread.start()
+    assert reached.wait(60)
+    while engine.waiting < 2:
+        time.sleep(0.01)
+    [refused] = ask(app, good)
+    go.set()
+    thread.join()
+    assert_refused(refused, 429, "busy")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert [answer.status_code for answer in answers] == [200] * 3
+
+
+def test_a_request_that_takes_too_long_is_dropped(serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+    app = serve(timeout=0.2, max_batch=1)
+    reached, go = hold(app, monkeypatch)
+    good = as_json(png(picture()), ["red"])
+    late = ask(app, good, good)
+    for answer in late:
+        assert_refused(answer, 504, "too_late")
+    assert reached.is_set()
+    encoded, encode = [], segmenter.encode
+    monkeypatch.setattr(segmenter, "encode", lambda requests: encoded.append(requests) or encode(requests))
+    monkeypatch.setattr(app.state.engine, "settings", ServeSettings())
+    go.set()
+    app.state.engine.close()  # ends behind what was queued
+    assert len(encoded) <= 1  # the first was on its way when its time ended; the second was not begun
+
+
+def test_a_failing_batch_costs_only_the_one_that_fails(
+    serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    app = serve(max_wait=0.5)
+    encode = segmenter.encode
+
+    def fail(requests):
+        if any("secret words" in texts for _, texts in requests):
+            raise RuntimeError(f"cannot do {requests}")
+        return encode(requests)
+
+    monkeypatch.setattr(segmenter, "encode", fail)
+    with caplog.at_level(logging.DEBUG):
+        good, bad = ask(app, as_json(png(picture()), ["red"]), as_json(png(picture()), ["secret words"]))
+    assert good.status_code == 200
+    assert "secret" not in assert_refused(bad, 500, "internal")
+    assert "RuntimeError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_stopped_engine_refuses(serve):
+    app = serve()
+    app.state.engine.close()
+    [answer] = ask(app, as_json(png(picture()), ["red"]))
+    assert_refused(answer, 503, "stopping")
+    [health] = ask(app, {}, path="/v1/health", method="GET")
+    assert_refused(health, 503, "stopping")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"queue": 0}, {"port": 70000}, {"timeout": 0}, {"max_wait": 5}, {"timeout": float("nan")}]
+)
+def test_wrong_settings(wrong: dict):
+    with pytest.raises(UserError, match="--"):
+        ServeSettings(**wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over a socket
+
+
+@pytest.fixture
+def server(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
+    monkeypatch.setattr(api, "HEAD_SECONDS", 0.5)
+    settings = ServeSettings(port=0, body_timeout=0.5)
+    app = create_app(segmenter, "tiny", settings)
+    running, listening = make_server(app, settings)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield *listening.getsockname()[:2], app
+    running.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+    assert not app.state.engine._thread.is_alive()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    connection.settimeout(30)
+    parts = []
+    while part := connection.recv(65536):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
+    """Truncated, endless and slow requests end, and others are answered meanwhile."""
+    host, port, _ = server
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    slow_head = socket.create_connection((host, port))
+    slow_head.sendall(b"POST /v1/segment HT")
+    slow_body = socket.create_connection((host, port))
+    slow_body.sendall(head + b"Content-Length: 1000\r\n\r\n{")
+    truncated = socket.create_connection((host, port))
+    truncated.sendall(head + b"Content-Length: 1000\r\n\r\n" + b"{" * 10)
+    truncated.close()
+    announced = socket.create_connection((host, port))
+    announced.sendall(head + b"Content-Length: 99000000\r\n\r\n")
+    second_head = socket.create_connection((host, port))
+    second_head.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/hea")
+    with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
+        good = client.post("/v1/segment", **as_form(png(picture()), ["red"]))
+        sent: list[None] = []
+        endless = (sent.append(None) or b" " * 100_000 for _ in range(10_000))
+        try:
+            answer = client.post("/v1/segment", content=endless, headers={"content-type": "application/json"})
+        except httpx.HTTPError:
+            pass  # the server hung up before its answer was read
+        else:
+            assert_refused(answer, 413, "too_many_bytes")
+        assert len(sent) < 1000  # it did not read on
+        assert good.status_code == 200
+        assert b" 408 " in read_all(slow_body).split(b"\r\n")[0]
+        assert b" 413 " in read_all(announced).split(b"\r\n")[0]
+        assert read_all(slow_head) == b""
+        assert b" 200 " in read_all(second_head).split(b"\r\n")[0]
+        assert client.post("/v1/segment", **as_json(png(picture()), ["red"])).status_code == 200
+    for connection in (slow_head, slow_body, announced, second_head):
+        connection.close()
+
+
+def test_a_client_that_leaves_is_dropped(server, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+    host, port, app = server
+    reached, go = hold(app, monkeypatch)
+    monkeypatch.setattr(app.state.engine, "settings", ServeSettings(max_batch=1))
+    body = json.dumps(as_json(png(picture()), ["red"])["json"]).encode()
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    jobs, submit = [], app.state.engine.submit
+    monkeypatch.setattr(app.state.engine, "submit", lambda job: jobs.append(job) or submit(job))
+    connections = [socket.create_connection((host, port)) for _ in range(2)]
+    for connection in connections:
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert reached.wait(30)
+    while len(jobs) < 2:
+        time.sleep(0.01)
+    for connection in connections:
+        connection.close()
+    while not all(job.answer.cancelled() for job in jobs):
+        time.sleep(0.01)
+    encoded, encode = [], segmenter.encode
+    monkeypatch.setattr(segmenter, "encode", lambda requests: encoded.append(requests) or encode(requests))
+    go.set()
+    assert (
+        httpx.post(f"http://{host}:{port}/v1/segment", timeout=30, **as_json(png(picture()), ["x"])).status_code == 200
+    )
+    assert [texts for batch in encoded for _, texts in batch][-1] == ["x"]
+    assert len(encoded) <= 2
+
+
+def test_a_port_that_is_taken(server):
+    host, port, app = server
+    with pytest.raises(UserError, match="another --port"):
+        make_server(app, ServeSettings(host=host, port=port))

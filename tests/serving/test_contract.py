@@ -1,0 +1,72 @@
+"""schemathesis sends what OpenAPI allows and what it forbids; the server does what OpenAPI says.
+
+Pictures come from the test (JSON Schema cannot say "base64 of an image"); every other value is schemathesis's.
+"""
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cmmasksd.inference.predictor import Segmenter
+from cmmasksd.serving.api import create_app
+from cmmasksd.serving.settings import ServeSettings
+
+EXAMPLES = 25  # of each operation, of each kind
+
+
+def _image(mode: str) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (9, 7)).save(file, "PNG")
+    return file.getvalue()
+
+
+IMAGES = [_image(mode) for mode in ("RGB", "L", "RGBA")]
+schemathesis.openapi.format("byte", st.sampled_from([base64.b64encode(image).decode() for image in IMAGES]))
+schemathesis.openapi.format("binary", st.sampled_from(IMAGES))
+
+
+@pytest.fixture(scope="module")
+def schema(tiny_model_folder: Path) -> Iterator:
+    segmenter = Segmenter.from_pretrained(tiny_model_folder, device="cpu")
+    app = create_app(segmenter, "tiny", ServeSettings(timeout=120), "key")
+    yield schemathesis.openapi.from_asgi("/openapi.json", app)
+    app.state.engine.close()
+
+
+@pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
+@pytest.mark.parametrize("path", ["/v1/segment", "/v1/health", "/metrics"])
+def test_the_server_does_what_openapi_says(schema, path: str, mode: schemathesis.GenerationMode):
+    operation = schema[path]["post" if path == "/v1/segment" else "get"]
+    seen = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def check(case) -> None:
+        answer = case.call_and_validate(headers={"X-API-Key": "key"})
+        seen.append(answer.status_code)
+
+    check()
+    if path == "/v1/segment":
+        assert (200 in seen) == (mode is schemathesis.GenerationMode.POSITIVE)
+
+
+def test_every_operation_is_tested(schema):
+    assert {found.ok().path for found in schema.get_all_operations()} == {"/v1/segment", "/v1/health", "/metrics"}
