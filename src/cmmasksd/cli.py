@@ -450,7 +450,9 @@ def _serve(settings: Namespace) -> None:
 
     segmenter = Segmenter.from_pretrained(settings.model, device=settings.device)
     key = os.environ.get(KEY_VARIABLE)
-    server, listening = make_server(create_app(segmenter, settings.model, limits, key), limits)
+    folder = Path(settings.model)
+    name = folder.name if folder.is_dir() else settings.model  # clients need no path of ours
+    server, listening = make_server(create_app(segmenter, name, limits, key), limits)
     host, port = listening.getsockname()[:2]
     page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     print(f"{settings.model} is served at {page} (Ctrl+C ends it)", flush=True)

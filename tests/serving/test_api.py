@@ -6,8 +6,12 @@ import base64
 import io
 import json
 import logging
+import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -424,18 +428,10 @@ def test_wrong_settings(wrong: dict):
 
 
 @pytest.fixture
-def server(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
+def server(running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
     monkeypatch.setattr(api, "HEAD_SECONDS", 0.5)
-    settings = ServeSettings(port=0, body_timeout=0.5)
-    app = create_app(segmenter, "tiny", settings)
-    running, listening = make_server(app, settings)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield *listening.getsockname()[:2], app
-    running.should_exit = True
-    thread.join(30)
-    assert not thread.is_alive()
-    assert not app.state.engine._thread.is_alive()
+    with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=0.5)) as found:
+        yield found
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -514,3 +510,20 @@ def test_a_port_that_is_taken(server):
     host, port, app = server
     with pytest.raises(UserError, match="another --port"):
         make_server(app, ServeSettings(host=host, port=port))
+
+
+def test_the_command(tiny_model_folder: Path, server):
+    """`cmmasksd serve` says where it listens, shows no path to clients, and ends well when it is interrupted."""
+    _, port, _ = server
+    command = [sys.executable, "-m", "cmmasksd", "serve", "--model", str(tiny_model_folder), "--port"]
+    busy = subprocess.run([*command, str(port)], capture_output=True, text=True, timeout=300)
+    assert busy.returncode == 2
+    assert "choose another --port" in busy.stderr.splitlines()[-1]
+    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://\S+", process.stdout.readline())
+        assert found
+        health = httpx.get(f"{found[0]}v1/health", timeout=60).json()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(120) == 0
+    assert health["model"] == tiny_model_folder.name

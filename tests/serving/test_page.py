@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.inference.predictor import Segmenter
-from cmmasksd.serving.api import create_app, make_server
 from cmmasksd.serving.settings import ServeSettings
 
 SECONDS = 60_000  # of patience, in milliseconds
@@ -44,14 +42,9 @@ def segmenter() -> Segmenter:
 
 
 @pytest.fixture(scope="module")
-def address(segmenter: Segmenter) -> Iterator[str]:
-    settings = ServeSettings(port=0)
-    server, listening = make_server(create_app(segmenter, "scenes", settings), settings)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(60)
+def address(running, segmenter: Segmenter) -> Iterator[str]:
+    with running(segmenter, "scenes", ServeSettings(port=0)) as (host, port, _):
+        yield f"http://{host}:{port}/"
 
 
 @pytest.fixture(scope="module")

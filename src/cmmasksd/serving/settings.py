@@ -26,7 +26,7 @@ class ServeSettings:
         queue: requests that may wait; the next one is told to come again (429).
         timeout: seconds that a request may wait and be computed, then it is dropped (504).
         body_timeout: seconds in which a client must have sent its request (408).
-        connections: that are open at once, at most.
+        connections: open at once, at most.
     """
 
     host: str = "127.0.0.1"

@@ -1,0 +1,31 @@
+"""A real server on the loopback for the tests that need sockets."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def _running(segmenter: Any, name: str, settings: Any, key: str | None = None) -> Iterator[tuple[str, int, Any]]:
+    from cmmasksd.serving.api import create_app, make_server
+
+    app = create_app(segmenter, name, settings, key)
+    server, listening = make_server(app, settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield "127.0.0.1", listening.getsockname()[1], app
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+        assert not app.state.engine._thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def running() -> Callable:
+    """`with running(segmenter, name, settings, key) as (host, port, app)`: a server that ends in good order."""
+    return _running
