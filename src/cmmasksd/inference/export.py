@@ -221,7 +221,7 @@ def _require_packages(format: str) -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"to export needs {error.name}: pip install 'cmmasksd[export]'") from None
+        raise UserError(f"export needs {error.name}: pip install 'cmmasksd[export]'") from None
 
 
 def check_target(out: Path, marker: str | Path = EXPORT_FILE) -> None:

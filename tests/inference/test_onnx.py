@@ -1,0 +1,197 @@
+"""The predictor of exported models against the torch one, and what it says to folders that are no sound export."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmmasksd.cli import main
+from cmmasksd.data.scenes import SceneDataset
+from cmmasksd.errors import UserError
+from cmmasksd.inference.onnx import ExportSettings, OnnxSegmenter, resize_bicubic, restore
+from cmmasksd.inference.predictor import Segmenter, load_segmenter
+from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+
+pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+
+
+@pytest.fixture(scope="module")
+def segmenter(exported: Path) -> OnnxSegmenter:
+    found = load_segmenter(exported)
+    assert isinstance(found, OnnxSegmenter)
+    return found
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "export"))
+
+
+def test_masks_are_torchs(segmenter: OnnxSegmenter):
+    data, requests = SceneDataset("scenes", "val", 12), []
+    for nth, group in enumerate(data.groups()):
+        image = data.image(data[group[0]])
+        image = np.asarray(Image.fromarray(image).resize((203, 301))) if nth % 2 else image  # an odd size, and shape
+        requests.append((image, [expression.text for index in group for expression in data[index].expressions]))
+    expected = load_segmenter("scenes", device="cpu").segment_batch(requests)
+    found, masks = segmenter.segment_batch(requests), 0
+    for (image, texts), left, right in zip(requests, expected, found, strict=True):
+        assert [one.text for one in right] == texts
+        for a, b in zip(left, right, strict=True):
+            assert b.mask.shape == b.probability.shape == image.shape[:2]
+            assert (b.mask.dtype, b.probability.dtype) == (np.bool_, np.float32)
+            union = (a.mask | b.mask).sum()
+            assert (a.mask & b.mask).sum() >= 0.99 * union
+            np.testing.assert_allclose(a.probability, b.probability, atol=1e-4)
+            assert a.score == pytest.approx(b.score, abs=1e-3)
+            masks += union > 0
+    assert masks >= 6
+
+
+def test_many_sentences_and_a_threshold(exported: Path, segmenter: OnnxSegmenter):
+    image = np.full((40, 50, 3), 200, np.uint8)
+    texts = ["red circle"] * 40 + ["the star"]  # more than are decoded together
+    found = segmenter.segment(image, texts)
+    np.testing.assert_allclose(found[0].probability, found[39].probability, atol=1e-5)
+    low = OnnxSegmenter.from_pretrained(exported, threshold=0.01).segment(image, "red circle")[0]
+    np.testing.assert_array_equal(low.mask, low.probability > 0.01)
+    with pytest.raises(UserError, match="no probability"):
+        OnnxSegmenter.from_pretrained(exported, threshold=1.0)
+
+
+def test_neither_torch_nor_transformers_is_imported(exported: Path):
+    code = f"""
+import sys
+import numpy as np
+from cmmasksd.inference.onnx import OnnxSegmenter
+found = OnnxSegmenter.from_pretrained({str(exported)!r}).segment(np.zeros((9, 9, 3), np.uint8), "red circle")
+assert found[0].mask.shape == (9, 9)
+assert not {{"torch", "transformers", "accelerate", "torchmetrics"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def test_predict_runs_an_export(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = SceneDataset("scenes", "val", 1)
+    Image.fromarray(data.image(data[0])).save(tmp_path / "scene.png")
+    given = ["--image", str(tmp_path / "scene.png"), "--text", data[0].expressions[0].text, "--out"]
+    for model in ("scenes", str(exported)):
+        assert main(["predict", "--model", model, *given, str(tmp_path / Path(model).parent.name)]) == 0
+    assert capsys.readouterr().out.count("score") == 2
+    left, right = (sorted((tmp_path / name).glob("*mask.png")) for name in ("", exported.parent.name))
+    assert np.mean(np.asarray(Image.open(left[0])) != np.asarray(Image.open(right[0]))) < 0.01
+    assert main(["predict", "--model", str(exported), *given, str(tmp_path), "--device", "cuda"]) == 2
+    assert "runs on the CPU" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processor in numpy
+
+
+@pytest.mark.parametrize("resize", ["warp", "letterbox"])
+@pytest.mark.parametrize("size", [(64, 96), (96, 97), (640, 481), (33, 500), (1, 7), (2001, 40)])
+def test_the_processor_in_numpy_equals_the_torch_one(segmenter: OnnxSegmenter, size: tuple[int, int], resize: str):
+    draw = np.random.default_rng(0)
+    image, logits = draw.integers(0, 256, (*size, 3), dtype=np.uint8), draw.normal(size=(16, 24)).astype(np.float32)
+    processor = CMMaskSDProcessor(load_tokenizer("scenes"), (64, 96), patch_size=16, resize=resize)  # pyright: ignore
+    settings = replace(segmenter.settings, size=(64, 96), resize=resize)
+    own = OnnxSegmenter(settings, segmenter.tokenizer, segmenter.sessions)
+    expected, frame = processor.image(image)
+    found, own_frame = own.canvas(image)
+    assert own_frame == frame
+    np.testing.assert_array_equal(found, expected.permute(1, 2, 0).numpy())  # to the last bit
+    np.testing.assert_allclose(
+        own.pixel_values(found[None])[0], processor.pixel_values(expected).numpy(), rtol=0, atol=1e-6
+    )
+    restored = processor.restore(torch.from_numpy(logits)[None], frame)[0].numpy()
+    np.testing.assert_allclose(restore(logits, frame), restored, rtol=0, atol=2e-4)
+
+
+def test_enlarging_by_far_keeps_white_white():
+    assert (resize_bicubic(np.full((2, 3, 3), 255, np.uint8), 301, 77) == 255).all()
+
+
+def test_tokens_are_the_processors(segmenter: OnnxSegmenter):
+    processor = CMMaskSDProcessor.from_pretrained("scenes")
+    texts = ["red circle", "it's the <|endoftext|> Ärger", "word " * 90, "红 circle"]
+    expected = processor.tokens(texts)
+    ids, attention, is_word = segmenter.tokens(texts)
+    np.testing.assert_array_equal(ids, expected.input_ids.numpy())
+    np.testing.assert_array_equal(attention, expected.attention_mask.numpy())
+    np.testing.assert_array_equal(is_word, expected.word_ids.numpy() >= 0)
+    for mistake in ([], [" "]):
+        with pytest.raises(UserError, match="sentence"):
+            segmenter.segment(np.zeros((9, 9, 3), np.uint8), mistake)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders that are not what they should be
+
+
+def _without(folder: Path) -> None:
+    (folder / "decoder.onnx").unlink()
+
+
+def _damaged(folder: Path) -> None:
+    (folder / "image.onnx").write_bytes((folder / "image.onnx").read_bytes()[:5000])
+
+
+def _no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def _no_json(folder: Path) -> None:
+    (folder / "export.json").write_text("{")
+
+
+def _settings(**changed: object) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        content = json.loads((folder / "export.json").read_text())
+        (folder / "export.json").write_text(json.dumps(content | changed))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without, "decoder.onnx cannot be read"),
+        (_damaged, "image.onnx cannot be read"),
+        (_no_tokenizer, "tokenizer.json cannot be read"),
+        (_no_json, "is not an export's"),
+        (_settings(version=2), "has version 2, this package reads 1"),
+        (_settings(size=[128]), "values that no export writes"),
+        (_settings(size=[128, 100]), "values that no export writes"),
+        (_settings(size=[1_600_000, 1_600_000]), "values that no export writes"),
+        (_settings(patch_size=0), "is not an export's"),
+        (_settings(std=[0, 1, 1]), "values that no export writes"),
+        (_settings(mean="abc"), "is not an export's"),
+        (_settings(more=1), "is not an export's"),
+        (_settings(format="pt2"), "export with --format onnx"),
+    ],
+)
+def test_a_spoilt_export_is_one_line(copied: Path, spoil: Callable[[Path], None], message: str):
+    spoil(copied)
+    with pytest.raises(UserError, match=message) as error:
+        OnnxSegmenter.from_pretrained(copied)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_an_export(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no export\.json"):
+        ExportSettings.read(tmp_path)
+    assert isinstance(load_segmenter("scenes", device="cpu"), Segmenter)
+
+
+def test_onnxruntime_is_missing(exported: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'cmmasksd\[export\]'"):
+        OnnxSegmenter.from_pretrained(exported)
