@@ -92,7 +92,7 @@ def test_help_of_every_command_is_light():
     code = """
 import contextlib, io, sys
 from cmmasksd.cli import main
-commands = "demo,train,evaluate,compare,predict,explain,data,data scenes,pretrain,push,report,completion"
+commands = "demo,train,evaluate,compare,predict,export,explain,data,data scenes,pretrain,push,report,completion"
 for command in ["", *commands.split(",")]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
@@ -113,7 +113,7 @@ def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         main("--help")
     shown = capsys.readouterr().out
-    names = ("demo", "train", "evaluate", "compare", "predict", "explain", "data", "pretrain", "push", "report")
+    names = ("demo", "train", "evaluate", "compare", "predict", "export", "explain", "data", "pretrain", "push", "report")
     assert all(f" {name} " in shown for name in names)
 
 
