@@ -98,7 +98,7 @@ def read_mask(source: str | Path | bytes) -> np.ndarray:
     if values.ndim == 2:
         return values != 0
     if values.shape[2] in (2, 4):
-        return values[..., :-1].any(axis=2) & (values[..., -1] != 0)
+        return np.logical_and(values[..., :-1].any(axis=2), values[..., -1])
     return values.any(axis=2)
 
 
@@ -175,7 +175,7 @@ def as_pixels(picture: Picture) -> np.ndarray:
         return _array_pixels(picture)
     if isinstance(picture, Image.Image):
         with _decoding("the image"):  # it may not be read from its file yet
-            _require_bounded(*picture.size, "the image")
+            _require_bounded(picture.width, picture.height, "the image")
             return _rgb(picture, "the image", exif=True)
     if hasattr(picture, "read"):
         return read_image(read_bytes(picture), exif=True)

@@ -460,7 +460,7 @@ def _labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: t
     for shape in shapes:
         kind = shape.get("shape_type", "polygon")
         try:
-            points = np.array(shape.get("points"), dtype=np.float64)
+            points: Any = np.array(shape.get("points"), dtype=np.float64)
         except (ValueError, TypeError):
             points = np.zeros(0)
         if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():

@@ -14,7 +14,6 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ class FileNames:
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
-        self._next: dict[str, int] = {}
+        self._last: dict[str, int] = {}
 
     def stem(self, source: Source, frame: int | None) -> str:
         """The start of the names of one image's files."""
@@ -89,12 +88,12 @@ class FileNames:
         plain = unicodedata.normalize("NFC", file.stem if frame is None else f"{file.stem}_f{frame:04}")
         plain = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "-", plain)
         plain = plain.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
-        for nth in count(self._next.get(plain, 1)):
-            stem = plain if nth == 1 else f"{plain}_{nth}"
-            if stem.casefold() not in self._taken:
-                break
+        stem, nth = plain, self._last.get(plain, 1)
+        while stem.casefold() in self._taken:
+            nth += 1
+            stem = f"{plain}_{nth}"
         self._taken.add(stem.casefold())
-        self._next[plain] = nth + 1
+        self._last[plain] = nth
         return stem
 
 

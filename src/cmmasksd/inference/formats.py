@@ -122,7 +122,7 @@ def to_detections(found: Sequence[Segmentation]) -> Any:
         UserError: supervision is not installed, no segmentation, or of several images.
     """
     try:
-        import supervision
+        import supervision  # pyright: ignore (an optional package)
     except ImportError as error:
         raise UserError(f"detections need the package supervision ({error}): pip install supervision") from None
     height, width = _image_of(found).shape[:2]
