@@ -266,7 +266,7 @@ def _losses(study: Study, file: Path) -> Path:
             points = [[(row["step"], row["seg"]) for row in log if "seg" in row] for log in logs]
             if points:
                 steps, losses = np.mean([own[: min(map(len, points))] for own in points], axis=0).T
-                axes.plot(steps, losses, look, label=f"{arm}, {len(runs)} seeds")
+                axes.plot(steps, losses, look, label=f"{arm}, {len(runs)} seed{'s' * (len(runs) > 1)}")
         axes.set_title(REGIMES[regime].title, fontsize=8)
         axes.set_xlabel("step")
         axes.grid(color="0.9")
