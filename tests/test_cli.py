@@ -113,7 +113,20 @@ def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="0"):
         main("--help")
     shown = capsys.readouterr().out
-    names = ("demo", "train", "evaluate", "compare", "predict", "export", "explain", "data", "pretrain", "push", "report")
+    names = (
+        "demo",
+        "train",
+        "evaluate",
+        "compare",
+        "predict",
+        "export",
+        "serve",
+        "explain",
+        "data",
+        "pretrain",
+        "push",
+        "report",
+    )
     assert all(f" {name} " in shown for name in names)
 
 
