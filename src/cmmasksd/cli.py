@@ -408,7 +408,7 @@ def _predict(settings: Namespace) -> None:
                 for frame, pixels in read_frames(rows[0].image):
                     if "--out" in to_stdout and frame is not None:
                         raise UserError(f"{rows[0].name} has several frames: name a folder with --out, or use --json -")
-                    encoded = segmenter.encode([(pixels, [text for row in rows for text in row.texts])])
+                    encoded: Any = segmenter.encode([(pixels, [text for row in rows for text in row.texts])])
                     found = segmenter.decode(encoded)
                     for row in rows:
                         stem = names.stem(row, frame)

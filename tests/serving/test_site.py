@@ -7,6 +7,7 @@ and say what to install.
 import functools
 import http.server
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -159,7 +160,7 @@ def page(address: str) -> Iterator:
         from playwright.sync_api import sync_playwright
     except ImportError:
         pytest.skip("playwright is not installed, the site is NOT tested: pip install playwright")
-    if (chromium := shutil.which("chromium")) is None:
+    if (chromium := os.environ.get("CMMASKSD_CHROMIUM") or shutil.which("chromium")) is None:
         pytest.skip("chromium is not installed, the site is NOT tested: apt-get install chromium")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

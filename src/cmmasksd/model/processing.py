@@ -104,7 +104,8 @@ class CMMaskSDProcessor:
             )
         if max_tokens < 3:
             raise UserError(f"max_tokens {max_tokens} leaves no room for a word between start and end: use at least 3")
-        self.tokenizer, self.resize, self.patch_size = tokenizer, resize, patch_size
+        self.tokenizer, self.patch_size = tokenizer, patch_size
+        self.resize: Literal["warp", "letterbox"] = resize
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)  # the text tower has no more positions
         self.mean, self.std = tuple(mean), tuple(std)
         self.size = self._checked((int(size[0]), int(size[1])))
