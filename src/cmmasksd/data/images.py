@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -94,7 +94,7 @@ def read_mask(source: str | Path | bytes) -> np.ndarray:
         UserError: as `read_image`; also for another format, since a JPEG's zeros are not zero.
     """
     with _opened(source, ("PNG",)) as (image, _):
-        values = np.array(image)
+        values: Any = np.array(image)
     if values.ndim == 2:
         return values != 0
     if values.shape[2] in (2, 4):
@@ -134,7 +134,7 @@ def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]
     except PermissionError:
         raise UserError(f"{shown} cannot be read: permission denied") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
-        reason = f"not {'an image' if len(formats) > 1 else 'a ' + formats[0]}"
+        reason = "not a PNG" if formats == ("PNG",) else "not an image"
         reason = reason if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
         raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
 
