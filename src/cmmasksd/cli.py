@@ -480,7 +480,7 @@ def _export(settings: Namespace) -> None:
         size = sum(file.stat().st_size for file in settings.out.iterdir())
         how = f"try it: cmmasksd predict --model {settings.out} …" if settings.format == "onnx" else "torch.export.load"
     parity = ", ".join(f"{name} {value:.2g}" for name, value in done.parity.items())
-    print(f"{settings.out}: {size / 1e6:.1f} MB, difference from torch: {parity}; {how}")
+    print(f"{settings.out}: {size / 1e6:.1f} MB; compared with torch: {parity}; {how}")
 
 
 def _explain(settings: Namespace) -> None:

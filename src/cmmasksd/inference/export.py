@@ -207,7 +207,7 @@ def export(
                     f" {parity['int8 mean IoU']:.3f}, below {INT8_IOU}: nothing was written; export without --int8"
                 )
             (folder / EXPORT_FILE).write_text(settings.as_json(), encoding="utf-8")
-        move(folder, out)
+        _move(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return settings
@@ -238,7 +238,7 @@ def check_target(out: Path, marker: str | Path = EXPORT_FILE) -> None:
         raise UserError(f"{out} exists and is not an export: choose another folder, or remove it first")
 
 
-def move(folder: Path, out: Path) -> None:
+def _move(folder: Path, out: Path) -> None:
     """Move the files of a finished folder over those of an export, `export.json` last; what else is there stays."""
     out.mkdir(parents=True, exist_ok=True)
     for key in GRAPHS:  # of the other format
