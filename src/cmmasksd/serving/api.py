@@ -244,9 +244,7 @@ async def _read(request: Request, settings: ServeSettings, model: type[BaseModel
                     415, "unsupported_media_type", "send multipart/form-data or application/json, and say which"
                 )
     except TimeoutError:
-        raise Refusal(
-            408, "too_slow", f"the request did not arrive in {settings.body_timeout:g} s", Connection="close"
-        ) from None
+        raise Refusal(408, "too_slow", f"the request did not arrive in {settings.body_timeout:g} s") from None
     except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise Refusal(400, "unreadable", "the body cannot be read as what it says it is: check it") from None
     image = given.pop("image", None) if isinstance(given, dict) else None
@@ -465,21 +463,33 @@ class _Key(APIKeyHeader):
 
 
 class _Headers:
-    """Puts the security headers on every answer."""
+    """Puts the security headers on every answer, and ends the connection where a body was refused before its end:
+    uvicorn would read on for ever."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = dict(scope.get("headers", ()))
+        unread = b"transfer-encoding" in given or given.get(b"content-length", b"0") != b"0"
+
+        async def watched() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
+
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
+                if unread:
+                    headers["Connection"] = "close"
                 headers.setdefault("Cache-Control", "no-cache" if scope["path"].startswith("/page") else "no-store")
             await send(message)
 
-        await self.app(scope, receive, with_headers)
+        await self.app(scope, watched, with_headers)
 
 
 def _refused(status: int, code: str, message: str, headers: dict[str, str]) -> JSONResponse:
