@@ -127,7 +127,8 @@ class Engine:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._compute(self._next_batch())
+            jobs = self._next_batch()
+            self._compute(jobs)
         self._refuse_waiting()
 
     def _next_batch(self) -> list[Job]:
