@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -184,7 +184,7 @@ def _input(settings: ServeSettings) -> type[BaseModel]:
                 json_schema_extra={"format": "byte", "contentEncoding": "base64"},
             ),
         ]
-        sentences: Annotated[list[sentence], Field(min_length=1, max_length=settings.max_sentences)]
+        sentences: Annotated[list[sentence], Field(min_length=1, max_length=settings.max_sentences)]  # pyright: ignore (made from the settings)
         threshold: Annotated[float, Field(gt=0, lt=1, description="a pixel above this probability is in the mask")] = (
             0.5
         )
@@ -431,7 +431,9 @@ def create_app(
 async def _answer(request: Request, future: Future[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Wait for the engine; a cancelled future is work that it drops."""
     waiting = asyncio.wrap_future(future)
-    gone = asyncio.create_task(request.receive())  # the body has been read, so what comes is the end of the connection
+    gone = asyncio.ensure_future(
+        request.receive()
+    )  # the body has been read, so what comes is the end of the connection
     try:
         await asyncio.wait({waiting, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
@@ -455,7 +457,7 @@ class _Key(APIKeyHeader):
         super().__init__(name="X-API-Key", auto_error=False)
         self._key = key.encode()
 
-    async def __call__(self, request: Request) -> str:
+    async def __call__(self, request: HTTPConnection) -> str:
         given = await super().__call__(request) or ""
         if not hmac.compare_digest(given.encode(), self._key):
             raise Refusal(401, "no_key", "send the key of this server as X-API-Key", **{"WWW-Authenticate": "ApiKey"})
