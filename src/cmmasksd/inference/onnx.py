@@ -18,7 +18,7 @@ import numpy as np
 
 from cmmasksd.data.images import Picture, as_pixels
 from cmmasksd.errors import UserError
-from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation
+from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, Segments
 from cmmasksd.model.frame import Frame, inside, lay, level
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ class EncodedArrays:
     of_texts: dict[str, np.ndarray]
 
 
-class OnnxSegmenter:
-    """An exported model, ready to use; called like `Segmenter`.
+class OnnxSegmenter(Segments):
+    """An exported model, ready to use: `segment` and `segment_batch` are those of `Segments`.
 
     Args:
         settings: of the export.
@@ -177,22 +177,8 @@ class OnnxSegmenter:
             raise UserError(f"{folder / TOKENIZER_FILE} cannot be read ({error}): export again") from None
         return cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
 
-    def segment(self, image: Picture, texts: Sequence[str] | str) -> list[Segmentation]:
-        """Find what each sentence names. The image is encoded once for all of them. See `Segmenter.segment`."""
-        return self.segment_batch([(image, texts)])[0]
-
-    def segment_batch(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> list[list[Segmentation]]:
-        """Find what sentences name in several images, which are encoded together. See `Segmenter.segment_batch`."""
-        if not requests:
-            return []
-        encoded = self.encode(requests)
-        found: list[list[Segmentation]] = [[] for _ in requests]
-        for owner, one in zip(encoded.owner, self.decode(encoded), strict=True):
-            found[owner].append(one)
-        return found
-
     def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> EncodedArrays:
-        """The first half of `segment_batch`: everything that is done once per image and once per sentence."""
+        """See `Segments.encode`."""
         images, frames, canvases, texts, owner = [], [], [], [], []
         for nth, (image, said) in enumerate(requests):
             said = [said] if isinstance(said, str) else list(said)
@@ -211,7 +197,7 @@ class OnnxSegmenter:
         return EncodedArrays(images, texts, owner, frames, of_images, of_texts | {"word_mask": is_word})
 
     def decode(self, encoded: EncodedArrays, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
-        """The second half, sentence by sentence. See `Segmenter.decode`."""
+        """See `Segments.decode`."""
         above = [level(one) for one in thresholds or [self.threshold] * len(encoded.images)]
         for start in range(0, len(encoded.texts), DECODE_TOGETHER):
             part = slice(start, start + DECODE_TOGETHER)

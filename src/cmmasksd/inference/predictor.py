@@ -7,6 +7,7 @@ masks = [found.mask for found in segmenter.segment("picture.jpg", ["the red circ
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,61 @@ class Encoded:
     sentences: TextFeatures
 
 
-class Segmenter:
-    """A trained model, ready to use.
+class Segments(ABC):
+    """What all segmenters do alike: encode once, then decode sentence by sentence."""
+
+    def segment(self, image: Picture, texts: Sequence[str] | str) -> list[Segmentation]:
+        """Find what each sentence names. The image is encoded once for all of them.
+
+        Args:
+            image: a file's path, content or file object (its EXIF orientation is applied), a PIL image, or an array
+                of uint8: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey. See `as_pixels`.
+            texts: one sentence or several.
+
+        Returns:
+            One segmentation per sentence, in order.
+
+        Raises:
+            UserError: for an image that cannot be read, no sentence, or an empty one.
+        """
+        return self.segment_batch([(image, texts)])[0]
+
+    def segment_batch(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> list[list[Segmentation]]:
+        """Find what sentences name in several images, which are encoded together.
+
+        Args:
+            requests: images, each with its sentences; see `segment`.
+
+        Returns:
+            For each image one segmentation per sentence, in order.
+
+        Raises:
+            UserError: as `segment`; then nothing was computed.
+        """
+        if not requests:
+            return []
+        encoded = self.encode(requests)
+        found: list[list[Segmentation]] = [[] for _ in requests]
+        for owner, one in zip(encoded.owner, self.decode(encoded), strict=True):
+            found[owner].append(one)
+        return found
+
+    @abstractmethod
+    def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> Any:
+        """The first half of `segment_batch`: everything that is done once per image and once per sentence."""
+
+    @abstractmethod
+    def decode(self, encoded: Any, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
+        """The second half, sentence by sentence: a large picture's maps need not all be held at once.
+
+        Args:
+            encoded: what `encode` returned; its `owner` says which image each sentence is about.
+            thresholds: one per image, where they are not the segmenter's.
+        """
+
+
+class Segmenter(Segments):
+    """A trained model, ready to use: `segment` and `segment_batch` are those of `Segments`.
 
     Args:
         model: moved to the device and put into evaluation mode.
@@ -144,44 +198,8 @@ class Segmenter:
         model, processor = CMMaskSDModel.from_pretrained(name), CMMaskSDProcessor.from_pretrained(name)
         return cls(model, processor, device=device, threshold=threshold)
 
-    def segment(self, image: Picture, texts: Sequence[str] | str) -> list[Segmentation]:
-        """Find what each sentence names. The image is encoded once for all of them.
-
-        Args:
-            image: a file's path, content or file object (its EXIF orientation is applied), a PIL image, or an array
-                of uint8: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey. See `as_pixels`.
-            texts: one sentence or several.
-
-        Returns:
-            One segmentation per sentence, in order.
-
-        Raises:
-            UserError: for an image that cannot be read, no sentence, or an empty one.
-        """
-        return self.segment_batch([(image, texts)])[0]
-
-    def segment_batch(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> list[list[Segmentation]]:
-        """Find what sentences name in several images, which are encoded together.
-
-        Args:
-            requests: images, each with its sentences; see `segment`.
-
-        Returns:
-            For each image one segmentation per sentence, in order.
-
-        Raises:
-            UserError: as `segment`; then nothing was computed.
-        """
-        if not requests:
-            return []
-        encoded = self.encode(requests)
-        found: list[list[Segmentation]] = [[] for _ in requests]
-        for owner, one in zip(encoded.owner, self.decode(encoded), strict=True):
-            found[owner].append(one)
-        return found
-
     def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> Encoded:
-        """The first half of `segment_batch`: everything that is done once per image and once per sentence."""
+        """See `Segments.encode`."""
         import torch
 
         images, texts, owner, canvases, frames = [], [], [], [], []
@@ -204,12 +222,7 @@ class Segmenter:
         return Encoded(images, texts, owner, frames, tokens, features, sentences)
 
     def decode(self, encoded: Encoded, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
-        """The second half, sentence by sentence: a large picture's maps need not all be held at once.
-
-        Args:
-            encoded: see `encode`.
-            thresholds: one per image, where they are not the segmenter's.
-        """
+        """See `Segments.decode`."""
         import torch
 
         from cmmasksd.model.frame import level

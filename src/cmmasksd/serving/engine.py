@@ -26,7 +26,6 @@ import torch
 from PIL import Image
 
 from cmmasksd.data.images import read_image
-from cmmasksd.data.masks import mask_to_rle
 from cmmasksd.distillation.correlation import correlation
 from cmmasksd.inference.predictor import Encoded, Segmentation, Segmenter
 from cmmasksd.serving.settings import ServeSettings
@@ -205,13 +204,13 @@ def _settle(job: Job, answer: dict[str, Any] | Exception) -> None:
 
 def describe(found: Segmentation, want: frozenset[str]) -> dict[str, Any]:
     """A segmentation as JSON can hold it: text, score, area, box, and what is wanted of rle, png and probability."""
-    rows, columns = np.flatnonzero(found.mask.any(1)), np.flatnonzero(found.mask.any(0))
     box = None
-    if len(rows):
-        box = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
-    shown: dict[str, Any] = {"text": found.text, "score": found.score, "area": int(found.mask.sum()), "box": box}
+    if found.box is not None:
+        x0, y0, x1, y1 = found.box
+        box = [x0, y0, x1 - x0, y1 - y0]
+    shown: dict[str, Any] = {"text": found.text, "score": found.score, "area": found.area, "box": box}
     if "rle" in want:
-        shown["rle"] = mask_to_rle(found.mask)
+        shown["rle"] = found.rle
     if "png" in want:
         file = io.BytesIO()
         Image.fromarray(found.mask).save(file, "PNG")
