@@ -120,3 +120,17 @@ def test_distillation_refuses(values: dict[str, float], message: str):
 def test_training_counts_are_at_least_1(name: str):
     with pytest.raises(UserError, match=rf"training\.{name} is 0"):
         TrainingConfig(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"per_image": 0}, r"data\.per_image is 0"),
+        ({"workers": -1}, r"data\.workers is -1"),
+        ({"greyscale": 1.5}, r"data\.greyscale is 1\.5.*between 0 and 1"),
+        ({"greyscale": float("nan")}, r"data\.greyscale is nan"),
+    ],
+)
+def test_data_refuses(values: dict[str, float], message: str):
+    with pytest.raises(UserError, match=message):
+        DataConfig(**values)

@@ -31,6 +31,8 @@ class DataConfig:
         scene_size: side of the generated images in pixels.
         per_image: references of one image that are trained together in a batch (at most). One image encoding serves
             them all; 1 draws every reference on its own, as the peers do.
+        greyscale: chance that a training image loses its colours, all or in part, where no sentence that is drawn with
+            it names one (in English): shapes are learned apart from colours.
         workers: processes that read images.
     """
 
@@ -43,12 +45,15 @@ class DataConfig:
     scene_seed: int = 0
     scene_size: int = 128
     per_image: int = 3
+    greyscale: float = 0.0
     workers: int = 1
 
     def __post_init__(self) -> None:
         for name, least in (("per_image", 1), ("workers", 0), ("val_references", 0), ("train_references", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least {least}")
+        if not 0 <= self.greyscale <= 1:
+            raise UserError(f"data.greyscale is {self.greyscale}: a chance lies between 0 and 1")
 
 
 @dataclass

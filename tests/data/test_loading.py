@@ -1,6 +1,6 @@
 """Batches: every reference once per epoch, one order for any number of workers and processes, resumable anywhere."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from cmmasksd.data.loading import (
     Batch,
+    Draw,
     ScoringItems,
     TrainingBatches,
     TrainingItems,
+    fade,
     loaded,
     open_dataset,
     training_loader,
@@ -222,6 +224,60 @@ def test_sentence_is_a_function_of_seed_epoch_and_reference(processor):
     assert len({tuple(sorted(said(seed, 0).items())) for seed in range(4)}) > 1
     over_epochs = {r: {said(0, epoch)[r] for epoch in range(20)} for r in range(6)}
     assert all(len(texts) == 3 for texts in over_epochs.values())  # in time, all of them are heard
+
+
+class Said(Noise):
+    """Noise of which each reference has one given sentence."""
+
+    def __init__(self, *sentences: str) -> None:
+        super().__init__((1,) * len(sentences))
+        self.sentences = sentences
+
+    def __getitem__(self, index: int) -> Reference:
+        reference = super().__getitem__(index)
+        return replace(reference, expressions=(Expression(index, self.sentences[index]),))
+
+
+def test_images_lose_their_colours_only_where_no_sentence_names_one(processor):
+    data = Said(
+        "the red car", "car on the left", "GREENISH thing", "man with the grey hat", "a coloured one", "the bored man"
+    )
+    greyed = TrainingItems(data, processor, stride=4, greyscale=1.0)
+    for nth in range(6):
+        draws = [Draw(epoch, (nth,)) for epoch in range(12)]
+        plain, _ = processor.image(data.image(data[nth]))
+        images = [greyed[draw][0] for draw in draws]
+        assert all(torch.equal(image, greyed[draw][0]) for image, draw in zip(images, draws, strict=True))
+        spreads = [(image.float().amax(0) - image.float().amin(0)).mean().item() for image in images]
+        if nth not in (1, 5):
+            assert all(torch.equal(image, plain) for image in images)
+            continue
+        whole = (plain.float().amax(0) - plain.float().amin(0)).mean().item()
+        assert min(spreads) == 0  # wholly grey at times
+        assert any(0.05 * whole < spread < 0.95 * whole for spread in spreads)  # in part at others
+    off = TrainingItems(data, processor, stride=4)
+    assert torch.equal(off[Draw(0, (1,))][0], processor.image(data.image(data[1]))[0])
+
+
+def test_one_sentence_that_names_a_colour_keeps_them_for_all(processor):
+    class Together(Said):
+        def image(self, reference):
+            return super().image(self[0])
+
+    items = TrainingItems(Together("the red car", "car on the left"), processor, stride=4, greyscale=1.0)
+    plain, _ = processor.image(items.data.image(items.data[0]))
+    assert all(torch.equal(items[Draw(epoch, (0, 1))][0], plain) for epoch in range(8))
+    assert not all(torch.equal(items[Draw(epoch, (1,))][0], plain) for epoch in range(8))
+
+
+def test_fading_keeps_lightness():
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    assert torch.equal(fade(image, 1.0), image)
+    for keep in (0.0, 0.5):
+        before, after = ((one.float() * luma).sum(0) for one in (image, fade(image, keep)))
+        assert (before - after).abs().max() <= 0.51
+    assert fade(image, 0.0).float().std(0).max() == 0
 
 
 def test_ranks_read_what_one_process_reads(scenes, processor):

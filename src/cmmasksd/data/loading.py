@@ -11,6 +11,7 @@ Unusual here:
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,11 +164,33 @@ class TrainingBatches(Sampler[list[Draw]]):
             yield [Draw(self.epoch, tuple(references)) for references in together.values()]
 
 
-class TrainingItems(Dataset):
-    """Loads a `Draw`: one image, one random sentence for each of its references, and their targets."""
+COLOUR_WORDS = re.compile(
+    r"\b(black|white|gr[ae]y|silver|gold|red|orange|yellow|green|cyan|turquoise|blue|purple|violet|pink|brown|beige|"
+    r"blond|maroon|navy|colou?r)",
+    re.IGNORECASE,
+)
 
-    def __init__(self, data: ReferringDataset, processor: CMMaskSDProcessor, *, stride: float, seed: int = 0) -> None:
-        self.data, self.processor, self.stride, self.seed = data, processor, stride, seed
+
+class TrainingItems(Dataset):
+    """Loads a `Draw`: one image, one random sentence for each of its references, and their targets.
+
+    Args:
+        data, processor: see there.
+        stride: pixels of the canvas per logit.
+        seed: of the sentences, and of which images lose their colours.
+        greyscale: see `DataConfig`.
+    """
+
+    def __init__(
+        self,
+        data: ReferringDataset,
+        processor: CMMaskSDProcessor,
+        *,
+        stride: float,
+        seed: int = 0,
+        greyscale: float = 0.0,
+    ) -> None:
+        self.data, self.processor, self.stride, self.seed, self.greyscale = data, processor, stride, seed, greyscale
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, list[str], list[Tensor]]:
         image, frame, texts, targets = None, None, [], []
@@ -179,6 +202,9 @@ class TrainingItems(Dataset):
             texts.append(choice.text)
             targets.append(self.processor.target(self.data.mask(reference), frame, self.stride))
         assert image is not None  # a draw is never empty
+        chance = random.Random(f"{self.seed}/grey/{draw.epoch}/{draw.references}")
+        if chance.random() < self.greyscale and not any(COLOUR_WORDS.search(text) for text in texts):
+            image = fade(image, max(0.0, chance.uniform(-1, 1)))
         return image, texts, targets
 
     def collate(self, items: list[tuple[Tensor, list[str], list[Tensor]]]) -> Batch:
@@ -190,6 +216,13 @@ class TrainingItems(Dataset):
             torch.stack([target for of_image in targets for target in of_image]),
             torch.arange(len(items)).repeat_interleave(torch.tensor([len(of_image) for of_image in texts])),
         )
+
+
+def fade(image: Tensor, keep: float) -> Tensor:
+    """(3, h, w) uint8 RGB with a share of its colours, 0 (grey) to 1 (as it was); the same lightness (Rec. 601)."""
+    colour = image.float()
+    grey = (colour * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
+    return (grey + (colour - grey) * keep).round().clamp(0, 255).to(image.dtype)
 
 
 def training_loader(items: TrainingItems, batches: TrainingBatches, workers: int) -> DataLoader:

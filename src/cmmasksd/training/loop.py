@@ -63,7 +63,7 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
     set_seed(how.seed + accelerator.process_index)  # but different masks
 
     train_data, val_data = open_split(config, config.data.train_split), open_split(config, config.data.val_split)
-    items = TrainingItems(train_data, processor, stride=model.stride, seed=how.seed)
+    items = TrainingItems(train_data, processor, stride=model.stride, seed=how.seed, greyscale=config.data.greyscale)
     batches = TrainingBatches(
         train_data.groups(),
         how.batch_size,
