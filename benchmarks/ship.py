@@ -1,6 +1,6 @@
 """Makes the model that ships as "scenes" out of a training's folder: float16 weights, scores of those, and its card.
 
-    python benchmarks/ship.py runs/scenes-model/last
+    python benchmarks/ship.py runs/scenes-model/last --branches runs/scenes-model-3/last
 
 The scores in the card are those of the stored file, on scenes that no training has drawn. How the weights came about is
 told in `scenes-model.md.in` beside this file: edit that, not the card.
@@ -20,6 +20,7 @@ import torch
 from cmmasksd.assets import located
 from cmmasksd.cli import main as cmmasksd
 from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.training.checkpoint import WEIGHTS
 
 SPLITS = ("val", "testB")
 COLUMNS = ("oIoU", "mIoU", "P@0.5", "P@0.7", "P@0.9")
@@ -55,10 +56,13 @@ def scores(model: Path, references: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trained", type=Path, help="folder of a trained model")
+    parser.add_argument("--branches", type=Path, help="folder whose masked branches `explain` shows; else the model's")
     parser.add_argument("--references", type=int, default=1500, help="of each split that is scored")
     options = parser.parse_args()
     out = Path(located("scenes"))
     model = store(options.trained, out)
+    if options.branches is not None:
+        shutil.copy(options.branches / WEIGHTS, out / WEIGHTS)
     weights = (out / "model.safetensors").read_bytes()
     known = {
         "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",

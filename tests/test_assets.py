@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cmmasksd.assets import SHIPPED, located
 from cmmasksd.model.modeling import CMMaskSDModel
@@ -36,20 +36,29 @@ def test_the_card_of_a_shipped_model_names_its_weights():
         assert digest in (folder / "README.md").read_text()
 
 
-def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, monkeypatch):
-    """float16 that answers as before, nothing of training beside it, and a card with the scores of what is stored."""
-    file = Path(__file__).parents[1] / "benchmarks" / "ship.py"
-    spec = importlib.util.spec_from_file_location("ship", file)
+def benchmark(name):
+    """A module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    ship = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ship)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, monkeypatch):
+    """float16 that answers as before, nothing of training beside it, and a card with the scores of what is stored."""
+    ship = benchmark("ship")
     trained, out = shutil.copytree(tiny_model_folder, tmp_path / "last"), tmp_path / "scenes-model"
     (trained / "state.pt").write_bytes(b"moments")
+    branches = tmp_path / "earlier"
+    branches.mkdir()
+    (branches / "distillation.safetensors").write_bytes(b"mask token")
     monkeypatch.setattr(ship, "located", lambda name: str(out))
-    monkeypatch.setattr(sys, "argv", ["ship.py", str(trained), "--references", "6"])
+    monkeypatch.setattr(sys, "argv", ["ship.py", str(trained), "--branches", str(branches), "--references", "6"])
     ship.main()
     assert not (out / "state.pt").exists()
+    assert (out / "distillation.safetensors").read_bytes() == b"mask token"
     stored = load_file(out / "model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
     loaded = CMMaskSDModel.from_pretrained(out).state_dict()
@@ -60,3 +69,19 @@ def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, mo
     assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in card
     assert str(tmp_path) not in (out / "config.json").read_text()
     assert card.count("| val | ") == card.count("| testB | ") == 1
+
+
+def test_the_mean_of_models(tiny_model_folder, tmp_path, monkeypatch):
+    """Every weight is the mean; the rest of the folder is the first model's, without its training's state."""
+    folders = [shutil.copytree(tiny_model_folder, tmp_path / name) for name in "ab"]
+    weights = load_file(folders[0] / "model.safetensors")
+    save_file({name: value + 3 for name, value in weights.items()}, folders[1] / "model.safetensors", {"format": "pt"})
+    (folders[0] / "state.pt").write_bytes(b"moments")
+    out = tmp_path / "mean"
+    monkeypatch.setattr(sys, "argv", ["mean.py", str(out), *map(str, folders)])
+    benchmark("mean").main()
+    mean = load_file(out / "model.safetensors")
+    assert mean.keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(mean[name], value + 1.5)
+    assert {file.name for file in out.iterdir()} == {file.name for file in tiny_model_folder.iterdir()} - {"state.pt"}

@@ -625,7 +625,8 @@ def make_scene(seed: int, split: str, index: int, *, style: str = "scenes", canv
     if style not in STYLES:
         raise UserError(f"unknown scene style {style!r}: choose one of {', '.join(STYLES)}")
     if split not in SPLITS:
-        raise UserError(f"scenes have no split {split!r}: choose one of {', '.join(SPLITS)}")
+        known = ", ".join(one for one in SPLITS if one != "pretrain")
+        raise UserError(f"scenes have no split {split!r}: choose one of {known}")
     if canvas < 64:
         raise UserError(f"a canvas of {canvas} pixels is too small to tell the shapes apart: use at least 64")
     draw = random.Random(f"{seed}/{split}/{index}/{style}")
