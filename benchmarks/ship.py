@@ -19,6 +19,7 @@ import torch
 
 from cmmasksd.assets import located
 from cmmasksd.cli import main as cmmasksd
+from cmmasksd.model.hub import contents
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.training.checkpoint import WEIGHTS
 
@@ -36,6 +37,9 @@ def store(trained: Path, out: Path) -> CMMaskSDModel:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(trained, out, ignore=shutil.ignore_patterns("model.safetensors", "config.json", "state.pt"))
     model.save_pretrained(out)
+    settings = contents(out, "").get("config.yaml")  # without folders of this machine
+    if isinstance(settings, bytes):
+        (out / "config.yaml").write_bytes(settings)
     return model
 
 

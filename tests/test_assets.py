@@ -51,6 +51,7 @@ def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, mo
     ship = benchmark("ship")
     trained, out = shutil.copytree(tiny_model_folder, tmp_path / "last"), tmp_path / "scenes-model"
     (trained / "state.pt").write_bytes(b"moments")
+    (trained / "config.yaml").write_text(f"model: {{weights: {tmp_path}/before, size: [64, 64]}}\n")
     branches = tmp_path / "earlier"
     branches.mkdir()
     (branches / "distillation.safetensors").write_bytes(b"mask token")
@@ -68,6 +69,7 @@ def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, mo
     assert "{{" not in card
     assert hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest() in card
     assert str(tmp_path) not in (out / "config.json").read_text()
+    assert "weights: before" in (out / "config.yaml").read_text()
     assert card.count("| val | ") == card.count("| testB | ") == 1
 
 
