@@ -611,6 +611,28 @@ def test_predict_from_standard_input_to_standard_output(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "out"]
 
 
+def test_a_video_frame_by_frame(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    av = pytest.importorskip("av", reason="the extra data is not installed")
+    with av.open(str(tmp_path / "clip.mp4"), "w") as video:
+        stream = video.add_stream("mpeg4", rate=5)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for frame in (av.VideoFrame(64, 48, "yuv420p"), av.VideoFrame(64, 48, "yuv420p"), None):
+            for packet in stream.encode(frame):
+                video.mux(packet)
+    given = ["predict", "--model", run / "best", "--text", "the red circle"]
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    assert main(*given, "--image", tmp_path / "clip.mp4", "--json", rows, "--out", out) == 0
+    assert [row["frame"] for row in lines(rows)] == [1, 2]
+    assert all(row["size"] == [48, 64] for row in lines(rows))
+    assert sorted(file.name for file in out.iterdir()) == [
+        f"clip_f000{nth}_1_the-red-circle_{kind}.png" for nth in (1, 2) for kind in ("mask", "overlay")
+    ]
+    capsys.readouterr()
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    assert main(*given, "--image", tmp_path / "bad.mp4") == 2
+    assert "does not decode after frame 0" in capsys.readouterr().err
+
+
 def test_an_interrupt_keeps_what_was_predicted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in "abc":
         photo(tmp_path / f"{name}.png")

@@ -107,8 +107,8 @@ def build_parser() -> ArgumentParser:
         "--image",
         required=True,
         type=Path,
-        help="image or animation (GIF, WebP, PNG); folder of images; .jsonl or .csv file with a row of `image` and "
-        "`expressions` each; or - for an image on standard input",
+        help="image, animation (GIF, WebP, PNG) or video; folder of images; .jsonl or .csv file with a row of `image` "
+        "and `expressions` each; or - for an image on standard input",
     )
     predict.add_argument("--text", action="append", type=str, default=[], help="a sentence; give it again for more")
     predict.add_argument("--texts", type=Path | None, help="text file with a sentence in every line")
@@ -381,13 +381,14 @@ def _predict(settings: Namespace) -> None:
     from tqdm import tqdm
 
     from cmmasksd.data.images import image_size, read_frames
+    from cmmasksd.data.video import is_video, video_frames
     from cmmasksd.inference.batch import FileNames, find_sources, json_lines, json_row, read_sentences, save_pictures
     from cmmasksd.inference.predictor import load_segmenter
 
     texts = [*settings.text, *(read_sentences(settings.texts) if settings.texts else [])]
     _require_words(texts)
     sources = find_sources(settings.image, texts)
-    if len(sources) == 1:
+    if len(sources) == 1 and not is_video(sources[0].image):
         image_size(sources[0].image)  # a wrong path should not wait for the model
     to_stdout = [f"--{name}" for name in ("out", "json") if str(settings[name]) == "-"]
     if len(to_stdout) > 1:
@@ -405,7 +406,8 @@ def _predict(settings: Namespace) -> None:
         for _, group in groupby(sources, key=lambda source: source.image):
             rows = list(group)  # neighbouring rows about one image, which is encoded once for all of them
             try:
-                for frame, pixels in read_frames(rows[0].image):
+                image = rows[0].image
+                for frame, pixels in video_frames(image) if is_video(image) else read_frames(image):
                     if "--out" in to_stdout and frame is not None:
                         raise UserError(f"{rows[0].name} has several frames: name a folder with --out, or use --json -")
                     encoded: Any = segmenter.encode([(pixels, [text for row in rows for text in row.texts])])

@@ -118,7 +118,7 @@ def _opened(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(file, formats=formats)
         with opened:
-            _require_bounded(*opened.size, shown, max_pixels)
+            require_bounded(*opened.size, shown, max_pixels)
             yield opened, shown
 
 
@@ -139,7 +139,8 @@ def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]
         raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
 
 
-def _require_bounded(width: int, height: int, shown: str, most: int = MAX_PIXELS) -> None:
+def require_bounded(width: int, height: int, shown: str, most: int = MAX_PIXELS) -> None:
+    """Refuse more pixels than `most` or ``MAX_PIXELS`` (ImageTooLarge)."""
     if width * height > min(most, MAX_PIXELS):
         raise _too_large(f"{shown} of {width}x{height}", min(most, MAX_PIXELS))
 
@@ -175,7 +176,7 @@ def as_pixels(picture: Picture) -> np.ndarray:
         return _array_pixels(picture)
     if isinstance(picture, Image.Image):
         with _decoding("the image"):  # it may not be read from its file yet
-            _require_bounded(picture.width, picture.height, "the image")
+            require_bounded(picture.width, picture.height, "the image")
             return _rgb(picture, "the image", exif=True)
     if hasattr(picture, "read"):
         return read_image(read_bytes(picture), exif=True)
@@ -199,7 +200,7 @@ def _array_pixels(array: np.ndarray) -> np.ndarray:
         hint = ": values from 0 to 1 become it by (255 * x).round().astype('uint8')" if array.dtype.kind == "f" else ""
         kinds = "(H, W, 3) uint8 RGB, (H, W, 4) RGBA or (H, W) grey"
         raise UserError(f"an image must be {kinds}, not {array.shape} {array.dtype}{hint}")
-    _require_bounded(array.shape[1], array.shape[0], "the image")
+    require_bounded(array.shape[1], array.shape[0], "the image")
     if grey:
         return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
     return array if array.shape[2] == 3 else to_rgb(Image.fromarray(array))

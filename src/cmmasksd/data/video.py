@@ -1,0 +1,67 @@
+"""Video files, frame by frame, by PyAV (the extra `data`).
+
+Unusual here: the container is chosen by the file's suffix and the file is opened by us, so that no playlist in disguise
+makes FFmpeg open other files or addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeGuard
+
+import numpy as np
+
+from cmmasksd.data.images import require_bounded
+from cmmasksd.errors import UserError
+
+CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
+"""FFmpeg's name of the container of each suffix that is taken for a video."""
+
+
+def is_video(source: Path | bytes) -> TypeGuard[Path]:
+    """Whether a path is a video's, by its suffix."""
+    return isinstance(source, Path) and source.suffix.lower() in CONTAINERS
+
+
+def video_frames(file: Path) -> Iterator[tuple[int, np.ndarray]]:
+    """The frames of a video's first picture stream, upright.
+
+    Args:
+        file: with one of the suffixes of CONTAINERS.
+
+    Yields:
+        The frame's number from 1 and its pixels, (H, W, 3) uint8.
+
+    Raises:
+        UserError: there is no such file, it is damaged, its frames are too large, or PyAV is not installed.
+    """
+    try:
+        import av
+        from av.error import FFmpegError
+    except ImportError:
+        raise UserError("videos are read by the package av: pip install 'cmmasksd[data]'") from None
+    if not file.is_file():
+        raise UserError(f"video {file} {'is not a file' if file.exists() else 'does not exist'}: check the path")
+    container, number = CONTAINERS[file.suffix.lower()], 0
+    try:
+        with (
+            file.open("rb") as content,
+            av.open(content, "r", format=container, options={"protocol_whitelist": "none"}) as video,
+        ):
+            if not video.streams.video:
+                raise UserError(f"video {file} has no pictures: it is damaged, or has only sound")
+            stream = video.streams.video[0]
+            require_bounded(stream.width, stream.height, f"video {file}")
+            for frame in video.decode(stream):
+                require_bounded(frame.width, frame.height, f"video {file}")  # it may change on the way
+                number += 1
+                pixels = frame.to_ndarray(format="rgb24")
+                # both turn counterclockwise
+                yield number, np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+    except FFmpegError as error:
+        raise UserError(
+            f"video {file} does not decode after frame {number} ({error.strerror}): check the file"
+        ) from error
+    if not number:
+        raise UserError(f"video {file} has no frame: check the file")
