@@ -63,8 +63,7 @@ def test_text_files_name_their_encoding(file: Path):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         modes = [part.value for part in [*node.args, *(key.value for key in node.keywords)] if _is_mode(part)]
-        of_a_path = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") != "av"
-        opens_text = name == "open" and of_a_path and modes and "b" not in modes[0]
+        opens_text = name == "open" and isinstance(node.func, ast.Attribute) and modes and "b" not in modes[0]
         if name in ("read_text", "write_text") or opens_text:
             assert any(key.arg == "encoding" for key in node.keywords), f"{file}:{node.lineno}"
 

@@ -111,8 +111,7 @@ def _opened(
         shown, file = "the image's content", io.BytesIO(source)
     else:
         shown, file = f"image {source}", Path(source)
-        if not file.is_file():
-            raise UserError(f"{shown} {'is not a file' if file.exists() else 'does not exist'}: check the path")
+        require_file(file, shown)
     with _decoding(shown, formats):
         with warnings.catch_warnings():  # our own limit is stricter and says more than Pillow's warning
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -137,6 +136,12 @@ def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]
         reason = "not a PNG" if formats == ("PNG",) else "not an image"
         reason = reason if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
         raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
+
+
+def require_file(file: Path, shown: str) -> None:
+    """Refuse a path that is no file, or not there."""
+    if not file.is_file():
+        raise UserError(f"{shown} {'is not a file' if file.exists() else 'does not exist'}: check the path")
 
 
 def require_bounded(width: int, height: int, shown: str, most: int = MAX_PIXELS) -> None:

@@ -202,9 +202,10 @@ class TrainingItems(Dataset):
             texts.append(choice.text)
             targets.append(self.processor.target(self.data.mask(reference), frame, self.stride))
         assert image is not None  # a draw is never empty
-        chance = random.Random(f"{self.seed}/grey/{draw.epoch}/{draw.references}")
-        if chance.random() < self.greyscale and not any(COLOUR_WORDS.search(text) for text in texts):
-            image = fade(image, max(0.0, chance.uniform(-1, 1)))
+        if self.greyscale and not any(COLOUR_WORDS.search(text) for text in texts):
+            chance = random.Random(f"{self.seed}/grey/{draw.epoch}/{draw.references}")
+            if chance.random() < self.greyscale:
+                image = fade(image, max(0.0, chance.uniform(-1, 1)))
         return image, texts, targets
 
     def collate(self, items: list[tuple[Tensor, list[str], list[Tensor]]]) -> Batch:

@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 import numpy as np
 
-from cmmasksd.data.images import require_bounded
+from cmmasksd.data.images import require_bounded, require_file
 from cmmasksd.errors import UserError
 
 CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
@@ -37,17 +37,16 @@ def video_frames(file: Path) -> Iterator[tuple[int, np.ndarray]]:
         UserError: there is no such file, it is damaged, its frames are too large, or PyAV is not installed.
     """
     try:
-        import av
+        from av import open as open_container
         from av.error import FFmpegError
     except ImportError:
         raise UserError("videos are read by the package av: pip install 'cmmasksd[data]'") from None
-    if not file.is_file():
-        raise UserError(f"video {file} {'is not a file' if file.exists() else 'does not exist'}: check the path")
+    require_file(file, f"video {file}")
     container, number = CONTAINERS[file.suffix.lower()], 0
     try:
         with (
             file.open("rb") as content,
-            av.open(content, "r", format=container, options={"protocol_whitelist": "none"}) as video,
+            open_container(content, "r", format=container, options={"protocol_whitelist": "none"}) as video,
         ):
             if not video.streams.video:
                 raise UserError(f"video {file} has no pictures: it is damaged, or has only sound")

@@ -431,9 +431,8 @@ def create_app(
 async def _answer(request: Request, future: Future[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Wait for the engine; a cancelled future is work that it drops."""
     waiting = asyncio.wrap_future(future)
-    gone = asyncio.ensure_future(
-        request.receive()
-    )  # the body has been read, so what comes is the end of the connection
+    # the body has been read, so what comes is the end of the connection
+    gone = asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({waiting, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
