@@ -53,7 +53,16 @@ class Decoder(nn.Module):
         """Features of K images and K sentences to logits (K, 4h, 4w)."""
         assert text.embedded is not None  # `encode_text` and `encode_image` give them
         assert image.pixels is not None
-        fused = self.fusion(image.patches, text.words, text.embedded, text.sentence, text.word_mask, image.grid)
+        fused = self.fusion(
+            image.patches,
+            text.words,
+            text.embedded,
+            text.sentence,
+            text.word_mask,
+            image.grid,
+            hidden=image.hidden,
+            whole=image.whole,
+        )
         return self.head(fused, image.pixels, text.sentence, image.grid)
 
 
