@@ -35,7 +35,6 @@ from cmmasksd.data.scenes import (
     Scene,
     SceneDataset,
     SceneObject,
-    _crop,
     caption,
     describe,
     facts,
@@ -45,6 +44,7 @@ from cmmasksd.data.scenes import (
     stencil,
     twin,
 )
+from cmmasksd.data.scenes.drawing import _crop
 from cmmasksd.errors import UserError
 
 SCORED = ("train", "val", "testA", "testB")
