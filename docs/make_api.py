@@ -16,7 +16,7 @@ MODULES = {  # in the order of the page; all public classes and functions of eac
     "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "inference.export"),
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.hub"),
     "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes.dataset", "data.masks", "data.images"),
-    "Train": ("config", "training.loop", "training.pretrain"),
+    "Train": ("config", "training.loop", "pretraining.loop"),
     "Distil": ("distillation.objective", "distillation.correlation", "distillation.masking", "distillation.losses"),
     "Score": ("evaluation.protocols", "evaluation.metrics", "evaluation.evaluate", "evaluation.results",
               "evaluation.compare"),

@@ -533,7 +533,7 @@ def _data(settings: Namespace) -> None:
 
 
 def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
-    from cmmasksd.training.pretrain import pretrain
+    from cmmasksd.pretraining.loop import pretrain
 
     made: Any = parser.instantiate(settings)
     print(f"the CLIP is in {pretrain(made.pretrain)}")
