@@ -44,7 +44,7 @@ import numpy as np
 from cmmasksd.data.images import image_size, read_image, read_mask
 from cmmasksd.data.masks import decode_segmentation, mask_to_rle
 from cmmasksd.data.samples import Expression, Reference
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 SPLITS = ("train", "val", "test")
 ALL = "all"
@@ -241,7 +241,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not JSON ({error}): write one object {{...}} per line") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where} holds {_shown(record)}: write one object {{...}} per line")
+                raise UserError(f"{where} holds {shown(record)}: write one object {{...}} per line")
             yield where, record
 
 
@@ -304,13 +304,13 @@ def _row(record: dict[str, Any], where: str, file: Path, masks: bool) -> Row:
             mask = _inside(file.parent, mask, f"{where}: mask")
         elif not isinstance(mask, list if given[0] == "polygon" else dict):
             form = "[[x0, y0, x1, y1, ...], ...]" if given[0] == "polygon" else '{"size": ..., "counts": ...}'
-            raise UserError(f"{where}: {given[0]} is {_shown(mask)}: expected {form}")
+            raise UserError(f"{where}: {given[0]} is {shown(mask)}: expected {form}")
     split = record.get("split", file.stem if file.stem in SPLITS else None)
     if split is not None and split not in SPLITS:
-        raise UserError(f"{where} has the split {_shown(split)}: choose one of {', '.join(SPLITS)}")
+        raise UserError(f"{where} has the split {shown(split)}: choose one of {', '.join(SPLITS)}")
     name = record.get("id")
     if name is not None and (isinstance(name, bool) or not isinstance(name, int | str)):
-        raise UserError(f"{where} has the id {_shown(name)}: give a whole number or text")
+        raise UserError(f"{where} has the id {shown(name)}: give a whole number or text")
     return Row(
         where,
         _inside(file.parent, record["image"], f"{where}: image"),
@@ -350,7 +350,7 @@ def _labelme_rows(file: Path, root: Path) -> Iterator[Row]:
 def _inside(folder: Path, name: object, where: str) -> Path:
     """A path below the folder on any system: it comes from a file that others may have written."""
     if not isinstance(name, str):
-        raise UserError(f"{where} is {_shown(name)}: expected a path")
+        raise UserError(f"{where} is {shown(name)}: expected a path")
     plain = posixpath.normpath(name.replace("\\", "/"))
     leaves = plain.startswith("/") or PureWindowsPath(plain).anchor or plain.split("/")[0] == ".."
     if leaves or plain == "." or not plain.isprintable():
@@ -361,7 +361,7 @@ def _inside(folder: Path, name: object, where: str) -> Path:
 def _sentences(given: object, where: str) -> tuple[str, ...]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: the sentences are {_shown(given)}: expected a list of texts, or one text")
+        raise UserError(f"{where}: the sentences are {shown(given)}: expected a list of texts, or one text")
     texts = [" ".join(text.split()) for text in texts]
     for text in texts:
         if not text:
@@ -380,11 +380,6 @@ def _check_ids(rows: Sequence[Row]) -> None:
 
 def _unknown(where: str, key: object) -> UserError:
     return UserError(f"{where} has the unknown key {key!r}: expected some of {', '.join(_KEYS)}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -464,7 +459,7 @@ def _labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: t
         except (ValueError, TypeError):
             points = np.zeros(0)
         if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
-            raise UserError(f"its points are {_shown(shape.get('points'))}: expected [[x, y], ...]")
+            raise UserError(f"its points are {shown(shape.get('points'))}: expected [[x, y], ...]")
         if kind in ("rectangle", "circle", "mask") and len(points) != 2:
             raise UserError(f"a {kind} has {len(points)} points: expected two")
         if kind == "mask":
@@ -477,9 +472,7 @@ def _labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: t
             angles = np.arange(0, 2 * math.pi, math.pi / 64)
             points = points[0] + math.dist(*points) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         elif kind != "polygon":
-            raise UserError(
-                f"a shape of the type {_shown(kind)} has no area: draw a polygon, rectangle, circle or mask"
-            )
+            raise UserError(f"a shape of the type {shown(kind)} has no area: draw a polygon, rectangle, circle or mask")
         union |= decode_segmentation([points.ravel().tolist()], *size)
     return union
 

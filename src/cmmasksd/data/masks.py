@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 _FAR = 10  # coordinates beyond this many image sides are refused: pycocotools' memory grows with them
 
@@ -39,7 +39,7 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> np.nda
     if isinstance(segmentation, dict):
         return _decode_rle(segmentation, height, width)
     if not isinstance(segmentation, (list, tuple)):
-        raise UserError(f"segmentation is {_shown(segmentation)}: expected a list of polygons or an RLE dict")
+        raise UserError(f"segmentation is {shown(segmentation)}: expected a list of polygons or an RLE dict")
     if not segmentation:
         raise UserError("segmentation is empty: expected at least one polygon, or an RLE dict for an empty mask")
     from pycocotools import mask as coco
@@ -157,11 +157,11 @@ def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
 def _decode_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
     """RLE dict -> (H, W) bool."""
     if "size" not in rle or "counts" not in rle:
-        raise UserError(f"RLE {_shown(rle)} lacks 'size' or 'counts': expected both")
+        raise UserError(f"RLE {shown(rle)} lacks 'size' or 'counts': expected both")
     size, counts = rle["size"], rle["counts"]
     if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
         raise UserError(
-            f"RLE of size {_shown(size)} for an image of height {height} and width {width}: expected size "
+            f"RLE of size {shown(size)} for an image of height {height} and width {width}: expected size "
             f"[{height}, {width}] (height first)"
         )
     if isinstance(counts, (str, bytes)):
@@ -169,7 +169,7 @@ def _decode_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
         return _runs_to_mask(_unpacked_counts(packed), height, width)
     runs = _number_array(counts)
     if runs is None or runs.dtype.kind not in "iu":
-        raise UserError(f"RLE counts are {_shown(counts)}: expected a list of whole numbers, or a string")
+        raise UserError(f"RLE counts are {shown(counts)}: expected a list of whole numbers, or a string")
     return _runs_to_mask(runs, height, width)
 
 
@@ -182,11 +182,11 @@ def _unpacked_counts(packed: bytes) -> np.ndarray:
     digits = np.frombuffer(packed, dtype=np.uint8).astype(np.int64) - 48
     last = np.flatnonzero(digits & 0x20 == 0)
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or not len(last) or last[-1] != len(digits) - 1:
-        raise UserError(f"RLE counts {_shown(packed)} are cut short or not COCO's compressed string: write them again")
+        raise UserError(f"RLE counts {shown(packed)} are cut short or not COCO's compressed string: write them again")
     first = np.concatenate([[0], last[:-1] + 1])
     length = last - first + 1
     if length.max() > 8:  # 40 bits: far more than an image can need, and nothing below overflows
-        raise UserError(f"RLE counts {_shown(packed)} hold a run too long for any image: write them again")
+        raise UserError(f"RLE counts {shown(packed)} hold a run too long for any image: write them again")
     place = 5 * (np.arange(len(digits)) - np.repeat(first, length))
     runs = np.add.reduceat((digits & 0x1F) << place, first)
     runs -= np.where(digits[last] & 0x10, 1 << (5 * length), 0)
@@ -210,12 +210,12 @@ def _checked_polygon(polygon: object, height: int, width: int) -> np.ndarray:
     """One polygon -> its (2P,) float64 coordinates, or a UserError."""
     points = _number_array(polygon)
     if points is None:
-        raise UserError(f"polygon is {_shown(polygon)}: expected a flat list of numbers [x0, y0, x1, y1, ...]")
+        raise UserError(f"polygon is {shown(polygon)}: expected a flat list of numbers [x0, y0, x1, y1, ...]")
     if len(points) < 6 or len(points) % 2:
         raise UserError(f"polygon of {len(points)} numbers: expected an even count, 6 or more (x and y of each corner)")
     if not (np.abs(points) <= _FAR * max(height, width)).all():  # also false for NaN
         raise UserError(
-            f"polygon {_shown(polygon)} lies far outside its image of height {height} and width {width}: expected "
+            f"polygon {shown(polygon)} lies far outside its image of height {height} and width {width}: expected "
             "pixel coordinates"
         )
     return points.astype(np.float64)
@@ -237,8 +237,3 @@ def _checked_mask(mask: np.ndarray) -> np.ndarray:
     if mask.ndim != 2 or mask.dtype != bool:
         raise TypeError(f"mask of shape {mask.shape} and dtype {mask.dtype}: expected (H, W) bool")
     return mask
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

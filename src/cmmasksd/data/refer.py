@@ -22,14 +22,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from cmmasksd.data.images import MAX_PIXELS, read_image
 from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
+from cmmasksd.data.plain_pickle import load_plain_pickle
 from cmmasksd.data.samples import Expression, Reference, ReferringDataset
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 _SOURCES = {  # name: (folder, who made the splits)
     "refcoco": ("refcoco", "unc"),
@@ -40,7 +41,7 @@ _SOURCES = {  # name: (folder, who made the splits)
 NAMES = tuple(_SOURCES)
 """The names ``ReferDataset`` knows."""
 
-MAX_REFS_BYTES = 512 * 1024 * 1024
+MAX_REFS_BYTES = 128 * 1024 * 1024
 """Refs files beyond this are refused; the largest of the release has some 30 MB."""
 
 # Where the images lie under the root: our documentation's place, and that of the original toolbox.
@@ -232,63 +233,21 @@ def write_refer_release(
 
 # ---------------------------------------------------------------------------------------------------------- refs file
 
-# Every instruction of a pickle that makes plain values, by the size of its argument. Narrower than pickle's own are r
-# and p, which give the index of a memo entry: Python allocates up to it, and 5 bytes can ask for 64 GB, so it has 24
-# bits or 7 digits.
-_FIXED_SIZE = re.compile(
-    rb"""(?:
-        [(.012Nldtaesu\])}\x85-\x89\x8f-\x91\x94]   # no argument: marks, containers, None, True, False, STOP
-        | [Kqh]. | \x80[\x00-\x05] | M.. | [Jj].... | r...\x00 | [G\x95].{8}
-        | [ILFSVg][^\n]*\n | p[0-9]{1,7}\n
-    )*+""",
-    re.VERBOSE | re.DOTALL,
-)
-# Strings, bytes and long integers: the number of bytes in which they say how many bytes follow.
-_COUNTED = {ord(code): n for codes, n in (("UC\x8c\x8a", 1), ("XTB\x8b", 4), ("\x8d\x8e", 8)) for code in codes}
-_GLOBAL = b"ci\x93"  # look up a class or function by its name
 
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers. A class or function is what makes a pickle dangerous: none is admitted."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise UserError(f"it asks for {module_name}.{global_name}, which could run any code and no refs file needs")
-
-
-def _load_plain_pickle(path: Path) -> object:
-    """The plain value in a pickle of any protocol, Python 2's included; a UserError for whatever else it holds."""
+def _load_refs(path: Path) -> object:
+    """The plain value in a refs file; a UserError for whatever else it holds."""
     size = path.stat().st_size
     if size > MAX_REFS_BYTES:
         raise UserError(f"{path} has {size} bytes, more than the {MAX_REFS_BYTES} allowed: it is not a plain refs file")
-    data = path.read_bytes()
     try:
-        _check_instructions(data)
-        try:  # Python 2's str holds bytes: ASCII in the release, UTF-8 or Latin-1 in copies
-            return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-        except UnicodeDecodeError:
-            return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle raises nearly anything
+        return load_plain_pickle(path.read_bytes())
+    except UserError as error:
         raise UserError(f"{path} is not a plain refs file: {error}; download it again from its release") from None
-
-
-def _check_instructions(data: bytes) -> None:
-    """Refuse a pickle with any instruction that plain values do not need, before Python follows the first of them."""
-    at = 0
-    while True:
-        match = _FIXED_SIZE.match(data, at)
-        at = match.end() if match else at
-        if at >= len(data) or data[at] in _GLOBAL:  # reading ends there, in find_class, which says what was asked for
-            return
-        length_bytes = _COUNTED.get(data[at])
-        if length_bytes is None:
-            raise UserError(f"unexpected instruction {data[at : at + 1]!r} at byte {at}")
-        at += 1 + length_bytes
-        at += int.from_bytes(data[at - length_bytes : at], "little")
 
 
 def _read_refs(path: Path) -> list[dict[str, Any]]:
     """All refs of a file, with their ids and splits checked."""
-    refs = _load_plain_pickle(path)
+    refs = _load_refs(path)
     if not isinstance(refs, list) or not refs or not all(isinstance(ref, dict) for ref in refs):
         raise UserError(f"{path} is not a refs file: expected a pickled list of dicts, one per reference")
     seen: set[int] = set()
@@ -305,7 +264,7 @@ def _reference(ref: dict[str, Any], path: Path) -> Reference:
     where = f"{path}: reference {ref['ref_id']}"
     sentences = ref.get("sentences")
     if not isinstance(sentences, list) or not sentences or not all(isinstance(item, dict) for item in sentences):
-        raise UserError(f"{where} has 'sentences' {_shown(sentences)}: expected a list of at least one dict")
+        raise UserError(f"{where} has 'sentences' {shown(sentences)}: expected a list of at least one dict")
     expressions = []
     for sentence in sentences:
         sent_id = _whole_number(sentence, "sent_id", f"{where}: a sentence")
@@ -456,8 +415,7 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return "missing" if value is None else shown(value)
 
 
 def _shown_splits(refs: list[dict[str, Any]]) -> str:
