@@ -59,9 +59,10 @@ def per_channel(name: str, value: object, low: float, high: float) -> tuple[floa
         UserError: for anything but three numbers within bounds.
     """
     if isinstance(value, list | tuple) and len(value) == 3:
-        numbers = [one for one in value if isinstance(one, int | float) and low <= one <= high]
+        numbers = [one for one in value if isinstance(one, int | float) and not isinstance(one, bool)]
+        numbers = [float(one) for one in numbers if low <= one <= high]
         if len(numbers) == 3:
-            return float(numbers[0]), float(numbers[1]), float(numbers[2])
+            return numbers[0], numbers[1], numbers[2]
     raise UserError(f"{name} is {shown(value)}: expected three numbers from {low} to {high}")
 
 
