@@ -571,10 +571,8 @@ def _report(settings: Namespace) -> None:
 
 def _write_report(model: str, folders: list[Path], root: Path | None, metrics: Path | None, out: Path) -> Path:
     """A page for the first folder's split (examples), with the scores of all folders."""
-    import json
-
     from cmmasksd.data.loading import open_dataset
-    from cmmasksd.evaluation.report import choose_examples, collect_examples, write_report
+    from cmmasksd.evaluation.report import choose_examples, collect_examples, read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results
     from cmmasksd.inference.predictor import Segmenter
 
@@ -582,14 +580,7 @@ def _write_report(model: str, folders: list[Path], root: Path | None, metrics: P
     first = results[0]
     if "data" not in first:
         raise UserError(f"{folders[0]} does not say which data set was scored: score it with `cmmasksd evaluate`")
-    rows = []
-    if metrics is not None:
-        if not metrics.is_file():
-            raise UserError(f"there is no log {metrics}: leave out --metrics, or give the metrics.jsonl of a run")
-        try:
-            rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise UserError(f"{metrics} is no log of a run ({error}): give the metrics.jsonl of a run") from None
+    rows = read_log(metrics) if metrics is not None else []
     data = open_dataset(
         first["data"],
         first["split"],
