@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 DECODE_TOGETHER = 32
 """Sentences that are decoded in one call; bounds the memory."""
+ENCODE_TOGETHER = 128
+"""Sentences that are encoded in one call; bounds the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +220,11 @@ class Segmenter(Segments):
         values = self.processor.pixel_values(torch.stack(canvases))
         with torch.inference_mode():
             features = self.model.encode_image(values.to(self.device))
-            sentences = self.model.encode_text(tokens.to(self.device))
+            parts = [
+                self.model.encode_text(tokens.select(slice(start, start + ENCODE_TOGETHER)).to(self.device))
+                for start in range(0, len(tokens), ENCODE_TOGETHER)
+            ]
+            sentences = type(parts[0]).cat(parts)
         return Encoded(images, texts, owner, frames, tokens, features, sentences)
 
     def decode(self, encoded: Encoded, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
