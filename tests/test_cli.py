@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPa
     Path("unknown.yaml").write_text("data: {nmae: refcoco}\n")
     Path("type.yaml").write_text("training: {epochs: many}\n")
     Path("syntax.yaml").write_text("data: {name: [\n")
+    Path("full.jsonl").write_text('{"image": "good.png"}\n')
     Path("empty").mkdir()
     return {"tmp": tmp_path, "model": run / "best", "run": run, "release": release, "file": tmp_path / "text.jpg"}
 
@@ -228,6 +230,11 @@ MISTAKES = [
     ("predict --model {model} --image good.png --text x --out - --json -", "both write to standard output"),
     ("predict --model {model} --image good.png --text x --text y --out -", "give one of each, or use --json -"),
     ("predict --model {model} --image two.gif --text x --out -", "two.gif has several frames"),
+    (PREDICT + " --image good.png --text x --json full.jsonl", "full.jsonl holds rows already"),
+    (PREDICT + " --image good.png --text x --json full.jsonl --resume", "without full.jsonl.resume beside it"),
+    (PREDICT + " --image good.png --text x --json empty", "empty is not a file"),
+    (PREDICT + " --image good.png --text x --resume", "name it with --json"),
+    (PREDICT + " --image good.png --text x --json - --resume", "name it with --json"),
     (PREDICT + " --image good.png --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --threshold 0", "between 0 and 1"),
@@ -631,6 +638,103 @@ def test_a_video_frame_by_frame(run: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     assert main(*given, "--image", tmp_path / "bad.mp4") == 2
     assert "does not decode after frame 0" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from cmmasksd import cli
+from cmmasksd.inference import batch
+
+def die(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+where, nth = sys.argv[1], int(sys.argv[2])
+class Dying:  # a file that dies with the process at its nth write, when half of it is on the disk
+    def __init__(self, file):
+        self.file = file
+        self.tell, self.flush, self.truncate, self.close = file.tell, file.flush, file.truncate, file.close
+    def __enter__(self): return self
+    def __exit__(self, *given): self.file.close()
+    def write(self, content):
+        global nth
+        nth -= 1
+        if nth == 0:
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+            die()
+        self.file.write(content)
+path_open = batch.Path.open
+def opened(path, mode="r", *given, **named):
+    file = path_open(path, mode, *given, **named)
+    return Dying(file) if mode == "ab" and path.name == where else file
+if where == "picture":
+    save = batch.Image.Image.save
+    def saved(*given, **named):
+        global nth
+        nth -= 1
+        if nth == 0:
+            given[1].write_bytes(b"half")
+            die()
+        save(*given, **named)
+    batch.Image.Image.save = saved
+else:
+    batch.Path.open = opened
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
+def test_a_killed_prediction_resumes_without_a_row_lost_or_doubled(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Real SIGKILLs: in half a picture, in half a row, in half a line of the state. One image cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    for nth, name in enumerate(("a.png", "b.gif", "c.png", "d.png")):
+        photo(tmp_path / name, nth)
+    names = ["a.png", "b.gif", "a.png", "absent.png", "c.png", "c.png", "d.png"]  # one twice, one in neighbouring rows
+    rows = [{"image": name, "expressions": ["left one", "red circle"][: 1 + nth % 2]} for nth, name in enumerate(names)]
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["predict", "--model", tiny_model_folder, "--image", "m.jsonl", "--device", "cpu"]
+    assert main(*given, "--json", "whole.jsonl", "--out", "whole") == 2
+    said = capsys.readouterr().err
+    assert "1 of 7 images could not be read" in said
+
+    command = [*map(str, given), "--json", "rows.jsonl", "--out", "out", "--resume"]
+    sizes = []
+    for where, nth in (("picture", 3), ("rows.jsonl", 2), ("rows.jsonl.resume", 2), ("rows.jsonl", 3)):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, where, str(nth), *command], capture_output=True, text=True, timeout=600
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        sizes.append(Path("rows.jsonl").stat().st_size)
+    assert sizes == sorted(sizes)
+    assert 0 < sizes[0] < sizes[-1] < Path("whole.jsonl").stat().st_size
+    for _ in range(2):  # the second time nothing is left to do, but for the image that fails again
+        assert main(*command) == 2
+        assert capsys.readouterr().err == said
+        assert Path("rows.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+        for file in Path("whole").iterdir():
+            assert Path("out", file.name).read_bytes() == file.read_bytes()
+        assert len(os.listdir("out")) == len(os.listdir("whole"))
+
+    photo(tmp_path / "absent.png")
+    assert main(*command) == 0
+    assert len(lines(Path("rows.jsonl"))) == len(lines(Path("whole.jsonl"))) + 2
+    capsys.readouterr()
+    before = Path("rows.jsonl").read_bytes()
+    for changed, name in (
+        (["--threshold", "0.6"], "--threshold"),
+        (["--out", "elsewhere"], "--out"),
+        (["--model", "scenes"], "model"),
+    ):
+        assert main(*command, *changed) == 2
+        assert f"rows.jsonl was begun with another {name}: " in capsys.readouterr().err
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert main(*command) == 2
+    assert "another list of images and sentences" in capsys.readouterr().err
+    assert main(*command[:-1]) == 2
+    assert "rows.jsonl holds rows already: continue their run with --resume" in capsys.readouterr().err
+    assert Path("rows.jsonl").read_bytes() == before
 
 
 def test_an_interrupt_keeps_what_was_predicted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

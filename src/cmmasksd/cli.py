@@ -9,6 +9,7 @@ errors keep their traceback. Heavy imports live inside the commands, so that `--
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -121,7 +122,10 @@ def build_parser() -> ArgumentParser:
     predict.add_argument(
         "--json",
         type=Path | None,
-        help="write a line of JSON for every sentence to this file, or with - to standard output",
+        help="write a line of JSON for every sentence to this file as it is found, or with - to standard output",
+    )
+    predict.add_argument(
+        "--resume", action="store_true", help="continue the file of --json after its run was interrupted or killed"
     )
     predict.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     predict.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
@@ -382,8 +386,19 @@ def _predict(settings: Namespace) -> None:
 
     from cmmasksd.data.images import image_size, read_frames
     from cmmasksd.data.video import is_video, video_frames
-    from cmmasksd.inference.batch import FileNames, find_sources, json_lines, json_row, read_sentences, save_pictures
+    from cmmasksd.inference.batch import (
+        FileNames,
+        digest_of_model,
+        digest_of_sources,
+        find_sources,
+        json_row,
+        json_rows,
+        read_sentences,
+        require_free,
+        save_pictures,
+    )
     from cmmasksd.inference.predictor import load_segmenter
+    from cmmasksd.model.hub import model_folder
 
     texts = [*settings.text, *(read_sentences(settings.texts) if settings.texts else [])]
     _require_words(texts)
@@ -396,39 +411,52 @@ def _predict(settings: Namespace) -> None:
     if "--out" in to_stdout and (len(sources) > 1 or len(sources[0].texts) > 1):
         raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
 
-    segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
     folder = settings.out or (None if settings.json else Path("."))
-    names, failures, done = FileNames(), [], 0
+    to_file = settings.json is not None and "--json" not in to_stdout
+    if settings.resume and not to_file:
+        raise UserError("--resume continues the rows of a file: name it with --json")
+    if to_file:
+        require_free(settings.json, settings.resume)
+
+    segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
+    run = {}
+    if to_file:
+        run["model"] = digest_of_model(model_folder(settings.model))
+        run["--threshold"] = settings.threshold
+        run["--out"] = folder and str(folder)
+        run["list of images and sentences"] = digest_of_sources(sources)
+    names, failures, at = FileNames(sources), [], 0
     with (
-        json_lines(settings.json) as write,
+        json_rows(settings.json, run, resume=settings.resume) as (done, write),
         tqdm(total=len(sources), unit="image", disable=len(sources) == 1 or None) as bar,
     ):
-        for _, group in groupby(sources, key=lambda source: source.image):
+        for number, (_, group) in enumerate(groupby(sources, key=lambda source: source.image)):
             rows = list(group)  # neighbouring rows about one image, which is encoded once for all of them
             try:
                 image = rows[0].image
-                for frame, pixels in video_frames(image) if is_video(image) else read_frames(image):
+                frames = video_frames(image) if is_video(image) else read_frames(image)
+                for frame, pixels in () if (number, None) in done else frames:
+                    if (number, frame) in done:
+                        continue
                     if "--out" in to_stdout and frame is not None:
                         raise UserError(f"{rows[0].name} has several frames: name a folder with --out, or use --json -")
                     encoded: Any = segmenter.encode([(pixels, [text for row in rows for text in row.texts])])
-                    found = segmenter.decode(encoded)
-                    for row in rows:
-                        stem = names.stem(row, frame)
+                    found, written = segmenter.decode(encoded), []
+                    for nth_row, row in enumerate(rows):
+                        stem = names.stem(at + nth_row, frame)
                         for nth, one in enumerate(islice(found, len(row.texts))):
-                            write(json_row(row, frame, one))
                             files = save_pictures(one, nth, stem, folder)
-                            done += 1
+                            written.append(json_row(row, frame, one))
                             if to_stdout:
                                 continue
                             of = "" if len(sources) == 1 and frame is None else f"{stem}: "
                             share = 100 * float(one.mask.mean())
-                            line = f"{of}{one.text!r}: {share:.1f} % of the image, score {one.score:.2f}{files}"
-                            tqdm.write(line.encode(errors="backslashreplace").decode())
+                            tqdm.write(f"{of}{one.text!r}: {share:.1f} % of the image, score {one.score:.2f}{files}")
+                    write((number, frame), written)  # after the pictures: a row says that they are there
             except UserError as error:
                 failures.append(str(error))
+            at += len(rows)
             bar.update(len(rows))
-        if failures and not done:
-            raise UserError(_failed(failures, len(sources)))  # here: a file of results that is there stays
     if failures:
         raise UserError(_failed(failures, len(sources)))
 
@@ -618,6 +646,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text that the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     parsers = parser._subcommands_action._name_parser_map  # pyright: ignore
     name = f"cmmasksd {arguments[0]}" if arguments and arguments[0] in parsers else "cmmasksd"

@@ -27,7 +27,8 @@ LOG = [
 DEEP = "[" * 100_000 + "]" * 100_000
 WRONG = st.sampled_from(
     ["null", "[]", "{}", '""', "-1", "1.5", str(2**70), "9" * 5000, "1e400", "NaN", "-Infinity", "true", "1e308",
-     "5e-324", '"\\ud800"', '"\\u001b[31m\\u0000\\n\\u2028"', '"' + "x" * 100_000 + '"', "[[[[[]]]]]", DEEP, "", "}", '"\xff"']
+     "5e-324", '"\\ud800"', '"\\u001b[31m\\u0000\\n\\u2028"', '"' + "x" * 100_000 + '"', "[[[[[]]]]]", DEEP, "", "}",
+     '"\xff"']
 )  # fmt: skip
 bounded = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
