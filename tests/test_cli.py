@@ -182,7 +182,14 @@ MISTAKES = [
     ("train --config unknown.yaml", "'data.nmae'"),
     ("train --config type.yaml", "--training.epochs: Expected a int. Got value: many"),
     ("train --config syntax.yaml", "line 2"),
-    ("train --config absent.yaml", "absent.yaml"),
+    ("train --config absent.yaml", "no file absent.yaml, nor a configuration of this name: refcoco+-vit-b16, refcoco"),
+    ("train --config configs/scenes-tiny.yaml", "configuration of this name: "),
+    ("demo --config refcoco", "scenes-tiny"),
+    ("train --data photos", "--data stands for a group of settings: name one of them, --data.name (see"),
+    ("train --model x", "--model.backbone or --model.weights (see"),
+    ("train --training x", "--training.KEY (see"),
+    ("train --data.name photos", "--data.name 'photos' is an unknown data set: choose one of scenes,"),
+    ("demo --data.name photos", "--data.name 'photos' is an unknown data set"),
     ("train --config empty", "empty"),
     ("train --data.workers abc", "--data.workers: Expected a int. Got value: abc"),
     ("train --model.resize squash", "--model.resize: Expected one of 'warp', 'letterbox'. Got value: squash"),
@@ -197,7 +204,13 @@ MISTAKES = [
     (EVALUATE + " --data refcoco9 --split val", ", ".join(DATASETS)),
     (EVALUATE + " --data scenes --split tset", "train, val, testA, testB"),
     (EVALUATE + " --data scenes --split val --root {release}", "leave out --root"),
-    (EVALUATE + " --data scenes --split val --references -1", "at least 1"),
+    (EVALUATE + " --data scenes --split val --references 0", "--references is 0"),
+    (EVALUATE + " --data scenes --split val --references 99999999999", "from 1 to 10000000"),
+    (EVALUATE + " --data scenes --split val --scene_size 7", "--scene_size is 7: give a whole number from 64"),
+    (EVALUATE + " --data scenes --split val --scene_size 99999", "--scene_size is 99999"),
+    (EVALUATE + " --data scenes --split val --threshold .nan", "threshold is nan"),
+    (EVALUATE + " --data scenes --split val --threshold x", "--threshold"),
+    (EVALUATE + " --data scenes --split val --workers 9999", "--workers is 9999"),
     (EVALUATE + " --data scenes --split val --threshold 1.5", "between 0 and 1"),
     (EVALUATE + " --data scenes --split val --workers -1", "--workers is -1"),
     (EVALUATE + " --data refcoco --split val", "--root"),
@@ -214,6 +227,7 @@ MISTAKES = [
     ("compare empty empty", "cmmasksd evaluate"),
     ("compare absent absent --metrics IoU", "--metrics"),
     ("compare absent absent --resamples 5", "--resamples is 5"),
+    ("compare absent absent --seed -1", "--seed is -1"),
     ("predict --model {model} --image good.png", "no sentence given: say what to look for with --text"),
     (PREDICT + " --image absent.png --text x", "absent.png does not exist"),
     (PREDICT + " --image text.jpg --text x", "not an image"),
@@ -238,15 +252,25 @@ MISTAKES = [
     (PREDICT + " --image good.png --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --threshold 0", "between 0 and 1"),
+    (PREDICT + " --image good.png --text x --threshold .nan", "between 0 and 1"),
+    (PREDICT + " --image good.png --text x --threshold nan", "--threshold"),
     (PREDICT + " --image good.png --text x --device toaster", "device 'toaster'"),
+    (PREDICT + " --image good.png --text x --device gpu", "device 'gpu': say cuda or cpu, or nothing (found: cpu"),
+    (PREDICT + " --image good.png --text x --device meta", "device 'meta': say cuda or cpu"),
+    (PREDICT + " --image https://example.org/a.jpg --text x", "URLs are not fetched"),
+    (PREDICT + " --image data:image/png;base64," + 999 * "A" + " --text x", "URLs are not fetched"),
+    (PREDICT + " --image " + 999 * "A" + " --text x", "AAA"),
+    (PREDICT + " --image good.png --text \x1c", "--text is empty"),
     ("predict --model absent --image good.png --text x --out out", "model folder absent"),
     ("predict --model {model} --image good.png --text x --out {file}/out", "Not a directory"),
     ("explain --model {model} --image good.png --text=", "--text is empty"),
     ("explain --model {model} --image absent.png --text x", "absent.png does not exist"),
+    ("explain --model {model} --image https://example.org/a.jpg --text x", "URLs are not fetched"),
+    ("explain --model {model} --image good.png --text x --seed -1", "--seed is -1"),
     ("explain --model absent --image good.png --text x", "model folder absent"),
     ("data scenes --out out --name refcoco", "--name: Expected one of 'scenes', 'scenes+', 'scenesg'"),
     ("data scenes --out out --train 0", "--train is 0"),
-    ("data scenes --out out --size 10", "at least 64"),
+    ("data scenes --out out --size 10", "--size is 10"),
     ("data scenes --out {release} --train 3 --test 3 --size 64", "already exists"),
     ("data scenes --out {file}/out --train 3 --test 3 --size 64", "Not a directory"),
     ("push --model absent --to ./pushed", "model folder absent"),
@@ -262,14 +286,32 @@ MISTAKES = [
 @pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=[typed or "nothing" for typed, _ in MISTAKES])
 def test_a_mistake_is_one_line(typed: str, said: str, place: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     before = {path: path.stat().st_mtime_ns for path in [*place["tmp"].rglob("*"), *place["run"].rglob("*")]}
-    assert cli.main([part.format(**place) for part in typed.split()]) == 2
+    assert cli.main([part.format(**place) for part in typed.split(" ") if part]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith(f"cmmasksd {typed.split()[0]}: " if typed not in ("", "bogus") else "cmmasksd: ")
     assert said in err
+    assert len(err) < 1200
     after = {path: path.stat().st_mtime_ns for path in [*place["tmp"].rglob("*"), *place["run"].rglob("*")]}
     assert after == before  # nothing lost, nothing left behind
+
+
+def test_an_unknown_data_set_is_said_before_torch_is_imported():
+    """In a process of its own, since this one has torch already; and without a second of waiting."""
+    code = """
+import sys
+from cmmasksd.cli import main
+commands = ["train --data photos", "train --data.name photos", "demo --data.name photos", "demo --data.name refcoco"]
+commands += ["evaluate --model scenes --data photos --split val --out out", "data scenes --name photos --out out"]
+for command in commands:
+    assert main(command.split()) == 2, command
+    heavy = {"torch", "transformers", "accelerate"} & set(sys.modules)
+    assert not heavy, (command, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 6
 
 
 def test_a_run_that_cannot_be_written(place: dict[str, Path], micro: list[str], capsys: pytest.CaptureFixture[str]):
@@ -928,8 +970,7 @@ def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
         "training.epochs": 1, "training.batch_size": 2, "training.accumulate": 1, "training.precision": precision,
         "distillation.start": 0.0, "distillation.warmup": 0.0,
     }  # fmt: skip
-    file = Path(__file__).parent.parent / "configs" / "refcoco-vit-b16.yaml"
-    assert main("train", "--config", file, *(f"--{key}={value}" for key, value in given.items())) == 0
+    assert main("train", "--config", "refcoco-vit-b16", *(f"--{key}={value}" for key, value in given.items())) == 0
     row = next(row for row in lines(out / "metrics.jsonl") if "loss" in row)
     assert all(np.isfinite(row[key]) and row[key] > 0 for key in ("loss", "seg", "lmvsd", "vmlsd", "grad_norm"))
     assert (out / "best" / "model.safetensors").stat().st_size > 600_000_000  # some 160 million weights of 4 bytes

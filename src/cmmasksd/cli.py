@@ -27,7 +27,7 @@ from cmmasksd.config import (
     PretrainConfig,
     TrainingConfig,
 )
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES
 from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings
 
@@ -36,14 +36,23 @@ if TYPE_CHECKING:
 
 SCENE_REFERENCES = 1500
 """References of a generated split, where a command is not told how many."""
+CONFIGS = Path(__file__).parent / "configs"
+MANY, MAX_WORKERS, MAX_SCENE_SIZE, MAX_SEED = 10_000_000, 256, 4096, 2**63 - 1
+"""Bounds of numbers on the command line: what is beyond them is a slip, and would take all memory or for ever."""
 MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
 
 
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
     from cmmasksd import __version__
+
+    class ConfigFile(ActionConfigFile):
+        """A file of settings by its path, or one of the package's by its name."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            super().__call__(parser, cfg, _config_file(values), option_string)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     parser = ArgumentParser(
@@ -55,7 +64,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
 
     demo = ArgumentParser(description="Train on generated scenes, score, and write a page to look at.")
-    demo.add_argument("--config", action="config", help="settings of the run; the built-in ones train in minutes")
+    demo.add_argument("--config", action=ConfigFile, help="settings of the run; the built-in ones train in minutes")
     demo.add_argument(
         "--trained", type=str | None, help="score this model and train none, such as scenes: the one that ships"
     )
@@ -63,7 +72,9 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("demo", demo, help="train on generated scenes, score, and write report.html")
 
     train = ArgumentParser(description="Train a model. Settings come from --config and from single --keys.")
-    train.add_argument("--config", action="config", help="YAML file of settings (see configs/)")
+    train.add_argument(
+        "--config", action=ConfigFile, help=f"YAML file of settings, or the name of one: {', '.join(_config_names())}"
+    )
     train.add_argument("--resume", action="store_true", help="go on with the run in training.out")
     _add_config(train)
     commands.add_subcommand("train", train, help="train a model")
@@ -211,6 +222,19 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _config_names() -> list[str]:
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+
+
+def _config_file(given: str) -> str:
+    """What --config names: a file, or a configuration that the package has. (YAML itself is passed on too.)"""
+    if os.path.exists(given) or any(sign in given for sign in ":{\n"):
+        return given
+    if given not in _config_names():
+        raise UserError(f"there is no file {given}, nor a configuration of this name: {', '.join(_config_names())}")
+    return str(CONFIGS / f"{given}.yaml")
+
+
 def _add_config(parser: ArgumentParser) -> None:
     for kind, key in (
         (DataConfig, "data"),
@@ -229,6 +253,7 @@ def _config(settings: Namespace, parser: ArgumentParser) -> tuple[Config, str]:
     """The settings as dataclasses, and as the YAML that is saved beside the checkpoints."""
     made: Any = parser.instantiate(settings)
     config = Config(made.data, made.model, made.distillation, made.training)
+    _require_dataset(config.data.name, "--data.name")
     import yaml
 
     text = yaml.safe_dump(config.as_dict(), sort_keys=False)  # before --resume, which is no setting of the run
@@ -236,15 +261,27 @@ def _config(settings: Namespace, parser: ArgumentParser) -> tuple[Config, str]:
     return config, text
 
 
+def _require_dataset(name: str, option: str) -> None:
+    """Refuse an unknown data set before torch is imported, which takes seconds."""
+    if name not in DATASETS:
+        raise UserError(f"{option} {shown(name)} is an unknown data set: choose one of {', '.join(DATASETS)}")
+
+
+def _require_between(option: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{option} is {value}: give a whole number from {least} to {most}")
+
+
 def _demo(settings: Namespace, parser: ArgumentParser) -> None:
     config, text = _config(settings, parser)
     from cmmasksd.data.scenes import STYLES
+
+    if config.data.name not in STYLES:
+        raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
     from cmmasksd.evaluation.results import format_table, read_results
     from cmmasksd.training.checkpoint import STATE
     from cmmasksd.training.loop import train
 
-    if config.data.name not in STYLES:
-        raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
     out = Path(config.training.out)
     data, model, log = config.data, settings.trained, None
     if model is None:
@@ -283,6 +320,10 @@ def _train(settings: Namespace, parser: ArgumentParser) -> None:
 
 
 def _evaluate(settings: Namespace) -> None:
+    _require_dataset(settings.data, "--data")
+    _require_between("--references", settings.references, 1, MANY)
+    _require_between("--scene_size", settings.scene_size, 64, MAX_SCENE_SIZE)
+    _require_between("--workers", settings.workers, 0, MAX_WORKERS)
     from cmmasksd.evaluation.results import format_table, read_results
 
     main = _score(
@@ -309,8 +350,8 @@ def _compare(settings: Namespace) -> None:
     from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
     from cmmasksd.evaluation.results import RESULTS_FILE, read_expressions, read_results, write_atomically
 
-    if settings.resamples < 100:
-        raise UserError(f"--resamples is {settings.resamples}: an interval needs at least 100")
+    _require_between("--resamples", settings.resamples, 100, MANY)
+    _require_between("--seed", settings.seed, 0, MAX_SEED)
     protocols = []
     for path in (settings.a, settings.b):
         beside = (path if path.is_dir() else path.parent) / RESULTS_FILE
@@ -359,8 +400,6 @@ def _score(
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
-    if workers < 0:
-        raise UserError(f"--workers is {workers}: give 0 to read images in this process, or more")
     protocol = replace(ORIGINAL, threshold=threshold)
     data = open_dataset(name, split, root=root, references=references, seed=seed, canvas=size)
     accelerator = Accelerator()
@@ -514,15 +553,17 @@ def _export(settings: Namespace) -> None:
 
 
 def _explain(settings: Namespace) -> None:
+    _require_words(settings.text)
+    _require_between("--seed", settings.seed, 0, MAX_SEED)
     import torch
 
     from cmmasksd.data.images import read_image
     from cmmasksd.explain import explain, load_objective
-    from cmmasksd.inference.batch import slug
+    from cmmasksd.inference.batch import refuse_url, slug
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
-    _require_words(settings.text)
+    refuse_url(settings.image)
     pixels = read_image(settings.image, exif=True)
     model = CMMaskSDModel.from_pretrained(settings.model)
     objective = load_objective(settings.model, model)
@@ -544,13 +585,13 @@ def _require_words(texts: list[str]) -> None:
 
 
 def _data(settings: Namespace) -> None:
+    how = settings.scenes
+    _require_between("--train", how.train, 1, MANY)
+    _require_between("--test", how.test, 1, MANY)
+    _require_between("--size", how.size, 64, MAX_SCENE_SIZE)
     from cmmasksd.data.loading import open_dataset
     from cmmasksd.data.refer import write_refer_release
 
-    how = settings.scenes
-    for name, count in (("--train", how.train), ("--test", how.test)):
-        if count < 1:
-            raise UserError(f"{name} is {count}: every split needs at least 1 reference")
     counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
     splits = [
         open_dataset(how.name, split, references=count, seed=how.seed, canvas=how.size)
@@ -705,21 +746,27 @@ def _usage_mistake(error: ArgumentError) -> str:
     line = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", line)
     line = re.sub(r"<class '([\w.]+)'>", r"\1", line)
     line = re.sub(r'Parser key "([\w.]+)"', r"--\1", line)
+    if group := re.match(r"(--\w+): Unable to load config", line):  # such as `--data photos`
+        keys = {"--data": ["name"], "--model": ["backbone", "weights"]}.get(group[1], ["KEY"])
+        named = " or ".join(f"{group[1]}.{key}" for key in keys)
+        line = f"{group[1]} stands for a group of settings: name one of them, {named}"
     if line.startswith("the following arguments are required: "):
         line = re.sub(r"(?:\w+\.)+(\w+)", r"--\1", line)
-    return line
+    line = str(UserError(line))  # without control characters
+    return line if len(line) < 700 else f"{line[:400]} … {line[-200:]}"
 
 
 def _refusal(error: Exception) -> str | None:
     """What the operating system refused, in one line; None where the error is a mistake in the program."""
     if isinstance(error, OSError):
         reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        where = f"{error.filename}: " if error.filename is not None else ""
+        where = "" if error.filename is None else str(error.filename)
+        where = f"{where if len(where) < 300 else shown(where, 100)}: " if where else ""
     elif "inline_container" in str(error) or "(os error " in str(error):  # how torch and safetensors fail to write
         reason, where = " ".join(str(error).split()), "a file could not be written: "
     else:
         return None
-    return f"{where}{reason}; check the path, its permissions and the free space"
+    return str(UserError(f"{where}{reason}; check the path, its permissions and the free space"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from PIL import Image
 
 from cmmasksd.data.images import read_bytes
 from cmmasksd.data.manifest import SUFFIXES, read_rows
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 from cmmasksd.inference.visualize import PALETTE
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
     "-": an image on standard input.
 
     Raises:
-        UserError: there is no image, or no sentence, or sentences from two sides.
+        UserError: there is no image, or no sentence, or sentences from two sides; or it is a URL.
     """
+    refuse_url(where)
     if where.suffix.lower() in SUFFIXES:
         if texts:
             raise UserError(f"{where} has a sentence in every row: leave out --text and --texts")
@@ -74,6 +75,12 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
         if not files:
             raise UserError(f"{where} holds no image ({', '.join(IMAGE_SUFFIXES)}): check the path")
     return [Source(str(file), file, tuple(texts)) for file in files]
+
+
+def refuse_url(where: Path) -> None:
+    """Refuse what only looks like a path (a UserError). In a path, "//" has become "/"."""
+    if re.match(r"[a-z][a-z0-9+.-]+:[/\\]|data:", str(where), re.IGNORECASE) and not os.path.exists(where):
+        raise UserError(f"{shown(str(where))} is a URL, and URLs are not fetched: download the image and give its file")
 
 
 class FileNames:
