@@ -43,6 +43,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
         commands = archive.read(f"{info}/entry_points.txt").decode()
     assert {name for name in names if not name.startswith(info)} == ours
     assert {"cmmasksd/py.typed", "cmmasksd/assets/scenes-model/model.safetensors"} <= ours
+    assert "cmmasksd/configs/refcoco-vit-b16.yaml" in ours
     assert f"{info}/licenses/LICENSE" in names
     assert "cmmasksd = cmmasksd.cli:main" in commands
     assert (meta["Version"], meta["License-Expression"]) == (cmmasksd.__version__, "MIT")
@@ -90,6 +91,10 @@ def test_the_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 2
+    command = [programs / "cmmasksd", "train", "--config", "refcoco-vit-b16", "--print_config"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean, text=True, capture_output=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "name: refcoco\n" in done.stdout
 
 
 def test_no_test_can_hang_the_run(pytestconfig: pytest.Config):

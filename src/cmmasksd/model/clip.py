@@ -12,6 +12,7 @@ which hides words through its attention mask. No forward hooks: threads may shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,10 @@ class Tokens:
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    def select(self, part: slice) -> Tokens:
+        """Some of the sentences, padded as before."""
+        return Tokens(*(getattr(self, field.name)[part] for field in fields(self)))
 
     def hide(self, hidden: Tensor) -> Tokens:
         """The same sentences with some tokens hidden from the text tower.
@@ -122,6 +127,12 @@ class TextFeatures:
         """The features of some of the sentences."""
         embedded = None if self.embedded is None else self.embedded[index]
         return TextFeatures(self.words[index], self.sentence[index], self.word_mask[index], embedded)
+
+    @staticmethod
+    def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
+        """The sentences of several records of the same length L, one after the other."""
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(TextFeatures)]
+        return TextFeatures(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 def encode_image(
