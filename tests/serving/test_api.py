@@ -6,16 +6,19 @@ import base64
 import io
 import json
 import logging
+import os
 import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +81,8 @@ def ask(app: FastAPI, *requests: dict, path: str = "/v1/segment", method: str = 
     """Send requests at once, in process."""
 
     async def go() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # it knows no timeout
+        async with asyncio.timeout(120), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await asyncio.gather(*(client.request(method, path, **request) for request in requests))
 
     return asyncio.run(go())
@@ -111,6 +114,17 @@ def hold(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event
 
     monkeypatch.setattr(engine, "_compute", wait)
     return reached, go
+
+
+def ask_later(app: FastAPI, *requests: dict) -> Future[list[httpx.Response]]:
+    """`ask` in a thread."""
+    answers: Future[list[httpx.Response]] = Future()
+    threading.Thread(target=lambda: answers.set_result(ask(app, *requests)), daemon=True).start()
+    return answers
+
+
+def connect(host: str, port: int) -> socket.socket:
+    return socket.create_connection((host, port), timeout=60)
 
 
 def assert_refused(answer: httpx.Response, status: int, code: str) -> str:
@@ -194,26 +208,21 @@ def test_maps_are_small_and_of_the_picture_s_shape(serve):
     assert unpack(one["words"][0]["map"]).shape == (32, 64)
 
 
-def test_requests_that_wait_are_computed_together(serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+def test_requests_that_wait_are_computed_together(
+    serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, until: Callable
+):
     app = serve(max_batch=4)
     images = [picture(40 + 9 * nth, 50, nth) for nth in range(6)]
     requests = [as_json(png(image), [f"red {nth}"]) for nth, image in enumerate(images)]
     sizes, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: sizes.append(len(requests)) or encode(requests))
     reached, go = hold(app, monkeypatch)
-    answers: list[httpx.Response] = []
-    first = threading.Thread(target=lambda: answers.extend(ask(app, requests[0])))
-    first.start()
+    first = ask_later(app, requests[0])
     assert reached.wait(60)
-    rest: list[httpx.Response] = []
-    others = threading.Thread(target=lambda: rest.extend(ask(app, *requests[1:])))
-    others.start()
-    while app.state.engine.waiting < 5:
-        time.sleep(0.01)
+    others = ask_later(app, *requests[1:])
+    until(lambda: app.state.engine.waiting == 5)
     go.set()
-    first.join()
-    others.join()
-    answers += rest
+    answers = first.result(120) + others.result(120)
     assert sizes == [1, 4, 1]
     for nth, (image, answer) in enumerate(zip(images, answers, strict=True)):
         expected = segmenter.segment(image, f"red {nth}")[0]
@@ -352,22 +361,19 @@ def test_a_key(serve, given: str | None):
     assert "401" in schema.json()["paths"]["/v1/segment"]["post"]["responses"]
 
 
-def test_a_full_queue_says_come_again(serve, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_queue_says_come_again(serve, monkeypatch: pytest.MonkeyPatch, until: Callable):
     app = serve(queue=2, max_batch=1)
     reached, go = hold(app, monkeypatch)
-    engine, answers = app.state.engine, []
     good = as_json(png(picture()), ["red"])
-    thread = threading.Thread(target=lambda: answers.extend(ask(app, good, good, good)))
-    thread.start()
-    assert reached.wait(60)
-    while engine.waiting < 2:
-        time.sleep(0.01)
+    first = ask_later(app, good)
+    assert reached.wait(60)  # the engine has taken it: the queue has two places again
+    others = ask_later(app, good, good)
+    until(lambda: app.state.engine.waiting == 2)
     [refused] = ask(app, good)
     go.set()
-    thread.join()
     assert_refused(refused, 429, "busy")
     assert int(refused.headers["retry-after"]) >= 1
-    assert [answer.status_code for answer in answers] == [200] * 3
+    assert [answer.status_code for answer in first.result(120) + others.result(120)] == [200] * 3
 
 
 def test_a_request_that_takes_too_long_is_dropped(serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
@@ -377,7 +383,7 @@ def test_a_request_that_takes_too_long_is_dropped(serve, segmenter: Segmenter, m
     late = ask(app, good, good)
     for answer in late:
         assert_refused(answer, 504, "too_late")
-    assert reached.is_set()
+    assert reached.wait(60)
     encoded, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: encoded.append(requests) or encode(requests))
     monkeypatch.setattr(app.state.engine, "settings", ServeSettings())
@@ -429,13 +435,12 @@ def test_wrong_settings(wrong: dict):
 
 @pytest.fixture
 def server(running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.5)
-    with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=0.5)) as found:
+    monkeypatch.setattr(api, "HEAD_SECONDS", 3)
+    with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=3)) as found:
         yield found
 
 
 def read_all(connection: socket.socket) -> bytes:
-    connection.settimeout(30)
     parts = []
     while part := connection.recv(65536):
         parts.append(part)
@@ -446,16 +451,16 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
     """Truncated, endless and slow requests end, and others are answered meanwhile."""
     host, port, _ = server
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    slow_head = socket.create_connection((host, port))
+    slow_head = connect(host, port)
     slow_head.sendall(b"POST /v1/segment HT")
-    slow_body = socket.create_connection((host, port))
+    slow_body = connect(host, port)
     slow_body.sendall(head + b"Content-Length: 1000\r\n\r\n{")
-    truncated = socket.create_connection((host, port))
+    truncated = connect(host, port)
     truncated.sendall(head + b"Content-Length: 1000\r\n\r\n" + b"{" * 10)
     truncated.close()
-    announced = socket.create_connection((host, port))
+    announced = connect(host, port)
     announced.sendall(head + b"Content-Length: 99000000\r\n\r\n")
-    second_head = socket.create_connection((host, port))
+    second_head = connect(host, port)
     second_head.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/hea")
     with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
         good = client.post("/v1/segment", **as_form(png(picture()), ["red"]))
@@ -478,7 +483,9 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
         connection.close()
 
 
-def test_a_client_that_leaves_is_dropped(server, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+def test_a_client_that_leaves_is_dropped(
+    server, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, until: Callable
+):
     host, port, app = server
     reached, go = hold(app, monkeypatch)
     monkeypatch.setattr(app.state.engine, "settings", ServeSettings(max_batch=1))
@@ -486,16 +493,14 @@ def test_a_client_that_leaves_is_dropped(server, segmenter: Segmenter, monkeypat
     head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     jobs, submit = [], app.state.engine.submit
     monkeypatch.setattr(app.state.engine, "submit", lambda job: jobs.append(job) or submit(job))
-    connections = [socket.create_connection((host, port)) for _ in range(2)]
+    connections = [connect(host, port) for _ in range(2)]
     for connection in connections:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     assert reached.wait(30)
-    while len(jobs) < 2:
-        time.sleep(0.01)
+    until(lambda: len(jobs) == 2)
     for connection in connections:
         connection.close()
-    while not all(job.answer.cancelled() for job in jobs):
-        time.sleep(0.01)
+    until(lambda: all(job.answer.cancelled() for job in jobs))
     encoded, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: encoded.append(requests) or encode(requests))
     go.set()
@@ -512,6 +517,28 @@ def test_a_port_that_is_taken(server):
         make_server(app, ServeSettings(host=host, port=port))
 
 
+@contextmanager
+def started(command: list[str], **environment: str) -> Iterator[tuple[subprocess.Popen, str, Path]]:
+    """A server in a process of its own: the process, its address, and the file of its standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "stderr"
+        with said.open("w") as file:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=file, text=True, env=os.environ | environment
+            )
+        late = threading.Timer(300, process.kill)  # which ends the wait for its line, too
+        late.start()
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://\S+", process.stdout.readline())
+            assert found, said.read_text()
+            yield process, found[0], said
+        finally:
+            late.cancel()
+            process.kill()
+            process.communicate(timeout=60)
+
+
 def test_the_command(tiny_model_folder: Path, server):
     """`cmmasksd serve` says where it listens, shows no path to clients, and ends well when it is interrupted."""
     _, port, _ = server
@@ -519,11 +546,8 @@ def test_the_command(tiny_model_folder: Path, server):
     busy = subprocess.run([*command, str(port)], capture_output=True, text=True, timeout=300)
     assert busy.returncode == 2
     assert "choose another --port" in busy.stderr.splitlines()[-1]
-    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+", process.stdout.readline())
-        assert found
-        health = httpx.get(f"{found[0]}v1/health", timeout=60).json()
+    with started([*command, "0"]) as (process, address, _):
+        health = httpx.get(f"{address}v1/health", timeout=60).json()
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
     assert health["model"] == tiny_model_folder.name

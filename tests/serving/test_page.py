@@ -84,7 +84,9 @@ def upload(page: Page, scene: tuple[Path, list[str]]) -> None:
 
 def canvas(page: Page) -> np.ndarray:
     """What is drawn, (H, W, 3)."""
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.wait_for_function(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+    )  # unlike evaluate, it has a timeout
     address = page.evaluate("() => document.getElementById('view').toDataURL()")
     with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as image:
         return np.asarray(image.convert("RGB"))
