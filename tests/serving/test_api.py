@@ -307,6 +307,8 @@ GOOD = base64.b64encode(b"GIF89a").decode()
         (as_form(b"", ["a"]), 415, "no_image"),
         (as_json(bomb(6000, 6000), ["a"]), 413, "too_many_pixels"),
         (as_json(bomb(60_000, 60_000), ["a"]), 413, "too_many_pixels"),
+        (as_json(bomb(1, 24_000_000), ["a"]), 413, "too_many_pixels"),
+        (as_form(bomb(30_000, 200), ["a"]), 413, "too_many_pixels"),
         (as_json(b"0" * 11_000_000, ["a"]), 413, "too_many_bytes"),
         (as_form(b"0" * 11_000_000, ["a"]), 413, "too_many_bytes"),
         (as_json(b"", ["a"] * 10_000), 422, "invalid"),

@@ -79,7 +79,7 @@ def test_the_javascript_tokenizer_equals_pythons(max_tokens: int):
     assert found[6]["words"][0]["text"] == "cafe\u0301"
 
 
-@pytest.mark.parametrize(("height", "width"), [(128, 128), (97, 200), (301, 33), (1, 9)])
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (97, 200), (301, 33), (1, 9), (2000, 3), (3, 2000)])
 @pytest.mark.parametrize("resize", ["warp", "letterbox"])
 def test_the_javascript_pixels_equal_pythons(height: int, width: int, resize: str):
     draw = np.random.default_rng(0)
