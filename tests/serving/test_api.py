@@ -424,7 +424,8 @@ def test_a_stopped_engine_refuses(serve):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"queue": 0}, {"port": 70000}, {"timeout": 0}, {"max_wait": 5}, {"timeout": float("nan")}]
+    "wrong",
+    [{"max_held": 1}, {"queue": 0}, {"port": 70000}, {"timeout": 0}, {"max_wait": 5}, {"timeout": float("nan")}],
 )
 def test_wrong_settings(wrong: dict):
     with pytest.raises(UserError, match="--"):
@@ -438,6 +439,7 @@ def test_wrong_settings(wrong: dict):
 @pytest.fixture
 def server(running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
     monkeypatch.setattr(api, "HEAD_SECONDS", 3)
+    monkeypatch.setattr(api, "DRAIN_SECONDS", 3)
     with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=3)) as found:
         yield found
 
@@ -483,6 +485,95 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
         assert client.post("/v1/segment", **as_json(png(picture()), ["red"])).status_code == 200
     for connection in (slow_head, slow_body, announced, second_head):
         connection.close()
+
+
+def test_silent_and_half_sent_connections_lock_nobody_out(
+    running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(api, "HEAD_SECONDS", 600)
+    with running(segmenter, "tiny", ServeSettings(port=0, connections=20)) as (host, port, _):
+        held = [connect(host, port) for _ in range(60)]
+        for connection in held[::2]:
+            connection.sendall(b"POST /v1/segm")
+        with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
+            assert client.get("/v1/health").status_code == 200
+            assert client.post("/v1/segment", **as_form(png(picture()), ["red"])).status_code == 200
+        for connection in held:
+            connection.close()
+
+
+def other_address() -> httpx.HTTPTransport:
+    """Asks from 127.0.0.2."""
+    try:
+        socket.create_server(("127.0.0.2", 0)).close()
+    except OSError:
+        pytest.skip("this system has no second address on the loopback")
+    return httpx.HTTPTransport(local_address="127.0.0.2")
+
+
+HEAD = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def test_one_address_gets_half_of_the_places(
+    running,
+    segmenter: Segmenter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    until: Callable,
+):
+    monkeypatch.setattr(api._once_a_minute, "_said", {})
+    good = as_form(png(picture()), ["red"])
+    with running(segmenter, "tiny", ServeSettings(port=0, connections=8, body_timeout=300)) as (host, port, _):
+        held = [connect(host, port) for _ in range(4)]
+        for connection in held:
+            connection.sendall(HEAD % 1000 + b"{")
+        address = f"http://{host}:{port}"
+        until(lambda: httpx.post(f"{address}/v1/segment", timeout=60, **good).status_code == 503)
+        for _ in range(20):
+            refused = httpx.post(f"{address}/v1/segment", timeout=60, **good)
+            assert_refused(refused, 503, "too_many")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert httpx.get(f"{address}/v1/health", timeout=60).status_code == 200
+        with httpx.Client(base_url=address, transport=other_address(), timeout=60) as other:
+            assert other.post("/v1/segment", **good).status_code == 200
+        for connection in held:
+            connection.close()
+        until(lambda: httpx.post(f"{address}/v1/segment", timeout=60, **good).status_code == 200)
+    assert len([line for line in caplog.messages if "too many" in line]) == 1
+
+
+@pytest.mark.parametrize(("key", "status"), [(None, 413), ("secret", 401)])
+def test_a_refusal_is_heard_however_long_the_request(running, segmenter: Segmenter, key: str | None, status: int):
+    """The whole request is sent before its answer is read, as simple clients do."""
+    with running(segmenter, "tiny", ServeSettings(port=0), key) as (host, port, _), connect(host, port) as connection:
+        connection.sendall(HEAD % 21_000_000)
+        for _ in range(210):
+            connection.sendall(b" " * 100_000)
+        assert read_all(connection).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_the_bytes_of_all_requests_are_bounded(running, segmenter: Segmenter, until: Callable):
+    limits = ServeSettings(port=0, max_bytes=1_000_000, max_held=2_000_000, body_timeout=300)
+    long = {"content": b" " * 900_000 + b"{}", "headers": {"content-type": "application/json"}, "timeout": 60}
+    with running(segmenter, "tiny", limits) as (host, port, _):
+        address = f"http://{host}:{port}"
+        with connect(host, port) as connection:
+            connection.sendall(HEAD % 950_000 + b" " * 900_000)
+            until(lambda: httpx.post(f"{address}/v1/segment", **long).status_code == 429)
+            refused = httpx.post(f"{address}/v1/segment", **long)
+            assert_refused(refused, 429, "busy")
+            with httpx.Client(base_url=address, transport=other_address()) as other:
+                assert_refused(other.post("/v1/segment", **long), 422, "invalid")
+        until(lambda: httpx.post(f"{address}/v1/segment", **long).status_code == 422)
+
+
+def test_what_is_no_http_is_refused_in_the_same_shape(server: tuple[str, int, FastAPI]):
+    host, port, _ = server
+    with connect(host, port) as connection:
+        connection.sendall(b"garbage\r\n\r\n")
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "bad_http"
 
 
 def test_a_client_that_leaves_is_dropped(

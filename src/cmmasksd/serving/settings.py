@@ -18,6 +18,7 @@ class ServeSettings:
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: to listen on; 0 takes a free one.
         max_bytes: of a request; reading stops there.
+        max_held: bytes of all requests that are held at once; further ones are told to come again (429).
         max_pixels: of an image, judged before it is decoded.
         max_sentences: of a request.
         max_characters: of a sentence.
@@ -26,12 +27,14 @@ class ServeSettings:
         queue: requests that may wait; the next one is told to come again (429).
         timeout: seconds that a request may wait and be computed, then it is dropped (504).
         body_timeout: seconds in which a client must have sent its request (408).
-        connections: open at once, at most.
+        connections: requests under way at once, and idle connections, at most. One address gets half of these, and of
+            `max_held`.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_bytes: int = 10_000_000
+    max_held: int = 200_000_000
     max_pixels: int = 24_000_000
     max_sentences: int = 32
     max_characters: int = 300
@@ -46,6 +49,8 @@ class ServeSettings:
         for name in ("max_bytes", "max_pixels", "max_sentences", "max_characters", "max_batch", "queue", "connections"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
+        if self.max_held < 2 * self.max_bytes:
+            raise UserError(f"--max_held is {self.max_held}: give at least twice --max_bytes, {2 * self.max_bytes}")
         for name in ("timeout", "body_timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} is {getattr(self, name)}: give seconds above 0")
