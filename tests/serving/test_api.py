@@ -82,7 +82,7 @@ def ask(app: FastAPI, *requests: dict, path: str = "/v1/segment", method: str = 
 
     async def go() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # it knows no timeout
-        async with asyncio.timeout(120), httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with asyncio.timeout(120), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await asyncio.gather(*(client.request(method, path, **request) for request in requests))
 
     return asyncio.run(go())
@@ -348,14 +348,102 @@ def test_wrong_addresses(serve, path: str, method: str, status: int):
     assert (status == 405) == ("allow" in answer.headers)
 
 
-@pytest.mark.parametrize("given", [None, "", "wrong", "geheim"])
-def test_a_key(serve, given: str | None):
+def basic(words: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
+
+
+@pytest.mark.parametrize("path", ["/v1/segment", "/page/", "/page/app.js", "/metrics", "/no"])
+def test_everything_but_health_asks_for_the_key(serve, path: str):
+    app, method = serve(key="schlüssel 鍵"), "POST" if path == "/v1/segment" else "GET"
+    wrong = [{}, {"X-API-Key": ""}, {"X-API-Key": "wrong"}, {"X-API-Key": "schl"}, {"Authorization": "Bearer"}]
+    wrong += [
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic %"},
+        basic("schlüssel 鍵"),
+        basic("any:wrong"),
+    ]
+    for headers in wrong:
+        [answer] = ask(app, {"headers": headers}, path=path, method=method)
+        assert_refused(answer, 401, "no_key")
+        assert answer.headers["www-authenticate"].startswith("Basic ")
+    key = "schlüssel 鍵".encode()
+    for headers in ({b"X-API-Key": key}, {b"Authorization": b"bearer " + key}, basic("any:schlüssel 鍵")):
+        [answer] = ask(app, {"headers": headers}, path=path, method=method)
+        assert answer.status_code == {"/v1/segment": 415, "/no": 404}.get(path, 200)
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n", "se\x00cret", "\udcff"])
+def test_a_key_that_nobody_can_send(serve, key: str):
+    with pytest.raises(UserError, match=r"CMMASKSD_API_KEY (is empty|has characters)"):
+        serve(key=key)
+
+
+def test_an_empty_key_stops_the_command(tiny_model_folder: Path):
+    """`CMMASKSD_API_KEY=` is a variable somewhere that was not set, and no wish to let everybody in."""
+    command = [sys.executable, "-m", "cmmasksd", "serve", "--model", str(tiny_model_folder), "--port", "0"]
+    environment = os.environ | {"CMMASKSD_API_KEY": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "cmmasksd serve: CMMASKSD_API_KEY is empty: set it to the key, or unset it to let everybody in"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "answers"),
+    [
+        ({}, "localhost:8000", True),
+        ({}, "LOCALHOST", True),
+        ({}, "127.0.0.1:8000", True),
+        ({}, "[::1]:8000", True),
+        ({}, "192.168.0.7", True),  # no name that leads elsewhere: a page of another site has another origin
+        ({}, "evil.example:8000", False),
+        ({}, "localhost.evil.example", False),
+        ({}, "127.0.0.1.evil.example", False),
+        ({"host": "::1"}, "evil.example", False),
+        ({"host": "localhost"}, "evil.example", False),
+        ({"host": "masks.lan"}, "masks.lan:80", True),
+        ({"host": "masks.lan"}, "evil.example", False),
+        ({"host": "0.0.0.0"}, "masks.lan", True),
+        ({"host": "0.0.0.0", "allowed_hosts": ["masks.lan"]}, "Masks.LAN:8000", True),
+        ({"host": "0.0.0.0", "allowed_hosts": ["masks.lan"]}, "localhost", True),
+        ({"host": "0.0.0.0", "allowed_hosts": ["masks.lan"]}, "evil.example", False),
+    ],
+)
+def test_host_names(serve, settings: dict, host: str, answers: bool):
+    """A page whose own name leads to this machine (DNS rebinding) does not reach the server."""
+    for path in ("/v1/health", "/page/"):
+        [answer] = ask(serve(**settings), {"headers": {"host": host}}, path=path, method="GET")
+        if answers:
+            assert answer.status_code == 200
+        else:
+            assert "--allowed_hosts" in assert_refused(answer, 403, "unknown_host")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "http://localhost:3000"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxy.example"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://localhost"}, 200),
+        ({}, 200),
+    ],
+)
+def test_forms_of_other_sites(serve, headers: dict, status: int):
+    [answer] = ask(serve(), as_form(png(picture()), ["red"]) | {"headers": headers})
+    if status == 403:
+        assert_refused(answer, 403, "cross_site")
+    else:
+        assert answer.status_code == 200
+
+
+def test_a_key_in_the_schema(serve):
     app = serve(key="secret")
-    request = as_json(png(picture()), ["red"]) | {"headers": {} if given is None else {"X-API-Key": given}}
-    [answer] = ask(app, request)
-    assert_refused(answer, 401, "no_key")
-    [answer] = ask(app, request | {"headers": {"x-api-key": "secret"}})
-    assert answer.status_code == 200
     [health] = ask(app, {}, path="/v1/health", method="GET")
     assert health.status_code == 200
     [schema] = ask(app, {}, path="/openapi.json", method="GET")
@@ -425,7 +513,15 @@ def test_a_stopped_engine_refuses(serve):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_held": 1}, {"queue": 0}, {"port": 70000}, {"timeout": 0}, {"max_wait": 5}, {"timeout": float("nan")}],
+    [
+        {"allowed_hosts": ["http://a.example/"]},
+        {"max_held": 1},
+        {"queue": 0},
+        {"port": 70000},
+        {"timeout": 0},
+        {"max_wait": 5},
+        {"timeout": float("nan")},
+    ],
 )
 def test_wrong_settings(wrong: dict):
     with pytest.raises(UserError, match="--"):
@@ -454,7 +550,7 @@ def read_all(connection: socket.socket) -> bytes:
 def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
     """Truncated, endless and slow requests end, and others are answered meanwhile."""
     host, port, _ = server
-    head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     slow_head = connect(host, port)
     slow_head.sendall(b"POST /v1/segment HT")
     slow_body = connect(host, port)
@@ -465,7 +561,7 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
     announced = connect(host, port)
     announced.sendall(head + b"Content-Length: 99000000\r\n\r\n")
     second_head = connect(host, port)
-    second_head.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/hea")
+    second_head.sendall(b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/hea")
     with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
         good = client.post("/v1/segment", **as_form(png(picture()), ["red"]))
         sent: list[None] = []
@@ -583,7 +679,7 @@ def test_a_client_that_leaves_is_dropped(
     reached, go = hold(app, monkeypatch)
     monkeypatch.setattr(app.state.engine, "settings", ServeSettings(max_batch=1))
     body = json.dumps(as_json(png(picture()), ["red"])["json"]).encode()
-    head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     jobs, submit = [], app.state.engine.submit
     monkeypatch.setattr(app.state.engine, "submit", lambda job: jobs.append(job) or submit(job))
     connections = [connect(host, port) for _ in range(2)]
@@ -644,3 +740,18 @@ def test_the_command(tiny_model_folder: Path, server):
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
     assert health["model"] == tiny_model_folder.name
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_a_server_for_everybody_is_warned_of(tiny_model_folder: Path, key: str | None):
+    command = [sys.executable, "-m", "cmmasksd", "serve", "--model", str(tiny_model_folder), "--host", "0.0.0.0"]
+    command += ["--port", "0", "--allowed_hosts", "masks.lan"]
+    with started(command, **({"CMMASKSD_API_KEY": key} if key else {})) as (_, address, said):
+        ours, other = (
+            httpx.get(f"http://127.0.0.1:{httpx.URL(address).port}/v1/health", timeout=60, headers={"Host": name})
+            for name in ("masks.lan", "evil.example")
+        )
+        warnings = [line for line in said.read_text().splitlines() if line.startswith("warning: ")]
+    assert (ours.status_code, other.status_code) == (200, 403)
+    assert len(warnings) == (key is None)
+    assert all("CMMASKSD_API_KEY" in line for line in warnings)

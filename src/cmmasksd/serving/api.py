@@ -19,6 +19,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import socket
 import time
 from asyncio import AbstractEventLoop, TimerHandle
@@ -34,14 +35,14 @@ import h11
 import uvicorn
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse, RedirectResponse
-from fastapi.security import APIKeyHeader
+from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -50,7 +51,7 @@ from cmmasksd.data.images import ImageTooLarge
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.serving.engine import Busy, Engine, Job, Stopped
-from cmmasksd.serving.settings import ServeSettings
+from cmmasksd.serving.settings import ServeSettings, checked_key
 
 PAGE = Path(__file__).parent / "page"
 POLICY = (
@@ -71,6 +72,7 @@ HEAD_SECONDS = 10
 DRAIN_BYTES, DRAIN_SECONDS = 50_000_000, 10
 """What is still read of a request that has its refusal: a connection closed before is reset, and the answer lost."""
 HEALTH = "/v1/health"
+PORT = re.compile(rb":\d+$")
 log = logging.getLogger(__name__)
 
 
@@ -159,6 +161,7 @@ class Refusal(Exception):
 REFUSALS = {
     400: "the body is broken: no JSON, no form, no base64, or it ended too early",
     401: "the key is missing or wrong",
+    403: "the server does not answer to this host name, or a page of another site sent the request",
     408: "the request was sent too slowly",
     413: "too many bytes, or an image of too many pixels",
     415: "neither JSON nor a form, or a file that is no image",
@@ -327,9 +330,12 @@ def create_app(
         segmenter: the model; used by one thread of the application alone from now on.
         name: of the model, to show.
         settings: limits.
-        key: which clients must send as X-API-Key to /v1/segment; None lets everybody in.
+        key: which clients must send, see `_Gate`; None lets everybody in.
+
+    Raises:
+        UserError: for a key that no client can send.
     """
-    settings = settings or ServeSettings()
+    settings, key = settings or ServeSettings(), checked_key(key)
     registry = CollectorRegistry()
     answered = Counter("cmmasksd_requests", "Requests to /v1/segment by status", ["status"], registry=registry)
     taken = Histogram("cmmasksd_request_seconds", "From the request's head to its answer", registry=registry)
@@ -364,7 +370,7 @@ def create_app(
     model = _input(settings)
 
     bodies = _Shares(settings.max_held)
-    app.add_middleware(_Gate, settings=settings)
+    app.add_middleware(_Gate, settings=settings, key=key)
     app.add_middleware(_Headers)
 
     @app.exception_handler(Refusal)
@@ -406,11 +412,15 @@ def create_app(
         finally:
             bodies.give_back(address, held)
 
+    # for OpenAPI only: _Gate reads the key
+    schemes = (APIKeyHeader(name="X-API-Key", auto_error=False), HTTPBearer(auto_error=False))
+    keys, asked = ([Security(one) for one in schemes], [401]) if key else ([], [])
+
     @app.post(
         "/v1/segment",
         response_model=Answer,
-        dependencies=[Security(_Key(key))] if key else [],
-        responses=_documented(*([401] if key else []), 400, 408, 413, 415, 422, 429, 500, 503, 504),
+        dependencies=keys,
+        responses=_documented(*asked, 400, 403, 408, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={"requestBody": _request_body(model)},
         summary="Find what sentences name in an image",
     )
@@ -427,7 +437,7 @@ def create_app(
             answered.labels(str(status)).inc()
             taken.observe(time.monotonic() - started)
 
-    @app.get(HEALTH, response_model=Health, responses=_documented(503), summary="Is it ready, and what may I ask")
+    @app.get(HEALTH, response_model=Health, responses=_documented(403, 503), summary="Is it ready, and what may I ask")
     async def health() -> Any:
         try:
             engine.check()
@@ -441,7 +451,13 @@ def create_app(
         }
         return {"status": "ok", "model": name, "version": __version__, "waiting": engine.waiting, "limits": limits}
 
-    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, summary="Metrics")
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        dependencies=keys,
+        responses={200: {"content": {"text/plain": {}}}, **_documented(*asked, 403, 503)},
+        summary="Metrics",
+    )
     async def metrics() -> Response:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -472,20 +488,6 @@ async def _answer(request: Request, future: Future[dict[str, Any]], seconds: flo
     finally:
         waiting.cancel()
         gone.cancel()
-
-
-class _Key(APIKeyHeader):
-    """The key of the server, compared in constant time."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(name="X-API-Key", auto_error=False)
-        self._key = key.encode()
-
-    async def __call__(self, request: HTTPConnection) -> str:
-        given = await super().__call__(request) or ""
-        if not hmac.compare_digest(given.encode(), self._key):
-            raise Refusal(401, "no_key", "send the key of this server as X-API-Key", **{"WWW-Authenticate": "ApiKey"})
-        return given
 
 
 def _address(scope: Scope) -> str:
@@ -519,13 +521,28 @@ def _half(total: int) -> int:
 
 
 class _Gate:
-    """Lets no more requests in than `connections` at once, and half of them from one address; health always."""
+    """What every request passes first.
 
-    def __init__(self, app: ASGIApp, settings: ServeSettings) -> None:
-        self.app, self.requests = app, _Shares(settings.connections)
+    It must name a host that the server answers to (else any web page could reach a server of this machine by a name of
+    its own that leads here), must not be sent by another site's page, and must bring the key: as X-API-Key, as a bearer
+    token, or as the password of HTTP Basic, which browsers ask for. Then it takes one of the `connections` places.
+    /v1/health needs neither key nor place.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, key: str | None) -> None:
+        self.app, self.requests, self.hosts = app, _Shares(settings.connections), settings.answers_to
+        self.key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == HEALTH:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            self._check(scope["method"], scope["path"], dict(scope["headers"]))
+        except Refusal as error:
+            await _refused(error.status, error.code, error.message, error.headers)(scope, receive, send)
+            return
+        if scope["path"] == HEALTH:
             await self.app(scope, receive, send)
             return
         address = _address(scope)
@@ -538,6 +555,45 @@ class _Gate:
             await self.app(scope, receive, send)
         finally:
             self.requests.give_back(address, 1)
+
+    def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
+        host = headers.get(b"host", b"").lower()  # HTTP/1.0 knows none, and browsers do not speak it
+        name = host.decode("latin-1").rpartition(":")[0] if PORT.search(host) else host.decode("latin-1")
+        if self.hosts is not None and name and name not in self.hosts and not _is_ip(name):
+            raise Refusal(403, "unknown_host", "not a host name of this server: start it with --allowed_hosts NAME")
+        if method not in ("GET", "HEAD", "OPTIONS"):
+            site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")  # browsers send these
+            ours = site in (b"same-origin", b"none") if site else not origin or origin.partition(b"://")[2] == host
+            if not ours:
+                raise Refusal(403, "cross_site", "a page of another site may not send requests to this server")
+        if self.key is None or path in (HEALTH, "/openapi.json"):
+            return
+        if not any(hmac.compare_digest(given, self.key) for given in _keys(headers)):
+            raise Refusal(
+                401,
+                "no_key",
+                "send the key of this server: as X-API-Key, as a bearer token, or as a password",
+                **{"WWW-Authenticate": 'Basic realm="CM-MaskSD: the key is the password", charset="UTF-8"'},
+            )
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return False
+
+
+def _keys(headers: dict[bytes, bytes]) -> list[bytes]:
+    """What a request brings as the key."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    found = [headers.get(b"x-api-key", b"")]
+    if scheme.lower() == b"bearer":
+        found.append(token.strip())
+    if scheme.lower() == b"basic":
+        with suppress(binascii.Error):
+            found.append(base64.b64decode(token).partition(b":")[2])
+    return found
 
 
 class _Headers:
