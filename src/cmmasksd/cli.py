@@ -29,7 +29,7 @@ from cmmasksd.config import (
 )
 from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES
-from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings
+from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings, checked_key
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -161,11 +161,19 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("export", export, help="write a model for onnxruntime, torch.export or the browser")
 
     serve = ArgumentParser(
-        description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, the API asks for that key."
+        description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, both ask for that key."
     )
     serve.add_argument("--model", default="scenes", help=MODEL)
     serve.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
-    serve.add_class_arguments(ServeSettings)
+    serve.add_class_arguments(ServeSettings, skip={"allowed_hosts"})
+    serve.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        type=str,
+        default=[],
+        help="host names in the addresses that clients use, beside IP addresses and localhost (default: --host, or any"
+        " name where that is the address of a network)",
+    )
     commands.add_subcommand("serve", serve, help="a web page and an HTTP API for a model")
 
     explain = ArgumentParser(
@@ -509,8 +517,10 @@ def _failed(failures: list[str], of: int) -> str:
 
 def _serve(settings: Namespace) -> None:
     from dataclasses import fields
+    from ipaddress import ip_address
 
     limits = ServeSettings(**{one.name: settings[one.name] for one in fields(ServeSettings)})
+    key = checked_key(os.environ.get(KEY_VARIABLE))
     try:
         from cmmasksd.serving.api import create_app, make_server
     except ImportError as error:
@@ -518,11 +528,12 @@ def _serve(settings: Namespace) -> None:
     from cmmasksd.inference.predictor import Segmenter
 
     segmenter = Segmenter.from_pretrained(settings.model, device=settings.device)
-    key = os.environ.get(KEY_VARIABLE)
     folder = Path(settings.model)
     name = folder.name if folder.is_dir() else settings.model  # clients need no path of ours
     server, listening = make_server(create_app(segmenter, name, limits, key), limits)
     host, port = listening.getsockname()[:2]
+    if key is None and not ip_address(host).is_loopback:
+        print(f"warning: anyone who reaches {host}:{port} can use the model: set {KEY_VARIABLE}", file=sys.stderr)
     page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     print(f"{settings.model} is served at {page} (Ctrl+C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order by then

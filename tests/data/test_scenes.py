@@ -671,9 +671,8 @@ def test_another_process_draws_the_same_scenes(capsys):
     source = str(Path(cmmasksd.__file__).parents[1])
     for salt in ("1", "2"):  # of the hashes of strings, which decide the order of sets
         environment = os.environ | {"PYTHONPATH": source, "PYTHONHASHSEED": salt}
-        there = subprocess.run(
-            [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", DIGEST]
+        there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
         assert there.stdout == here
 
 

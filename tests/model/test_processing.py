@@ -11,6 +11,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
+from cmmasksd.model.frame import rows_first
 from cmmasksd.model.hub import REQUIRED
 from cmmasksd.model.modeling import load_clip
 from cmmasksd.model.processing import CLIP_MEAN, CLIP_STD, CMMaskSDProcessor, Frame, load_tokenizer, normalize, tokenize
@@ -61,6 +63,52 @@ def test_pixels_equal_pillows_antialiased_bicubic(shape, size):
     assert ours.shape == (3, *size)
     assert frame == Frame(shape, size, (0, 0, *size))
     assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 2
+
+
+def _ordinary() -> list[tuple[int, int, tuple[int, int]]]:
+    sides = (1, 33, 120, 427, 640, 1280, 1920)
+    shapes = [(h, w) for h in sides for w in sides if h <= 16 * w]
+    return [(*shape, size) for shape in shapes for size in ((128, 128), (480, 480), (160, 224))]
+
+
+def test_ordinary_images_take_torchs_own_path():
+    """Nothing that a model was trained on changes by a bit."""
+    for height, width, size in _ordinary():
+        assert not rows_first(height, width, *size), (height, width, size)
+
+
+@pytest.mark.parametrize("shape", [(400_000, 1), (30_000, 40)])
+def test_long_and_narrow_images_are_shortened_first(shape, monkeypatch: pytest.MonkeyPatch):
+    """torch resizes along the rows first: what lies between must not be larger than its input and output by far."""
+    sizes, interpolate = [], F.interpolate
+
+    def watched(tensor, size, **how):
+        sizes.append(tensor.shape[-2] * size[1] / max(tensor.shape[-2] * tensor.shape[-1], size[0] * size[1]))
+        return interpolate(tensor, size, **how)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    ours = processor((480, 480))
+    image = np.full((*shape, 3), 77, np.uint8)
+    image[: shape[0] // 2] = 200
+    tensor, frame = ours.image(image)
+    assert (tensor[:, :230] == 200).all()
+    assert (tensor[:, 250:] == 77).all()
+    target = ours.target(image[..., 0] == 200, frame, 4)
+    assert (target[:57] > 0.999).all()
+    assert (target[63:] < 0.001).all()
+    assert len(sizes) >= 2
+    assert max(sizes) <= 4
+
+
+@pytest.mark.parametrize("shape", [(300, 1), (1, 300)])
+def test_the_target_of_a_single_line(shape):
+    """torch 2.13 gives a column of floats its first value throughout."""
+    ours = processor((160, 160), "letterbox")
+    mask = np.zeros(shape, bool)
+    mask.ravel()[:150] = True
+    target = ours.target(mask, ours.frame(*shape), 1).numpy().max(axis=int(shape[0] > 1))
+    assert (target[:70] > 0.9).all()
+    assert (target[90:] < 0.1).all()
 
 
 def test_letterbox_lays_the_image_in_the_middle_of_clips_grey():

@@ -371,9 +371,8 @@ def test_two_processes_train_one_model(micro_clip, tmp_path):
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    run = subprocess.run(
-        [*command, str(micro_clip), str(tmp_path / "run")], env=environment, capture_output=True, text=True
-    )
+    command += [str(micro_clip), str(tmp_path / "run")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     state = state_of(tmp_path / "run")
     assert len(state["random"]) == 2

@@ -75,6 +75,14 @@ def mean_and_std(mean: object, std: object, prefix: str = "") -> tuple[tuple[flo
     return per_channel(f"{prefix}mean", mean, 0.0, 1.0), per_channel(f"{prefix}std", std, 0.001, 1.0)
 
 
+def rows_first(height: int, width: int, h: int, w: int) -> bool:
+    """Whether to resize (height, width) to (h, w) along the columns before along the rows, which is the rule.
+
+    Only where the rule would pass through more than four times the pixels of input and output: narrow and long images.
+    """
+    return height * w > 4 * max(height * width, h * w)
+
+
 def inside(cells: int, canvas: int, start: int, length: int) -> tuple[int, int]:
     """The first and the last cell of one axis of the logits whose centre lies in the image."""
     first = math.ceil(start * cells / canvas - 0.5)

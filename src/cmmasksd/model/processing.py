@@ -22,7 +22,7 @@ from torch import Tensor
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.model.auto import MODEL_TYPE
 from cmmasksd.model.clip import Tokens
-from cmmasksd.model.frame import MAX_SIDE, Frame, inside, lay, level, mean_and_std, whole
+from cmmasksd.model.frame import MAX_SIDE, Frame, inside, lay, level, mean_and_std, rows_first, whole
 from cmmasksd.model.hub import TOKENIZER_BYTES, TOKENIZER_FILES, files_of, model_folder, read_json, require
 
 if TYPE_CHECKING:
@@ -73,6 +73,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
     assert encodings is not None  # fast tokenizers only; from_pretrained checks
     truncated = torch.tensor([bool(e.overflowing) for e in encodings])
     return Tokens(encoded["input_ids"], mask, word_ids, truncated)
+
+
+def _resized(images: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """(B, C, H, W) to (B, C, height, width), antialiased.
+
+    torch resizes along the rows first, which costs too much for a long and narrow image (`rows_first`), and resizes a
+    single column of floats wrongly (2.13: all of it becomes its first value). On its side, such an image is neither.
+    """
+    if images.shape[-1] == 1 or rows_first(*images.shape[-2:], height, width):
+        return F.interpolate(images.mT, (width, height), mode=mode, antialias=True).mT
+    return F.interpolate(images, (height, width), mode=mode, antialias=True)
 
 
 class CMMaskSDProcessor:
@@ -151,7 +162,7 @@ class CMMaskSDProcessor:
         top, left, h, w = frame.content
         tensor = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
         if (h, w) != frame.original:
-            tensor = F.interpolate(tensor, (h, w), mode="bicubic", antialias=True)
+            tensor = _resized(tensor, h, w, "bicubic")
         if (h, w) == frame.canvas:
             return tensor[0], frame
         canvas = torch.tensor([round(255 * m) for m in self.mean], dtype=torch.uint8)[:, None, None]
@@ -184,11 +195,11 @@ class CMMaskSDProcessor:
         top, left, h, w = frame.content
         value = torch.from_numpy(np.require(mask, requirements=["C", "W"]))[None, None].float()
         if (h, w) != frame.canvas:
-            value = F.interpolate(value, (h, w), mode="bilinear", antialias=True)
+            value = _resized(value, h, w, "bilinear")
             value = F.pad(value, (left, frame.canvas[1] - left - w, top, frame.canvas[0] - top - h))
         cells = (round(frame.canvas[0] / stride), round(frame.canvas[1] / stride))
         if value.shape[-2:] != cells:
-            value = F.interpolate(value, cells, mode="bilinear", antialias=True)
+            value = _resized(value, *cells, "bilinear")
         return value[0, 0].clamp(0, 1)
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
