@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cmmasksd.errors import UserError
-from cmmasksd.model.frame import rows_first
+from cmmasksd.model.frame import columns_first
 from cmmasksd.model.processing import CLIP_MEAN, CLIP_STD, CMMaskSDProcessor, Frame, load_tokenizer, normalize, tokenize
 from conftest import TINY_CONTEXT, make_tokenizer
 
@@ -66,7 +66,7 @@ def _ordinary() -> list[tuple[int, int, tuple[int, int]]]:
 def test_ordinary_images_take_torchs_own_path():
     """Nothing that a model was trained on changes by a bit."""
     for height, width, size in _ordinary():
-        assert not rows_first(height, width, *size), (height, width, size)
+        assert not columns_first((height, width), size), (height, width, size)
 
 
 @pytest.mark.parametrize("shape", [(400_000, 1), (30_000, 40)])
@@ -376,7 +376,7 @@ def test_a_limit_without_room_for_a_word(limit):
         processor(max_tokens=limit)
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
+@pytest.mark.parametrize("text", ["", "   ", "\n\t", "\x1c", "\u2003", "\u200b"])
 def test_empty_sentences(text):
     with pytest.raises(UserError, match="empty"):
         processor().tokens(["the red square", text])

@@ -7,6 +7,7 @@ two ways.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,12 +38,12 @@ def lay(height: int, width: int, canvas: tuple[int, int], resize: Literal["warp"
     return Frame((height, width), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2, h, w))
 
 
-def rows_first(height: int, width: int, h: int, w: int) -> bool:
-    """Whether to resize (height, width) to (h, w) along the columns before along the rows, which is the rule.
+def columns_first(source: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether to resize (H, W) to another (H, W) along the columns first; otherwise it is done along the rows first.
 
-    Only where the rule would pass through more than four times the pixels of input and output: narrow and long images.
+    Only where the intermediate image would have over four times the pixels of both: a narrow and long source.
     """
-    return height * w > 4 * max(height * width, h * w)
+    return source[0] * target[1] > 4 * max(source[0] * source[1], target[0] * target[1])
 
 
 def inside(cells: int, canvas: int, start: int, length: int) -> tuple[int, int]:

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cmmasksd.assets import located
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import Tokens
-from cmmasksd.model.frame import Frame, inside, lay, level, rows_first
+from cmmasksd.model.frame import Frame, columns_first, inside, lay, level
 from cmmasksd.model.hub import model_folder
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
         UserError: for an empty sentence.
     """
     for text in texts:
-        if not text.strip():
+        if is_blank(text):
             raise UserError("an empty sentence names no object: give at least one word")
     encoded = tokenizer(
         list(texts),
@@ -73,10 +74,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
 def _resized(images: Tensor, height: int, width: int, mode: str) -> Tensor:
     """(B, C, H, W) to (B, C, height, width), antialiased.
 
-    torch resizes along the rows first, which costs too much for a long and narrow image (`rows_first`), and resizes a
+    torch resizes along the rows first, which costs too much for a long and narrow image (`columns_first`), and resizes a
     single column of floats wrongly (2.13: all of it becomes its first value). On its side, such an image is neither.
     """
-    if images.shape[-1] == 1 or rows_first(*images.shape[-2:], height, width):
+    if images.shape[-1] == 1 or columns_first(images.shape[-2:], (height, width)):
         return F.interpolate(images.mT, (width, height), mode=mode, antialias=True).mT
     return F.interpolate(images, (height, width), mode=mode, antialias=True)
 
