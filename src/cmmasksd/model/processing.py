@@ -74,8 +74,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
 def _resized(images: Tensor, height: int, width: int, mode: str) -> Tensor:
     """(B, C, H, W) to (B, C, height, width), antialiased.
 
-    torch resizes along the rows first, which costs too much for a long and narrow image (`columns_first`), and resizes a
-    single column of floats wrongly (2.13: all of it becomes its first value). On its side, such an image is neither.
+    torch resizes along the rows first, which costs too much for a long and narrow image (`columns_first`), and it fills
+    a single column of floats with its first value (2.13). Such images are therefore resized on their side.
     """
     if images.shape[-1] == 1 or columns_first(images.shape[-2:], (height, width)):
         return F.interpolate(images.mT, (width, height), mode=mode, antialias=True).mT
