@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
-from cmmasksd.model.frame import rows_first
+from cmmasksd.model.frame import columns_first
 from cmmasksd.model.hub import REQUIRED
 from cmmasksd.model.modeling import load_clip
 from cmmasksd.model.processing import CLIP_MEAN, CLIP_STD, CMMaskSDProcessor, Frame, load_tokenizer, normalize, tokenize
@@ -74,7 +74,7 @@ def _ordinary() -> list[tuple[int, int, tuple[int, int]]]:
 def test_ordinary_images_take_torchs_own_path():
     """Nothing that a model was trained on changes by a bit."""
     for height, width, size in _ordinary():
-        assert not rows_first(height, width, *size), (height, width, size)
+        assert not columns_first((height, width), size), (height, width, size)
 
 
 @pytest.mark.parametrize("shape", [(400_000, 1), (30_000, 40)])
@@ -384,7 +384,7 @@ def test_a_limit_without_room_for_a_word(limit):
         processor(max_tokens=limit)
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
+@pytest.mark.parametrize("text", ["", "   ", "\n\t", "\x1c", "\u2003", "\u200b"])
 def test_empty_sentences(text):
     with pytest.raises(UserError, match="empty"):
         processor().tokens(["the red square", text])

@@ -34,6 +34,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from cmmasksd.data.masks import decode_segmentation
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.serving import api
@@ -160,9 +161,9 @@ def test_the_answer_is_the_segmenter_s(serve, segmenter: Segmenter, kind):
         assert one["area"] == mask.sum()
         areas.append(one["area"])
         if one["area"]:
-            x, y, w, h = one["box"]
-            assert mask[y : y + h, x : x + w].sum() == one["area"]
-            assert all(side.any() for side in (mask[y], mask[y + h - 1], mask[:, x], mask[:, x + w - 1]))
+            x0, y0, x1, y1 = one["box"]
+            assert mask[y0:y1, x0:x1].sum() == one["area"]
+            assert all(side.any() for side in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
         else:
             assert one["box"] is None
         values = unpack(one["probability"])
@@ -316,7 +317,11 @@ GOOD = base64.b64encode(b"GIF89a").decode()
         (as_form(b"", ["a"] * 33), 422, "invalid"),
         (as_json(b"", ["a" * 301]), 422, "invalid"),
         (as_json(b"", []), 422, "invalid"),
-        (as_json(b"", [" \t"]), 422, "invalid"),
+        *(
+            (as_json(png(picture()), [blank]), 422, "invalid")
+            for blank in (" \t", "\x1c", "\u2003", "\x85", "\u200b\x07")
+        ),
+        (as_form(png(picture()), ["red", "\u3000\x1f"]), 422, "invalid"),
         (as_json(b"", [7]), 422, "invalid"),  # pyright: ignore
         (as_json(b"", ["\ud800"]), 422, "invalid"),
         (as_json(b"", ["a"], threshold=1), 422, "invalid"),
@@ -339,6 +344,11 @@ def test_refusals(serve, request_: dict, status: int, code: str):
     assert_refused(answer, status, code)
     [after] = ask(app, as_json(png(picture()), ["red"]))
     assert after.status_code == 200
+
+
+def test_openapi_says_which_sentences_are_blank():
+    for code in (*range(0xD800), *range(0xE000, 0x10000)):
+        assert is_blank(chr(code)) == (re.search(api.NOT_BLANK, chr(code)) is None), hex(code)
 
 
 @pytest.mark.parametrize(("path", "method", "status"), [("/no", "GET", 404), ("/v1/segment", "GET", 405)])

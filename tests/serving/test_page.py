@@ -17,10 +17,13 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("httpx", reason="httpx is not installed")
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+import httpx
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from cmmasksd.cli import main
 from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.inference.predictor import Segmenter
@@ -148,8 +151,29 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
     for mask, found, one in zip(masks, expected, saved["annotations"], strict=True):
         assert (mask & found.mask).sum() / (mask | found.mask).sum() > 0.97
         assert one["area"] == mask.sum()
-        x, y, w, h = one["bbox"]
-        assert mask[y : y + h, x : x + w].sum() == one["area"]
+        x0, y0, x1, y1 = one["box"]
+        assert mask[y0:y1, x0:x1].sum() == one["area"]
+
+
+def test_a_box_means_the_same_everywhere(page: Page, address: str, scene, segmenter: Segmenter, tmp_path: Path):
+    """(x0, y0, x1, y1), half-open: in Python, in predict's JSON, in the API, and in the page's file."""
+    file, texts = scene
+    expected = [found.box for found in segmenter.segment(file, texts)]
+    assert all(box is not None and box[0] > 0 and box[1] > 0 for box in expected)  # else some meanings look alike
+    command = ["predict", "--model", "scenes", "--image", str(file), "--json", str(tmp_path / "found.jsonl")]
+    assert main([*command, *(part for text in texts for part in ("--text", text)), "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [tuple(row["box"]) for row in rows] == expected
+    answer = httpx.post(
+        f"{address}v1/segment", files={"image": file.read_bytes()}, data={"sentences": texts}, timeout=120
+    )
+    assert [tuple(one["box"]) for one in answer.json()["results"]] == expected
+    upload(page, scene)
+    with page.expect_download() as download:
+        page.click("#save-rle")
+    download.value.save_as(tmp_path / "masks.json")
+    saved = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+    np.testing.assert_allclose([one["box"] for one in saved], expected, atol=1)  # from a map of bytes
 
 
 def test_by_keyboard_alone(page: Page):

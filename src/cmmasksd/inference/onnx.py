@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from cmmasksd.data.images import Picture, as_pixels
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, Segments
-from cmmasksd.model.frame import Frame, inside, lay, level, rows_first
+from cmmasksd.model.frame import Frame, columns_first, inside, lay, level
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -239,7 +240,7 @@ class OnnxSegmenter(Segments):
         Raises:
             UserError: for an empty sentence.
         """
-        if any(not text.strip() for text in texts):
+        if any(map(is_blank, texts)):
             raise UserError("an empty sentence names no object: give at least one word")
         read = self.tokenizer.encode_batch(list(texts))
         ids, attention = (np.array([getattr(one, key) for one in read], np.int64) for key in ("ids", "attention_mask"))
@@ -271,7 +272,7 @@ def open_sessions(folder: Path) -> dict[str, InferenceSession]:
 def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 to (height, width, 3) uint8, equal to torch's antialiased bicubic on bytes."""
     steps = [(1, width), (0, height)]
-    for axis, target in reversed(steps) if rows_first(*image.shape[:2], height, width) else steps:
+    for axis, target in reversed(steps) if columns_first(image.shape[:2], (height, width)) else steps:
         source = image.shape[axis]
         if source == target:
             continue

@@ -7,6 +7,7 @@ two ways.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -75,12 +76,12 @@ def mean_and_std(mean: object, std: object, prefix: str = "") -> tuple[tuple[flo
     return per_channel(f"{prefix}mean", mean, 0.0, 1.0), per_channel(f"{prefix}std", std, 0.001, 1.0)
 
 
-def rows_first(height: int, width: int, h: int, w: int) -> bool:
-    """Whether to resize (height, width) to (h, w) along the columns before along the rows, which is the rule.
+def columns_first(source: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether to resize (H, W) to another (H, W) along the columns first; otherwise it is done along the rows first.
 
-    Only where the rule would pass through more than four times the pixels of input and output: narrow and long images.
+    Only where the intermediate image would have over four times the pixels of both: a narrow and long source.
     """
-    return height * w > 4 * max(height * width, h * w)
+    return source[0] * target[1] > 4 * max(source[0] * source[1], target[0] * target[1])
 
 
 def inside(cells: int, canvas: int, start: int, length: int) -> tuple[int, int]:

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.model.auto import MODEL_TYPE
 from cmmasksd.model.clip import Tokens
-from cmmasksd.model.frame import MAX_SIDE, Frame, inside, lay, level, mean_and_std, rows_first, whole
+from cmmasksd.model.frame import MAX_SIDE, Frame, columns_first, inside, lay, level, mean_and_std, whole
 from cmmasksd.model.hub import TOKENIZER_BYTES, TOKENIZER_FILES, files_of, model_folder, read_json, require
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
         UserError: for an empty sentence.
     """
     for text in texts:
-        if not text.strip():
+        if is_blank(text):
             raise UserError("an empty sentence names no object: give at least one word")
     encoded = tokenizer(
         list(texts),
@@ -78,10 +79,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
 def _resized(images: Tensor, height: int, width: int, mode: str) -> Tensor:
     """(B, C, H, W) to (B, C, height, width), antialiased.
 
-    torch resizes along the rows first, which costs too much for a long and narrow image (`rows_first`), and resizes a
-    single column of floats wrongly (2.13: all of it becomes its first value). On its side, such an image is neither.
+    torch resizes along the rows first, which costs too much for a long and narrow image (`columns_first`), and it fills
+    a single column of floats with its first value (2.13). Such images are therefore resized on their side.
     """
-    if images.shape[-1] == 1 or rows_first(*images.shape[-2:], height, width):
+    if images.shape[-1] == 1 or columns_first(images.shape[-2:], (height, width)):
         return F.interpolate(images.mT, (width, height), mode=mode, antialias=True).mT
     return F.interpolate(images, (height, width), mode=mode, antialias=True)
 

@@ -38,7 +38,8 @@ from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -48,6 +49,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cmmasksd import __version__
 from cmmasksd.data.images import ImageTooLarge
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.serving.engine import Busy, Engine, Job, Stopped
@@ -72,6 +74,11 @@ HEAD_SECONDS = 10
 DRAIN_BYTES, DRAIN_SECONDS = 50_000_000, 10
 """What is still read of a request that has its refusal: a connection closed before is reset, and the answer lost."""
 HEALTH = "/v1/health"
+NOT_BLANK = (
+    r"[^\s\x00-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb]"
+)
+"""What OpenAPI says of `is_blank`: a character that is neither white space nor invisible."""
 PORT = re.compile(rb":\d+$")
 log = logging.getLogger(__name__)
 
@@ -110,7 +117,15 @@ class Found(BaseModel):
     text: str
     score: Annotated[float, Field(ge=0, le=1, description="mean probability over the mask; 0 where it is empty")]
     area: Annotated[int, Field(ge=0, description="pixels of the mask")]
-    box: Annotated[list[int] | None, Field(description="[x, y, width, height]; null where the mask is empty")]
+    box: Annotated[
+        list[int] | None,
+        Field(
+            min_length=4,
+            max_length=4,
+            description="[x0, y0, x1, y1] in pixels: the mask lies in columns x0 to x1 - 1 and rows y0 to y1 - 1;"
+            " null where it is empty",
+        ),
+    ]
     truncated: Annotated[bool, Field(description="the sentence was too long for the model and lost its last words")]
     rle: RLE | None = None
     png: Annotated[str | None, Field(description="base64 of a PNG of the image's size, white on black")] = None
@@ -180,10 +195,19 @@ def _documented(*codes: int) -> dict[int | str, dict[str, Any]]:
     return shown
 
 
+def _with_words(sentence: str) -> str:
+    if is_blank(sentence):
+        raise PydanticCustomError("blank", "the sentence is blank: give at least one word")
+    return sentence
+
+
 def _input(settings: ServeSettings) -> type[BaseModel]:
     """The request's fields with the limits of this server."""
     sentence = Annotated[
-        str, StringConstraints(min_length=1, max_length=settings.max_characters, pattern=r"\S", strict=True)
+        str,
+        StringConstraints(min_length=1, max_length=settings.max_characters, strict=True),
+        AfterValidator(_with_words),
+        Field(json_schema_extra={"pattern": NOT_BLANK}),
     ]
 
     class SegmentRequest(BaseModel):

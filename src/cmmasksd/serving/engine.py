@@ -206,11 +206,7 @@ def _settle(job: Job, answer: dict[str, Any] | Exception) -> None:
 
 def describe(found: Segmentation, want: frozenset[str]) -> dict[str, Any]:
     """A segmentation as JSON can hold it: text, score, area, box, and what is wanted of rle, png and probability."""
-    box = found.box
-    if box is not None:
-        x0, y0, x1, y1 = box
-        box = [x0, y0, x1 - x0, y1 - y0]
-    shown: dict[str, Any] = {"text": found.text, "score": found.score, "area": found.area, "box": box}
+    shown: dict[str, Any] = {"text": found.text, "score": found.score, "area": found.area, "box": found.box}
     if "rle" in want:
         shown["rle"] = found.rle
     if "png" in want:

@@ -54,7 +54,7 @@ async function file(name, onProgress = () => {}) {
 export async function segment(blob, sentences, onProgress = () => {}, signal = undefined) {
   await load(onProgress);
   const { settings, tokenize, sessions } = await model;
-  if (sentences.some((sentence) => !sentence.trim())) throw new Error("An empty sentence names no object: give at least one word.");
+  if (sentences.some((sentence) => !/[^\s\p{Cc}\p{Cf}]/u.test(sentence))) throw new Error("An empty sentence names no object: give at least one word.");
   onProgress(0, "Reading the picture");
   const { width, height, data } = await decode(blob);
   const frame = lay(height, width, settings), [h, w] = frame.canvas;

@@ -26,7 +26,7 @@ export function pixelValues(rgba, frame, { mean, std }) {
 
 /** Antialiased bicubic on bytes with four channels, in the integers that torch computes with. */
 export function resizeBicubic(pixels, H, W, height, width) {
-  if (H * width > 4 * Math.max(H * W, height * width)) { // long and narrow: see rows_first in model/frame.py
+  if (H * width > 4 * Math.max(H * W, height * width)) { // long and narrow: see columns_first in model/frame.py
     pixels = resizeLines(pixels, W, H, height, 4, 4 * W, 4, 4 * W);
     H = height;
   }
