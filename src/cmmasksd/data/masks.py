@@ -48,7 +48,7 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> np.nda
 
     polygons: Any = [_checked_polygon(polygon, _polygon_points(polygon), height, width) for polygon in segmentation]
     union: Any = coco.merge(coco.frPyObjects(polygons, height, width))
-    return _runs_to_mask(_unpacked_counts(union["counts"]), height, width)
+    return _runs_to_mask(_checked_runs(_unpacked_counts(union["counts"]), height, width), height, width)
 
 
 def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[Any, int]:
@@ -200,13 +200,7 @@ def _checked_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
         runs = _number_array(counts)
     if runs is None or runs.dtype.kind not in "iu":
         raise UserError(f"RLE counts are {shown(counts)}: expected a list of whole numbers, or a string")
-    # Each run is checked before they are added up, so that no sum can wrap round.
-    if not len(runs) or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
-        raise UserError(
-            f"RLE counts do not add up to the {height * width} pixels of an image of height {height} and width {width}"
-            ": the segmentation is damaged or belongs to another image"
-        )
-    return runs
+    return _checked_runs(runs, height, width)
 
 
 def _unpacked_counts(packed: bytes) -> np.ndarray:
@@ -228,6 +222,17 @@ def _unpacked_counts(packed: bytes) -> np.ndarray:
     runs -= np.where(digits[last] & 0x10, 1 << (5 * length), 0)
     runs[1::2] = np.cumsum(runs[1::2])
     runs[2::2] = np.cumsum(runs[2::2])
+    return runs
+
+
+def _checked_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The run lengths, (R,), if they add up to the image; else a UserError."""
+    # Each run is checked before they are added up, so that no sum can wrap round.
+    if not len(runs) or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
+        raise UserError(
+            f"RLE counts do not add up to the {height * width} pixels of an image of height {height} and width {width}"
+            ": the segmentation is damaged or belongs to another image"
+        )
     return runs
 
 
