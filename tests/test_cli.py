@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPa
     Image.new("RGB", (40, 30), "red").save("good.png")
     Path("cut.jpg").write_bytes((release / "images/train2014").glob("*.jpg").__next__().read_bytes()[:600])
     Path("text.jpg").write_text("no picture")
+    Image.new("L", (9, 910)).save("narrow.png")
     Image.new("L", (9, 9)).save("two.gif", save_all=True, append_images=[Image.new("L", (9, 9), 99)])
     Path("rows.jsonl").write_text('{"image": "good.png", "text": "x"}')
     Path("bad.csv").write_text("image,expressions\ngood.png,x|\n")
@@ -232,6 +234,7 @@ MISTAKES = [
     (PREDICT + " --image absent.png --text x", "absent.png does not exist"),
     (PREDICT + " --image text.jpg --text x", "not an image"),
     (PREDICT + " --image cut.jpg --text x", "damaged"),
+    (PREDICT + " --image narrow.png --text x", "narrow.png of 9x910 has sides of a ratio above 100: crop it first"),
     (PREDICT + " --image empty --text x", "empty holds no image (.jpg,"),
     (PREDICT + " --image rows.jsonl --text x", "leave out --text"),
     (PREDICT + " --image bad.csv", "bad.csv, line 2 has an empty sentence"),
@@ -261,6 +264,7 @@ MISTAKES = [
     (PREDICT + " --image data:image/png;base64," + 999 * "A" + " --text x", "URLs are not fetched"),
     (PREDICT + " --image " + 999 * "A" + " --text x", "AAA"),
     (PREDICT + " --image good.png --text \x1c", "--text is empty"),
+    (PREDICT + " --image good.png --text \u200b", "--text is empty"),
     ("predict --model absent --image good.png --text x --out out", "model folder absent"),
     ("predict --model {model} --image good.png --text x --out {file}/out", "Not a directory"),
     ("explain --model {model} --image good.png --text=", "--text is empty"),
@@ -388,12 +392,15 @@ sys.exit(cli.main("report --model m --results r --out o".split()))
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        late = threading.Timer(300, process.kill)  # ends each of the waits below
+        late.start()
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait() == 141
+        assert process.wait(300) == 141
+        late.cancel()
 
 
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -29,7 +29,7 @@ from cmmasksd.config import (
 )
 from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES
-from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings
+from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings, checked_key
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -165,11 +165,19 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("export", export, help="write a model for onnxruntime, torch.export or the browser")
 
     serve = ArgumentParser(
-        description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, the API asks for that key."
+        description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, both ask for that key."
     )
     serve.add_argument("--model", default="scenes", help=MODEL)
     serve.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
-    serve.add_class_arguments(ServeSettings)
+    serve.add_class_arguments(ServeSettings, skip={"allowed_hosts"})
+    serve.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        type=str,
+        default=[],
+        help="host names in the addresses that clients use, beside IP addresses and localhost (default: --host, or any"
+        " name where that is the address of a network)",
+    )
     commands.add_subcommand("serve", serve, help="a web page and an HTTP API for a model")
 
     explain = ArgumentParser(
@@ -513,8 +521,10 @@ def _failed(failures: list[str], of: int) -> str:
 
 def _serve(settings: Namespace) -> None:
     from dataclasses import fields
+    from ipaddress import ip_address
 
     limits = ServeSettings(**{one.name: settings[one.name] for one in fields(ServeSettings)})
+    key = checked_key(os.environ.get(KEY_VARIABLE))
     try:
         from cmmasksd.serving.api import create_app, make_server
     except ImportError as error:
@@ -522,11 +532,12 @@ def _serve(settings: Namespace) -> None:
     from cmmasksd.inference.predictor import Segmenter
 
     segmenter = Segmenter.from_pretrained(settings.model, device=settings.device)
-    key = os.environ.get(KEY_VARIABLE)
     folder = Path(settings.model)
     name = folder.name if folder.is_dir() else settings.model  # clients need no path of ours
     server, listening = make_server(create_app(segmenter, name, limits, key), limits)
     host, port = listening.getsockname()[:2]
+    if key is None and not ip_address(host).is_loopback:
+        print(f"warning: anyone who reaches {host}:{port} can use the model: set {KEY_VARIABLE}", file=sys.stderr)
     page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     print(f"{settings.model} is served at {page} (Ctrl+C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order by then
@@ -581,8 +592,10 @@ def _explain(settings: Namespace) -> None:
 
 
 def _require_words(texts: list[str]) -> None:
+    from cmmasksd.data.samples import is_blank
+
     for text in texts:
-        if not text.strip():
+        if is_blank(text):
             raise UserError("--text is empty: give a sentence of at least one word")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the shell that are not UTF-8
             raise UserError(f"--text {text!r} is not UTF-8 text: type it again")
@@ -606,7 +619,7 @@ def _data(settings: Namespace) -> None:
 
 
 def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
-    from cmmasksd.training.pretrain import pretrain
+    from cmmasksd.pretraining.loop import pretrain
 
     made: Any = parser.instantiate(settings)
     print(f"the CLIP is in {pretrain(made.pretrain)}")

@@ -45,3 +45,9 @@ class _Short(reprlib.Repr):
 
     def repr_dict(self, x: dict, level: int) -> str:  # reprlib's own sorts all of the keys
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+def reason(error: BaseException, limit: int = 200) -> str:
+    """What another library's exception says, as a part of our line: at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -240,7 +240,8 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = subprocess.run([*launch, *arguments, str(tmp_path / "two")], env=environment, capture_output=True, text=True)
+    command = [*launch, *arguments, str(tmp_path / "two")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.count("scenes val") == 1  # one process prints the table
 

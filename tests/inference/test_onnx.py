@@ -97,7 +97,7 @@ def test_predict_runs_an_export(exported: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("resize", ["warp", "letterbox"])
-@pytest.mark.parametrize("size", [(64, 96), (96, 97), (640, 481), (33, 500), (1, 7), (2001, 40)])
+@pytest.mark.parametrize("size", [(64, 96), (96, 97), (640, 481), (33, 500), (1, 7), (2001, 40), (5000, 3), (3, 5000)])
 def test_the_processor_in_numpy_equals_the_torch_one(segmenter: OnnxSegmenter, size: tuple[int, int], resize: str):
     draw = np.random.default_rng(0)
     image, logits = draw.integers(0, 256, (*size, 3), dtype=np.uint8), draw.normal(size=(16, 24)).astype(np.float32)

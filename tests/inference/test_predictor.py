@@ -17,7 +17,7 @@ from cmmasksd.inference.predictor import ENCODE_TOGETHER, Segmenter
 from cmmasksd.inference.visualize import PALETTE
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
-from cmmasksd.training.pretrain import build_clip
+from cmmasksd.pretraining.model import build_clip
 
 SENTENCES = ["the red circle", "star on the left", "large blue thing that is not there"]
 

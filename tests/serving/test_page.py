@@ -84,7 +84,9 @@ def upload(page: Page, scene: tuple[Path, list[str]]) -> None:
 
 def canvas(page: Page) -> np.ndarray:
     """What is drawn, (H, W, 3)."""
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.wait_for_function(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+    )  # unlike evaluate, it has a timeout
     address = page.evaluate("() => document.getElementById('view').toDataURL()")
     with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as image:
         return np.asarray(image.convert("RGB"))
@@ -210,6 +212,43 @@ def test_what_the_server_refuses_is_said(browser: Browser, address: str, scene):
     page.wait_for_function("() => document.getElementById('error').textContent.includes('300 characters')")
     assert page.is_enabled("#find")
     page.close()
+
+
+def test_a_server_with_a_key(browser: Browser, running, segmenter: Segmenter, scene):
+    """The browser asks for the key once, as a password; with it, the page works whole."""
+    with running(segmenter, "scenes", ServeSettings(port=0), "schlüssel") as (host, port, _):
+        for password, status in (("wrong", 401), ("schlüssel", 200)):
+            context = browser.new_context(http_credentials={"username": "me", "password": password})
+            page = context.new_page()
+            page.set_default_timeout(PATIENCE)
+            answer = page.goto(f"http://{host}:{port}/")
+            assert answer is not None
+            assert answer.status == status
+            if status == 200:
+                page.wait_for_selector("#examples button")
+                upload(page, scene)
+                assert page.inner_text("#error") == ""
+            context.close()
+
+
+def test_a_page_of_another_site_cannot_use_the_server(browser: Browser, address: str):
+    """A form that posts itself, from another origin on this machine."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.route(
+        "http://other.localhost/",
+        lambda route: route.fulfill(
+            content_type="text/html",
+            body=f'<form method="post" enctype="multipart/form-data" action="{address}v1/segment">'
+            '<input name="sentences" value="red"><button>Go</button></form>',
+        ),
+    )
+    page.goto("http://other.localhost/")
+    with page.expect_response("**/v1/segment") as answer:
+        page.click("button")
+    assert answer.value.status == 403
+    context.close()
 
 
 def test_a_long_job_shows_progress_and_can_be_stopped(page: Page, scene):

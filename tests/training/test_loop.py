@@ -17,9 +17,9 @@ from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig,
 from cmmasksd.errors import UserError
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.pretraining.model import build_clip, save_clip
 from cmmasksd.training import loop
 from cmmasksd.training.checkpoint import STATE
-from cmmasksd.training.pretrain import build_clip, save_clip
 
 
 @pytest.fixture(scope="module")
@@ -371,9 +371,8 @@ def test_two_processes_train_one_model(micro_clip, tmp_path):
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    run = subprocess.run(
-        [*command, str(micro_clip), str(tmp_path / "run")], env=environment, capture_output=True, text=True
-    )
+    command += [str(micro_clip), str(tmp_path / "run")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     state = state_of(tmp_path / "run")
     assert len(state["random"]) == 2

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.scenes import STYLES, SceneDataset
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 if TYPE_CHECKING:
     from cmmasksd.model.clip import Tokens
@@ -48,7 +48,7 @@ def open_dataset(
     from cmmasksd.config import DATASETS
 
     if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown data set {shown(name)}: choose one of {', '.join(DATASETS)}")
     if name in STYLES:
         if root is not None:
             raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")

@@ -23,6 +23,7 @@ from PIL import Image
 
 from cmmasksd.data.images import read_bytes
 from cmmasksd.data.manifest import SUFFIXES, read_rows
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, shown
 from cmmasksd.inference.visualize import PALETTE
 
@@ -288,9 +289,10 @@ def read_sentences(file: Path) -> list[str]:
     if file.stat().st_size > _MAX_TEXTS:
         raise UserError(f"{file} has more than {_MAX_TEXTS / 1e6:.0f} MB: give fewer sentences at a time")
     try:
-        texts = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it with this encoding") from None
+    texts = [line.strip() for line in lines if not is_blank(line)]
     if not texts:
         raise UserError(f"{file} has no sentence: write one in every line")
     return texts

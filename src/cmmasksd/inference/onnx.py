@@ -19,7 +19,7 @@ import numpy as np
 from cmmasksd.data.images import Picture, as_pixels
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, Segments
-from cmmasksd.model.frame import Frame, inside, lay, level
+from cmmasksd.model.frame import Frame, inside, lay, level, rows_first
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -270,7 +270,8 @@ def open_sessions(folder: Path) -> dict[str, InferenceSession]:
 
 def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 to (height, width, 3) uint8, equal to torch's antialiased bicubic on bytes."""
-    for axis, target in ((1, width), (0, height)):
+    steps = [(1, width), (0, height)]
+    for axis, target in reversed(steps) if rows_first(*image.shape[:2], height, width) else steps:
         source = image.shape[axis]
         if source == target:
             continue

@@ -150,6 +150,8 @@ class Engine:
     def _compute(self, jobs: Sequence[Job]) -> None:
         ready = []
         for job in jobs:
+            if job.answer.cancelled():  # while the images before it were read
+                continue
             try:
                 ready.append((job, read_image(job.image, exif=True, max_pixels=self.settings.max_pixels)))
             except Exception as error:
