@@ -264,6 +264,7 @@ MISTAKES = [
     (PREDICT + " --image data:image/png;base64," + 999 * "A" + " --text x", "URLs are not fetched"),
     (PREDICT + " --image " + 999 * "A" + " --text x", "AAA"),
     (PREDICT + " --image good.png --text \x1c", "--text is empty"),
+    (PREDICT + " --image good.png --text \u200b", "--text is empty"),
     ("predict --model absent --image good.png --text x --out out", "model folder absent"),
     ("predict --model {model} --image good.png --text x --out {file}/out", "Not a directory"),
     ("explain --model {model} --image good.png --text=", "--text is empty"),
@@ -609,6 +610,40 @@ def test_predict_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert row["area"] == mask.sum()
         assert (row["box"] is None) == (not mask.any())
         assert 0 <= row["score"] <= 1
+
+
+def test_a_name_that_is_not_utf_8(tiny_model_folder: Path, tmp_path: Path):
+    """Shown escaped, in a process of its own: here pytest has the standard output."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    photo(tmp_path / "a.png")
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        (tmp_path / "a.png").rename(folder / name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    command = [sys.executable, "-m", "cmmasksd", "predict", "--model", tiny_model_folder, "--image", folder]
+    for target in (tmp_path / "rows.jsonl", "-"):
+        given = ["--text", "left one", "--out", out, "--json", target]
+        done = subprocess.run([*command, *given], capture_output=True, timeout=600, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        done.stdout.decode("utf-8")
+        text = done.stdout if target == "-" else (tmp_path / "rows.jsonl").read_bytes()
+        assert Path(json.loads(text)["image"]) == folder / name
+        assert {file.name for file in out.iterdir()} == {f"caf-_1_left-one_{kind}.png" for kind in ("mask", "overlay")}
+
+
+def test_a_name_that_is_too_long_costs_itself_only(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    photo(tmp_path / "a.png")
+    names = ["a.png", f"{'b' * 300}.png"]
+    rows = "".join(json.dumps({"image": name, "text": "left"}) + "\n" for name in names)
+    (tmp_path / "m.jsonl").write_text(rows)
+    given = ["--image", tmp_path / "m.jsonl", "--json", tmp_path / "rows.jsonl"]
+    assert main("predict", "--model", tiny_model_folder, *given) == 2
+    assert "1 of 2 images could not be read" in capsys.readouterr().err
+    assert len(lines(tmp_path / "rows.jsonl")) == 1
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

@@ -44,7 +44,11 @@ MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
 
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
-    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+    from jsonargparse import (
+        ActionConfigFile,  # pyright: ignore (documented, but not in its __all__)
+        ArgumentParser,
+        set_parsing_settings,
+    )
 
     from cmmasksd import __version__
 
@@ -459,15 +463,15 @@ def _predict(settings: Namespace) -> None:
         raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
 
     folder = settings.out or (None if settings.json else Path("."))
-    to_file = settings.json is not None and "--json" not in to_stdout
-    if settings.resume and not to_file:
+    rows_file: Path | None = None if "--json" in to_stdout else settings.json
+    if rows_file is not None:
+        require_free(rows_file, settings.resume)
+    elif settings.resume:
         raise UserError("--resume continues the rows of a file: name it with --json")
-    if to_file:
-        require_free(settings.json, settings.resume)
 
     segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
-    run = {}
-    if to_file:
+    run: dict[str, Any] = {}
+    if rows_file is not None:
         run["model"] = digest_of_model(model_folder(settings.model))
         run["--threshold"] = settings.threshold
         run["--out"] = folder and str(folder)
@@ -588,8 +592,10 @@ def _explain(settings: Namespace) -> None:
 
 
 def _require_words(texts: list[str]) -> None:
+    from cmmasksd.data.samples import is_blank
+
     for text in texts:
-        if not text.strip():
+        if is_blank(text):
             raise UserError("--text is empty: give a sentence of at least one word")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the shell that are not UTF-8
             raise UserError(f"--text {text!r} is not UTF-8 text: type it again")

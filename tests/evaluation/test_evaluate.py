@@ -175,47 +175,6 @@ def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
         evaluate(Bright(), processor, Boxes(mask_size=(8, 8)), progress=False, workers=workers)
 
 
-# -- processes
-
-
-def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
-    """A real launch. 17 images make 3 blocks, which 2 processes cannot share out evenly."""
-    from accelerate.state import AcceleratorState
-
-    arguments = ["evaluate", "--model", "scenes", "--data", "scenes", "--split", "val"]
-    arguments += ["--references", "51", "--scene_size", "64", "--workers", "0", "--out"]
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\n"
-        "from cmmasksd.cli import main\n"
-        "assert main(sys.argv[1:]) == 0\n"
-        "import torch.distributed as dist\n"
-        "assert dist.get_world_size() == 2\n"
-        "dist.destroy_process_group()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, *arguments, str(tmp_path / "two")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.count("scenes val") == 1  # one process prints the table
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main([*arguments, str(tmp_path / "one")]) == 0
-    finally:
-        torch.set_num_threads(threads)
-        AcceleratorState._reset_state(reset_partial_state=True)
-    for name in ("results.json", "expressions.jsonl"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
-    rows = [json.loads(line) for line in (tmp_path / "one" / "expressions.jsonl").read_text().splitlines()]
-    assert len({row["ref_id"] for row in rows}) == 51
-    assert len({row["IoU"] for row in rows}) > 10  # the comparison compares something
-
-
 # -- memory
 
 MEMORY = """
@@ -259,3 +218,44 @@ def test_digits_do_not_depend_on_how_sentences_are_taken_together(processor, mon
         monkeypatch.setattr(scoring, "SENTENCES", sentences)
         monkeypatch.setattr(scoring, "RESTORE_PIXELS", pixels)
         assert evaluate(Bright(), processor, data, progress=False) == expected
+
+
+# -- processes
+
+
+def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
+    """A real launch. 17 images make 3 blocks, which 2 processes cannot share out evenly."""
+    from accelerate.state import AcceleratorState
+
+    arguments = ["evaluate", "--model", "scenes", "--data", "scenes", "--split", "val"]
+    arguments += ["--references", "51", "--scene_size", "64", "--workers", "0", "--out"]
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\n"
+        "from cmmasksd.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "import torch.distributed as dist\n"
+        "assert dist.get_world_size() == 2\n"
+        "dist.destroy_process_group()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, *arguments, str(tmp_path / "two")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("scenes val") == 1  # one process prints the table
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([*arguments, str(tmp_path / "one")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for name in ("results.json", "expressions.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    rows = [json.loads(line) for line in (tmp_path / "one" / "expressions.jsonl").read_text().splitlines()]
+    assert len({row["ref_id"] for row in rows}) == 51
+    assert len({row["IoU"] for row in rows}) > 10  # the comparison compares something

@@ -154,8 +154,8 @@ def can_be_path(name: str) -> bool:
 
 def require_file(file: Path, shown: str) -> None:
     """Refuse a path that is no file, or not there."""
-    if not file.is_file():
-        raise UserError(f"{shown} {'is not a file' if file.exists() else 'does not exist'}: check the path")
+    if not os.path.isfile(file):  # Path.is_file raises where a name is too long
+        raise UserError(f"{shown} {'is not a file' if os.path.exists(file) else 'does not exist'}: check the path")
 
 
 def require_bounded(width: int, height: int, shown: str, most: int = MAX_PIXELS) -> None:

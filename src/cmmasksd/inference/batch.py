@@ -23,6 +23,7 @@ from PIL import Image
 
 from cmmasksd.data.images import read_bytes
 from cmmasksd.data.manifest import SUFFIXES, read_rows
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, shown
 from cmmasksd.inference.visualize import PALETTE
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What is taken for an image in a folder."""
+
+
+_MAX_PATH = 4096
+_MAX_TEXTS = 64_000_000  # bytes of a file of sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,8 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
         rows = read_rows(where)
         if not rows:
             raise UserError(f"{where} has no row: give it at least one image with a sentence")
+        if row := next((row for row in rows if len(str(row.image)) > _MAX_PATH), None):
+            raise UserError(f"{row.where}: image {shown(str(row.image))} is too long for a path: check the row")
         return [Source(str(row.image), row.image, row.expressions, row.id) for row in rows]
     if not texts:
         raise UserError("no sentence given: say what to look for with --text, or --texts FILE with one per line")
@@ -275,14 +282,17 @@ def read_sentences(file: Path) -> list[str]:
     """The sentences of a text file, one in every line.
 
     Raises:
-        UserError: it is not there, is not UTF-8, or has none.
+        UserError: it is not there, is too large, is not UTF-8, or has none.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist: give a text file with a sentence in every line")
+    if file.stat().st_size > _MAX_TEXTS:
+        raise UserError(f"{file} has more than {_MAX_TEXTS / 1e6:.0f} MB: give fewer sentences at a time")
     try:
-        texts = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it with this encoding") from None
+    texts = [line.strip() for line in lines if not is_blank(line)]
     if not texts:
         raise UserError(f"{file} has no sentence: write one in every line")
     return texts

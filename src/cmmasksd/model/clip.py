@@ -131,8 +131,9 @@ class TextFeatures:
     @staticmethod
     def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
         """The sentences of several records of the same length L, one after the other."""
-        columns = [[getattr(part, field.name) for part in parts] for field in fields(TextFeatures)]
-        return TextFeatures(*(None if column[0] is None else torch.cat(column) for column in columns))
+        columns: list[list[Any]] = [[getattr(part, field.name) for part in parts] for field in fields(TextFeatures)]
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return TextFeatures(*joined)
 
 
 def encode_image(
