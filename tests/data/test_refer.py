@@ -10,9 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from cmmasksd.data import refer
+from cmmasksd.data.masks import usable_segmentation
 from cmmasksd.data.refer import NAMES, ReferDataset, splits, write_refer_release
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.errors import UserError
@@ -513,6 +516,25 @@ def test_polygons_without_area_are_left_out(tmp_path, caplog, part):
         "refcoco testA of .* has nothing else than .*references to annotations without area .1.: check the files"
     ):
         ReferDataset("refcoco", tmp_path, "testA")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 5, 7.5, 30, 999, 999.25, 1000, -1, 1e-7, 1e20]), min_size=4, max_size=12),
+    st.sampled_from([(100, 60), (60, 100), (99, 60)]),
+)
+def test_a_polygon_that_is_taken_without_parsing_is_usable(polygon, size):
+    content = json.dumps([polygon]).encode()
+    if refer._is_sound(content, *size):
+        assert usable_segmentation(json.loads(content), *size) == ([polygon], 0)
+
+
+def test_most_polygons_are_taken_without_parsing():
+    polygon = b"[[510.66, 423.01, 511.72, 420.03, 510.45, 416, 0.5,3]]"
+    assert refer._is_sound(polygon, 480, 640)
+    assert not refer._is_sound(polygon, 48, 64)
+    assert not refer._is_sound(polygon.replace(b"416", b"0416"), 480, 640), "no JSON"
+    assert not refer._is_sound(polygon.replace(b"0.5,3", b"0.5"), 480, 640)
 
 
 def test_a_bow_tie_has_an_area(tmp_path, caplog):

@@ -300,6 +300,23 @@ def _references(refs: Sequence[dict[str, Any]], path: Path, left_out: Counter[st
 # by [[start, end]], its place in the file: a sixth of the time and less than half the memory.
 _POLYGONS = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[[-+0-9.eE,\s\[\]]*\]\s*\])')
 
+# Most polygons are known to be sound without parsing them, which would double the time: not too many corners, whose
+# coordinates are below 1,000 (never far from an image of 100 pixels), the first three not on one line.
+_NUMBER = rb"((?:0|[1-9][0-9]{0,2})(?:\.[0-9]{1,9})?)"
+_SOUND = re.compile(
+    rb"\[\["
+    + rb", ?".join([_NUMBER] * 6)
+    + rb"(?:, ?N, ?N){0,2000}+\]\]".replace(b"N", _NUMBER.replace(b"(", b"(?:", 1))
+)
+
+
+def _is_sound(polygons: bytes, height: int, width: int) -> bool:
+    """Whether it takes no closer look to know that ``usable_segmentation`` takes the polygons as they are."""
+    if max(height, width) < 100 or not (match := _SOUND.fullmatch(polygons)):
+        return False
+    x0, y0, x1, y1, x2, y2 = map(float, match.groups())
+    return abs((x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)) > 1e-3
+
 
 def _read_instances(
     path: Path, references: Sequence[Reference], left_out: Counter[str]
@@ -371,9 +388,12 @@ def _read_instances(
                     f"which names it, in image {reference.image_id}: the two files are not of the same release"
                 )
     for ann_id, given in list(segmentations.items()):
+        size = images[image_of[ann_id]][1:]
+        if isinstance(given, bytes) and _is_sound(given, *size):
+            continue
         try:
             parsed = json.loads(given) if isinstance(given, bytes) else given
-            usable, without_area = usable_segmentation(parsed, *images[image_of[ann_id]][1:])
+            usable, without_area = usable_segmentation(parsed, *size)
             if without_area or parsed is given:
                 segmentations[ann_id] = json.dumps(usable).encode()
         except (ValueError, RecursionError) as error:  # our own UserError, or JSON's
