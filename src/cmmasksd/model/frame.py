@@ -48,7 +48,7 @@ def whole(name: str, value: object, low: int, high: int) -> int:
     Raises:
         UserError: for anything else.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise UserError(f"{name} is {shown(value)}: expected a whole number from {low} to {high}")
     return int(value)
 
@@ -82,6 +82,24 @@ def columns_first(source: Sequence[int], target: Sequence[int]) -> bool:
     Only where the intermediate image would have over four times the pixels of both: a narrow and long source.
     """
     return source[0] * target[1] > 4 * max(source[0] * source[1], target[0] * target[1])
+
+
+def canvas_of(size: object, patch_size: int) -> tuple[int, int]:
+    """(height, width) of a canvas in pixels.
+
+    Raises:
+        UserError: when these are not two multiples of the patch size within bounds.
+    """
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise UserError(f"size is {shown(size)}: expected a height and a width in pixels")
+    height, width = (whole(name, side, 0, MAX_SIDE) for name, side in zip(("height", "width"), size, strict=True))
+    if any(side < patch_size or side % patch_size for side in (height, width)):
+        good = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
+        raise UserError(
+            f"an input of {height}x{width} pixels is not a multiple of the patch size {patch_size}: "
+            f"use {good[0]}x{good[1]}"
+        )
+    return height, width
 
 
 def inside(cells: int, canvas: int, start: int, length: int) -> tuple[int, int]:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -104,6 +105,19 @@ def require(
         raise UserError(f"{folder} lacks {', '.join(missing[:5])}: {remedy}")
 
 
+def small(file: Path, limit: int) -> Path:
+    """The file, if it is there and has at most `limit` bytes.
+
+    Raises:
+        UserError: otherwise.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no {file}: get it again, or give another folder")
+    if (size := file.stat().st_size) > limit:
+        raise UserError(f"{file} has {size} bytes, expected at most {limit}: get it again, or give another folder")
+    return file
+
+
 def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file that may be a stranger's.
 
@@ -115,10 +129,7 @@ def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
         UserError: when there is no such file, it is too large, nested too deep, not UTF-8, or no JSON object.
     """
     remedy = "get it again, or give another folder"
-    if not file.is_file():
-        raise UserError(f"there is no {file}: {remedy}")
-    if (size := file.stat().st_size) > limit:
-        raise UserError(f"{file} has {size} bytes, such a file has at most {limit}: {remedy}")
+    small(file, limit)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -126,6 +137,17 @@ def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{file} holds {shown(found)}, expected a JSON object: {remedy}")
     return found
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """A panic of the tokenizers library, which damaged files cause, as an Exception: it is none by itself."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library broke off: {error}") from None
 
 
 def weights_digest(folder: Path) -> str:

@@ -270,7 +270,7 @@ def _files_of_weights(folder: Path) -> list[Path]:
         require(folder, (name,), "choose a CLIP in transformers' format")
         return [folder / name]
     index = read_json(folder / name).get("weight_map")
-    shards = list(index.values()) if isinstance(index, dict) else [index]
+    shards: list[Any] = list(index.values()) if isinstance(index, dict) else [index]
     home = folder.resolve()
     homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
     for shard in shards:

@@ -23,8 +23,17 @@ from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.model.auto import MODEL_TYPE
 from cmmasksd.model.clip import Tokens
-from cmmasksd.model.frame import MAX_SIDE, Frame, columns_first, inside, lay, level, mean_and_std, whole
-from cmmasksd.model.hub import TOKENIZER_BYTES, TOKENIZER_FILES, files_of, model_folder, read_json, require
+from cmmasksd.model.frame import MAX_SIDE, Frame, canvas_of, columns_first, inside, lay, level, mean_and_std, whole
+from cmmasksd.model.hub import (
+    TOKENIZER_BYTES,
+    TOKENIZER_FILES,
+    files_of,
+    model_folder,
+    no_panic,
+    read_json,
+    require,
+    small,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,25 +135,13 @@ class CMMaskSDProcessor:
         self.patch_size = whole("patch_size", patch_size, 1, MAX_SIDE)
         self.resize: Literal["warp", "letterbox"] = resize
         self.mean, self.std = mean_and_std(mean, std)
-        self.size = self._checked(size)
-
-    def _checked(self, size: tuple[int, int]) -> tuple[int, int]:
-        if not isinstance(size, list | tuple) or len(size) != 2:
-            raise UserError(f"size is {shown(size)}: expected a height and a width in pixels")
-        size = whole("height", size[0], 0, MAX_SIDE), whole("width", size[1], 0, MAX_SIDE)
-        if any(side < self.patch_size or side % self.patch_size for side in size):
-            good = [max(1, round(side / self.patch_size)) * self.patch_size for side in size]
-            raise UserError(
-                f"an input of {size[0]}x{size[1]} pixels is not a multiple of the patch size {self.patch_size}: "
-                f"use {good[0]}x{good[1]}"
-            )
-        return size
+        self.size = canvas_of(size, self.patch_size)
 
     # -- to tensors
 
     def frame(self, height: int, width: int, size: tuple[int, int] | None = None) -> Frame:
         """Where an image of the given size goes on the canvas."""
-        canvas = self.size if size is None else self._checked(size)
+        canvas = self.size if size is None else canvas_of(size, self.patch_size)
         return lay(height, width, canvas, self.resize)
 
     def image(self, image: np.ndarray, size: tuple[int, int] | None = None) -> tuple[Tensor, Frame]:
@@ -382,19 +379,18 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     with TemporaryDirectory() as clean:
         for file in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"):
             if (folder / file).is_file():
-                if (folder / file).stat().st_size > TOKENIZER_BYTES:
-                    raise UserError(f"{folder / file} has more than {TOKENIZER_BYTES} bytes: no CLIP needs as many")
-                shutil.copyfile(folder / file, Path(clean) / file)
+                shutil.copyfile(small(folder / file, TOKENIZER_BYTES), Path(clean) / file)
         kept = {key: settings[key] for key in _TOKENIZER_SETTINGS if key in settings}
         (Path(clean) / "tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
         try:
-            tokenizer = kind.from_pretrained(clean, local_files_only=True)
-            limit = tokenizer.model_max_length
-            if not isinstance(limit, int | float) or not limit >= 3:
-                raise UserError(f"model_max_length is {shown(limit)}, expected at least 3")
-            tokenizer.model_max_length = int(min(limit, MAX_TOKENS))
-            tokenizer.padding_side = tokenizer.truncation_side = "right"
-            ids = tokenizer("a", padding=True, truncation=True)["input_ids"]
+            with no_panic():
+                tokenizer = kind.from_pretrained(clean, local_files_only=True)
+                limit = tokenizer.model_max_length
+                if not isinstance(limit, int | float) or not limit >= 3:
+                    raise UserError(f"model_max_length is {shown(limit)}, expected at least 3")
+                tokenizer.model_max_length = int(min(limit, MAX_TOKENS))
+                tokenizer.padding_side = tokenizer.truncation_side = "right"
+                ids = tokenizer("a red é 1", padding=True, truncation=True)["input_ids"]
         except Exception as error:  # what the two libraries raise for damaged files has no common class
             raise UserError(
                 f"the tokenizer in {folder} cannot be read ({reason(error)}): get its files again"
@@ -402,7 +398,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     if len(ids) < 3 or [ids[0], ids[-1]] != ends or ends[1] in ids[1:-1]:
         raise UserError(
-            f"the tokenizer in {folder} gives {shown(ids)} for 'a', expected its start, pieces and its end: get its "
-            "files again"
+            f"the tokenizer in {folder} gives {shown(ids)} for a sentence, expected its start, pieces and its "
+            "end: get its files again"
         )
     return tokenizer
