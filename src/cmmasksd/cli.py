@@ -345,10 +345,8 @@ def _score(
     """Score a split and write its result files; true in the process that wrote them."""
     from dataclasses import replace
 
-    from accelerate import Accelerator
-
     from cmmasksd.data.loading import open_dataset
-    from cmmasksd.evaluation.evaluate import evaluate
+    from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
     from cmmasksd.evaluation.protocols import ORIGINAL
     from cmmasksd.evaluation.results import write_results
     from cmmasksd.model.hub import model_folder, weights_digest
@@ -359,7 +357,7 @@ def _score(
         raise UserError(f"--workers is {workers}: give 0 to read images in this process, or more")
     protocol = replace(ORIGINAL, threshold=threshold)
     data = open_dataset(name, split, root=root, references=references, seed=seed, canvas=size)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     network = CMMaskSDModel.from_pretrained(model).to(accelerator.device)
     processor = CMMaskSDProcessor.from_pretrained(model)
     out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores

@@ -1,8 +1,8 @@
 """train(config): the whole run as a straight line: build, then for every epoch step, log, validate, save.
 
-It runs on a CPU, one GPU or several (accelerate chooses). For more than one process start it with `accelerate launch`,
-or with `torchrun` on a CPU, where the former starts only one. On a CPU a run that was interrupted and resumed gives the
-same bits as one that was not.
+It runs on a CPU, one GPU or several. For more than one process start it with `torchrun`, or with `accelerate launch` on
+GPUs (on a CPU, that starts one process only). On a CPU a run that was interrupted and resumed gives the same bits as
+one that was not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, loaded,
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
-from cmmasksd.evaluation.evaluate import evaluate
+from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
 from cmmasksd.evaluation.results import write_atomically
 from cmmasksd.training.checkpoint import STATE, load_state, recover, save_model, save_state
 from cmmasksd.training.optim import parameter_groups, rate_scale, set_rates
@@ -45,14 +45,13 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
     Raises:
         UserError: when the configuration does not fit the data, the model or the folder.
     """
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
     how, distillation, workers = config.training, config.distillation, config.data.workers
     out = Path(how.out)
     resume_from = _resume_point(out, how.resume)
-    accelerator = Accelerator(mixed_precision=how.precision)
+    accelerator = make_accelerator(how.precision)
     main = accelerator.is_main_process
     set_seed(how.seed)  # the same weights in every process
     model, processor = build(config)
