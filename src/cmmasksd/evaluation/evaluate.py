@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
-from cmmasksd.data.loading import ScoringItem, ScoringItems, loaded
+from cmmasksd.data.loading import ScoringItem, ScoringItems, loaded, outlive_sigterm
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
@@ -99,6 +99,7 @@ def evaluate(
         batch_sampler=[list(block) for block in blocks[rank::world]],
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),
     )
     metric = ReferringMetric(protocol).to(model.device)
