@@ -46,7 +46,7 @@ def micro(tiny_clip_folder: Path) -> list[str]:
         "data.train_references": 12, "data.val_references": 6, "data.scene_size": 64, "data.workers": 0,
         "model.backbone": tiny_clip_folder, "model.size": "[64,64]", "model.max_tokens": 20,
         "model.decoder_width": 32, "model.decoder_layers": 1, "model.decoder_heads": 2, "model.decoder_mlp": 32,
-        "model.head_width": 16, "training.batch_size": 6, "training.warmup_steps": 1,
+        "model.head_width": 16, "training.batch": 6, "training.warmup_steps": 1,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in values.items()]
 
@@ -79,6 +79,8 @@ def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPa
     Path("rows.jsonl").write_text('{"image": "good.png", "text": "x"}')
     Path("bad.csv").write_text("image,expressions\ngood.png,x|\n")
     Path("blank.txt").write_text("\n \n")
+    Path("accumulate.yaml").write_text("training: {batch: 64, accumulate: 4}\n")
+    Path("batch_size.yaml").write_text("training: {batch_size: 16}\n")
     Path("unknown.yaml").write_text("data: {nmae: refcoco}\n")
     Path("type.yaml").write_text("training: {epochs: many}\n")
     Path("syntax.yaml").write_text("data: {name: [\n")
@@ -194,6 +196,17 @@ MISTAKES = [
     ("demo --data.name photos", "--data.name 'photos' is an unknown data set"),
     ("train --config empty", "empty"),
     ("train --data.workers abc", "--data.workers: Expected a int. Got value: abc"),
+    ("train --training.lr .inf", "training.lr is inf: it must be a positive number"),
+    (
+        "train --training.accumulate 2",
+        "--training.accumulate 2; it follows from training.batch, the references per update",
+    ),
+    ("train --config accumulate.yaml", "it follows from training.batch, the references per update over all processes"),
+    ("train --config batch_size.yaml", "training.batch_size 16 only limits the references per step and process"),
+    (
+        "train --training.batch 64 --training.batch_size 24",
+        "64 cannot be divided into steps of 24 references on 1 process: use 48 or 72",
+    ),
     ("train --model.resize squash", "--model.resize: Expected one of 'warp', 'letterbox'. Got value: squash"),
     ("train --model.size 128", "--model.size"),
     ("train --training.lr nan", "--training.lr"),
@@ -478,7 +491,10 @@ def test_the_saved_config_is_the_config_of_the_run(
     run: Path, micro: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     shown = []
-    for given in (["--config", run / "best" / "config.yaml"], [*micro, "--training.out", run]):
+    for given in (
+        ["--config", run / "best" / "config.yaml"],
+        [*micro, "--model.resize", "warp", "--training.out", run],
+    ):
         with pytest.raises(SystemExit, match="0"):
             main("train", *given, "--print_config")
         shown.append(yaml.safe_load(capsys.readouterr().out))
@@ -1008,7 +1024,7 @@ def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
     assert main("data", "scenes", "--out", data, "--train", 2, "--test", 1, "--size", 320) == 0
     given = {
         "data.root": data, "data.workers": 0, "model.backbone": tmp_path / "clip", "training.out": out,
-        "training.epochs": 1, "training.batch_size": 2, "training.accumulate": 1, "training.precision": precision,
+        "training.epochs": 1, "training.batch": 2, "training.precision": precision,
         "distillation.start": 0.0, "distillation.warmup": 0.0,
     }  # fmt: skip
     assert main("train", "--config", "refcoco-vit-b16", *(f"--{key}={value}" for key, value in given.items())) == 0

@@ -16,11 +16,6 @@ CONFIGS = sorted((Path(cmmasksd.__file__).parent / "configs").glob("*.yaml"))
 
 def parse(*arguments: str) -> Config:
     """What `cmmasksd train` makes of its arguments."""
-    return saved(*arguments)[0]
-
-
-def saved(*arguments: str) -> tuple[Config, str]:
-    """The settings of `cmmasksd train`, and the text that it saves beside the checkpoints."""
     parser = build_parser()
     settings = parser.parse_args(["train", *arguments])
     return _config(settings.train, parser._subcommands_action._name_parser_map["train"])
@@ -69,7 +64,7 @@ def test_the_benchmarks_differ_in_data_sentences_and_folder_only(name: str):
     assert replace(config.model, max_tokens=base.model.max_tokens) == base.model
     assert config.distillation == base.distillation
     assert replace(config.training, out=base.training.out) == base.training
-    assert config.training.batch_size * config.training.accumulate == 64
+    assert config.training.batch == 64
 
 
 def test_defaults_of_the_command_line_are_those_of_the_dataclasses():
@@ -89,12 +84,12 @@ def test_resume_flag_is_the_setting():
 
 
 def test_the_saved_text_gives_the_same_config(tmp_path: Path):
-    config, text = saved(
+    config = parse(
         "--data.name=refcoco+", "--data.root=/data/a b", "--model.size=[96, 64]", "--distillation.vision=false",
         "--distillation.loss=mse", "--training.lr=3e-4", "--training.out=runs/näme", "--training.precision=bf16",
     )  # fmt: skip
     file = tmp_path / "config.yaml"
-    file.write_text(text)
+    file.write_text(config.as_yaml())
     assert parse("--config", str(file)) == config
     assert config.data.root == Path("/data/a b")
     assert config.model.size == (96, 64)
@@ -119,17 +114,21 @@ def test_a_ratio_is_between_0_and_1(name: str, value: float):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"warmup": 1.5}, "warmup 1.5"), ({"warmup": -0.1}, "warmup -0.1"), ({"temperature": 0.0}, "temperature of 0.0")],
+    [
+        ({"warmup": 1.5}, "warmup 1.5"),
+        ({"warmup": -0.1}, "warmup -0.1"),
+        ({"temperature": 0.0}, r"distillation\.temperature is 0\.0"),
+    ],
 )
 def test_distillation_refuses(values: dict[str, float], message: str):
     with pytest.raises(UserError, match=message):
         DistillationConfig(**values)
 
 
-@pytest.mark.parametrize("name", ["epochs", "batch_size", "accumulate", "log_every", "validate_every"])
+@pytest.mark.parametrize("name", ["epochs", "batch", "batch_size", "log_every", "validate_every"])
 def test_training_counts_are_at_least_1(name: str):
     with pytest.raises(UserError, match=rf"training\.{name} is 0"):
-        TrainingConfig(**{name: 0})
+        TrainingConfig(**({"batch": 4} | {name: 0}))
 
 
 @pytest.mark.parametrize(
@@ -144,3 +143,43 @@ def test_training_counts_are_at_least_1(name: str):
 def test_data_refuses(values: dict[str, float], message: str):
     with pytest.raises(UserError, match=message):
         DataConfig(**values)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(
+            (TrainingConfig, name)
+            for name in ("lr", "clip_lr_scale", "weight_decay", "final_lr_scale", "max_grad_norm")
+        ),
+        *((DistillationConfig, name) for name in ("temperature", "vision_weight", "language_weight", "ground_truth")),
+    ],
+)
+def test_numbers_that_make_no_sense(kind: type, name: str, value: float):
+    with pytest.raises(UserError, match=rf"\w+\.{name} is {value}: it must be"):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": 0.0}, r"training\.lr is 0\.0: it must be a positive number$"),
+        ({"max_grad_norm": 0.0}, r"training\.max_grad_norm is 0\.0"),
+        ({"final_lr_scale": 1.5}, r"training\.final_lr_scale is 1\.5: it must be between 0 and 1"),
+        ({"warmup_steps": -1}, r"training\.warmup_steps is -1: it must be at least 0"),
+        ({"save_every": -1}, r"training\.save_every is -1"),
+        ({"seed": -1}, r"training\.seed is -1"),
+        ({"batch_size": 16}, r"batch_size 16 only limits .*: give training\.batch too"),
+    ],
+)
+def test_training_refuses(values: dict[str, float], message: str):
+    with pytest.raises(UserError, match=message):
+        TrainingConfig(**values)  # pyright: ignore
+
+
+def test_settings_that_may_change_are_a_list_or_comma_separated():
+    keys = ["training.lr", "data.root"]
+    assert parse("--training.allow_change", "training.lr").training.allow_change == keys[:1]
+    assert parse("--training.allow_change", "training.lr,data.root").training.allow_change == keys
+    assert parse("--training.allow_change", "[training.lr, data.root]").training.allow_change == keys

@@ -162,6 +162,8 @@ def test_commands_are_commands(page: Path, tmp_path: Path, monkeypatch: pytest.M
                 words = words[1:]
             if words[:3] == ["accelerate", "launch", "-m"]:
                 words = words[words.index("-m") + 1 :]
+            if words[0] == "torchrun":
+                words = words[words.index("-m") + 1 :]
             program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
             if program == "cmmasksd":
                 try:

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "ablation"
 MICRO = {
     "data.val_references": 6, "data.scene_size": 64, "data.workers": 0, "model.size": "[64,64]",
     "model.max_tokens": 20, "model.decoder_width": 32, "model.decoder_layers": 1, "model.decoder_heads": 2,
-    "model.decoder_mlp": 32, "model.head_width": 16, "training.batch_size": 6, "training.warmup_steps": 1,
+    "model.decoder_mlp": 32, "model.head_width": 16, "training.batch": 6, "training.warmup_steps": 1,
     "training.epochs": 1, "data.train_references": 12,
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def store(trained: Path, out: Path) -> CMMaskSDModel:
     for part in (clip, clip.text_config, clip.vision_config):
         part.dtype = None
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(trained, out, ignore=shutil.ignore_patterns("model.safetensors", "config.json", "state.pt"))
+    shutil.copytree(trained, out, ignore=shutil.ignore_patterns("model.safetensors", "config.json", "state.pt*"))
     model.save_pretrained(out)
     settings = contents(out, "").get("config.yaml")  # without folders of this machine
     if isinstance(settings, bytes):

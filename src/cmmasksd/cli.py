@@ -2,8 +2,9 @@
 report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
-says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away. Programming
-errors keep their traceback. Heavy imports live inside the commands, so that `--help` answers at once.
+says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away, 143 when
+training got SIGTERM. Programming errors keep their traceback. Heavy imports live inside the commands, so that `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def build_parser() -> ArgumentParser:
     train.add_argument(
         "--config", action=ConfigFile, help=f"YAML file of settings, or the name of one: {', '.join(_config_names())}"
     )
-    train.add_argument("--resume", action="store_true", help="go on with the run in training.out")
+    train.add_argument("--resume", action="store_true", help="resume the run in training.out")
     _add_config(train)
     commands.add_subcommand("train", train, help="train a model")
 
@@ -261,16 +262,13 @@ def _add_config(parser: ArgumentParser) -> None:
 # Commands
 
 
-def _config(settings: Namespace, parser: ArgumentParser) -> tuple[Config, str]:
-    """The settings as dataclasses, and as the YAML that is saved beside the checkpoints."""
+def _config(settings: Namespace, parser: ArgumentParser) -> Config:
+    """The settings as dataclasses."""
     made: Any = parser.instantiate(settings)
     config = Config(made.data, made.model, made.distillation, made.training)
     _require_dataset(config.data.name, "--data.name")
-    import yaml
-
-    text = yaml.safe_dump(config.as_dict(), sort_keys=False)  # before --resume, which is no setting of the run
     config.training.resume |= getattr(settings, "resume", False)
-    return config, text
+    return config
 
 
 def _require_dataset(name: str, option: str) -> None:
@@ -285,7 +283,7 @@ def _require_between(option: str, value: int, least: int, most: int) -> None:
 
 
 def _demo(settings: Namespace, parser: ArgumentParser) -> None:
-    config, text = _config(settings, parser)
+    config = _config(settings, parser)
     from cmmasksd.data.scenes import STYLES
 
     if config.data.name not in STYLES:
@@ -298,7 +296,7 @@ def _demo(settings: Namespace, parser: ArgumentParser) -> None:
     data, model, log = config.data, settings.trained, None
     if model is None:
         config.training.resume = (out / "last" / STATE).is_file()  # a second `demo` goes on, or only scores
-        train(config, text)
+        train(config)
         model, log = str(out / "best"), out / "metrics.jsonl"
     results = []
     for split in (data.val_split, "testB"):
@@ -320,10 +318,10 @@ def _demo(settings: Namespace, parser: ArgumentParser) -> None:
 
 
 def _train(settings: Namespace, parser: ArgumentParser) -> None:
-    config, text = _config(settings, parser)
+    config = _config(settings, parser)
     from cmmasksd.training.loop import train
 
-    scores = train(config, text)
+    scores = train(config)
     if int(os.environ.get("RANK", "0")) == 0:
         print(
             f"last validation: oIoU {100 * scores['oIoU']:.2f}  mIoU {100 * scores['mIoU']:.2f}  "
@@ -402,10 +400,8 @@ def _score(
     """Score a split and write its result files; true in the process that wrote them."""
     from dataclasses import replace
 
-    from accelerate import Accelerator
-
     from cmmasksd.data.loading import open_dataset
-    from cmmasksd.evaluation.evaluate import evaluate
+    from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
     from cmmasksd.evaluation.protocols import ORIGINAL
     from cmmasksd.evaluation.results import write_results
     from cmmasksd.model.hub import model_folder, weights_digest
@@ -414,7 +410,7 @@ def _score(
 
     protocol = replace(ORIGINAL, threshold=threshold)
     data = open_dataset(name, split, root=root, references=references, seed=seed, canvas=size)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     network = CMMaskSDModel.from_pretrained(model).to(accelerator.device)
     processor = CMMaskSDProcessor.from_pretrained(model)
     out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores
@@ -736,6 +732,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"{name}: {error}", 2)
     except KeyboardInterrupt:
         return _fail(f"{name}: interrupted", 130)
+    except SystemExit as left:
+        if left.code != 143:  # argparse leaves so after --help
+            raise
+        return _fail(f"{name}: terminated", 143)
     except BrokenPipeError:  # as `| head` does; without this, Python complains once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
@@ -762,6 +762,8 @@ def _usage_mistake(error: ArgumentError) -> str:
     line = " ".join(str(error).split()).removesuffix(".")
     line = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", line)
     line = re.sub(r"<class '([\w.]+)'>", r"\1", line)
+    optional = r" - Expected a NoneType Given value type: .*? Given value: "
+    line = re.sub(rf"Does not validate .*? Errors: - (.*?)(?:\. Got value: .*?)?{optional}", r"\1. Got value: ", line)
     line = re.sub(r'Parser key "([\w.]+)"', r"--\1", line)
     if group := re.match(r"(--\w+): Unable to load config", line):  # such as `--data photos`
         keys = {"--data": ["name"], "--model": ["backbone", "weights"]}.get(group[1], ["KEY"])
@@ -769,6 +771,8 @@ def _usage_mistake(error: ArgumentError) -> str:
         line = f"{group[1]} stands for a group of settings: name one of them, {named}"
     if line.startswith("the following arguments are required: "):
         line = re.sub(r"(?:\w+\.)+(\w+)", r"--\1", line)
+    if "training.accumulate" in line:  # a setting of earlier versions
+        line += "; it follows from training.batch, the references per update over all processes"
     line = str(UserError(line))  # without control characters
     return line if len(line) < 700 else f"{line[:400]} … {line[-200:]}"
 

@@ -6,6 +6,8 @@ resolved configuration is saved beside every checkpoint.
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,19 +64,20 @@ class ModelConfig:
 
     Attributes:
         backbone: a CLIP in transformers' format by folder or hub id, or "tiny", the small one that this package ships.
-        weights: a trained model of ours to go on from, by folder, hub id or "scenes", the one that this package ships.
+        weights: a trained model of ours to start from, by folder, hub id or "scenes", the one that this package ships.
             Its own backbone and decoder are used then, and the sizes of both below are not read.
-        size: (height, width) of the input in pixels.
-        resize: "warp" to the canvas, or "letterbox".
-        max_tokens: of a sentence, start and end included; more are cut (and counted).
+        size: (height, width) of the input in pixels. None: that of `weights`, or 128x128 for a new model.
+        resize: "warp" to the canvas, or "letterbox". None: as `weights` does, or "warp" for a new model.
+        max_tokens: maximum number of tokens per sentence, start and end included; more are cut (and counted). None:
+            that of `weights`, or 48 for a new model.
         decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see CMMaskSDConfig. [I]
     """
 
     backbone: str = "tiny"
     weights: str | None = None
-    size: tuple[int, int] = (128, 128)
-    resize: Literal["warp", "letterbox"] = "warp"
-    max_tokens: int = 48
+    size: tuple[int, int] | None = None
+    resize: Literal["warp", "letterbox"] | None = None
+    max_tokens: int | None = None
     decoder_width: int = 128
     decoder_layers: int = 3
     decoder_heads: int = 4
@@ -152,8 +155,8 @@ class DistillationConfig:
                 raise UserError(f"{name} {getattr(self, name)} is no fraction of the training: give one from 0 to 1")
         if self.joint and not (self.vision and self.language):
             raise UserError("joint hides patches and words at once: it needs vision: true and language: true")
-        if self.temperature <= 0:
-            raise UserError(f"a temperature of {self.temperature} is impossible: give a positive number")
+        _require_positive(self, "distillation", "temperature")
+        _require_positive(self, "distillation", "vision_weight", "language_weight", "ground_truth", zero=True)
 
 
 @dataclass
@@ -162,9 +165,11 @@ class TrainingConfig:
 
     Attributes:
         out: folder of the run: checkpoints, log, resolved configuration.
-        epochs: passes over the references; each draws one sentence per reference.
-        batch_size: references per step and process.
-        accumulate: steps whose gradients are summed before an update.
+        epochs: passes over the references; each draws one sentence per reference. With `resume`, a larger number
+            extends the run.
+        batch: references per update, over all processes. 24 where neither it nor `batch_size` is given.
+        batch_size: maximum number of references per step and process, for what memory holds. An update takes as many
+            steps (gradients are accumulated) as `batch` needs. None: one step.
         lr: of the new layers (AdamW). [I, from relatives]
         clip_lr_scale: CLIP trains at this fraction of it. [I]
         freeze_text: CLIP's text tower keeps its weights. On a long training with few kinds of sentences it learns by
@@ -179,13 +184,14 @@ class TrainingConfig:
         log_every: updates between lines of metrics.jsonl.
         validate_every: epochs between validations; the last epoch is always validated.
         save_every: also save after so many updates within an epoch (0: at the end of epochs only).
-        resume: go on from the last checkpoint in `out`.
+        resume: resume the run in `out` from its last checkpoint, with the same settings.
+        allow_change: settings that may differ from those of the run that is resumed: dotted keys, comma-separated.
     """
 
     out: Path = Path("runs/train")
     epochs: int = 1
-    batch_size: int = 24
-    accumulate: int = 1
+    batch: int | None = None
+    batch_size: int | None = None
     lr: float = 1e-3
     clip_lr_scale: float = 0.1
     freeze_text: bool = False
@@ -199,11 +205,36 @@ class TrainingConfig:
     validate_every: int = 1
     save_every: int = 0
     resume: bool = False
+    allow_change: list[str] | str = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.batch is None:
+            if self.batch_size is not None:
+                raise UserError(
+                    f"training.batch_size {self.batch_size} only limits the references per step and process: give "
+                    "training.batch too, the references per update over all processes"
+                )
+            self.batch = 24
+        if isinstance(self.allow_change, str):
+            self.allow_change = re.findall(r"[^\s,]+", self.allow_change)
+        for name in ("epochs", "batch", "batch_size", "log_every", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"training.{name} is {value}: it must be at least 1")
+        for name in ("warmup_steps", "save_every", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 0")
+        _require_positive(self, "training", "lr", "max_grad_norm")
+        _require_positive(self, "training", "clip_lr_scale", "weight_decay", zero=True)
+        if not 0 <= self.final_lr_scale <= 1:
+            raise UserError(f"training.final_lr_scale is {self.final_lr_scale}: it must be between 0 and 1")
+
+
+def _require_positive(settings: Any, part: str, *names: str, zero: bool = False) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+            raise UserError(f"{part}.{name} is {value}: it must be a positive number{' or 0' if zero else ''}")
 
 
 @dataclass
@@ -226,6 +257,14 @@ class Config:
             return list(value) if isinstance(value, tuple) else value
 
         return plain(asdict(self))
+
+    def as_yaml(self) -> str:
+        """The settings of the run as YAML; --resume is not one of them."""
+        import yaml
+
+        settings = self.as_dict()
+        settings["training"] |= {"resume": False, "allow_change": []}
+        return yaml.safe_dump(settings, sort_keys=False)
 
 
 @dataclass

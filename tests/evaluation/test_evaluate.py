@@ -19,7 +19,7 @@ from cmmasksd.cli import main
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation import evaluate as scoring
-from cmmasksd.evaluation.evaluate import BLOCK, evaluate
+from cmmasksd.evaluation.evaluate import BLOCK, evaluate, make_accelerator
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
 from cmmasksd.model.clip import ImageFeatures
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
@@ -229,19 +229,13 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
 
     arguments = ["evaluate", "--model", "scenes", "--data", "scenes", "--split", "val"]
     arguments += ["--references", "51", "--scene_size", "64", "--workers", "0", "--out"]
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys\n"
-        "from cmmasksd.cli import main\n"
-        "assert main(sys.argv[1:]) == 0\n"
-        "import torch.distributed as dist\n"
-        "assert dist.get_world_size() == 2\n"
-        "dist.destroy_process_group()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, *arguments, str(tmp_path / "two")]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "cmmasksd"]
+    run = subprocess.run(
+        [*launch, *arguments, str(tmp_path / "two")],
+        env={key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+        | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     assert run.stdout.count("scenes val") == 1  # one process prints the table
 
@@ -259,3 +253,18 @@ def test_two_processes_write_the_same_bytes_as_one(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "one" / "expressions.jsonl").read_text().splitlines()]
     assert len({row["ref_id"] for row in rows}) == 51
     assert len({row["IoU"] for row in rows}) > 10  # the comparison compares something
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
+    """As on a Mac's GPU, which has no processes of torchrun: each would score everything, into the same files."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(UserError, match=r"2 processes were launched .* joins 1 on .*: start one process"):
+            make_accelerator()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

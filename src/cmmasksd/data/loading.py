@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ class TrainingBatches(Sampler[list[Draw]]):
 
     Args:
         groups: references that share an image (see `ReferringDataset.groups`).
-        batch_size: references per batch and process.
+        batch_size: references per batch and process. A lone process with fewer references takes what there is.
         per_image: at most so many references of an image are drawn together.
         seed: of the order.
         rank, world: this process, and how many there are.
@@ -136,7 +137,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         if self.total < self.batch_size * world:
             raise UserError(
                 f"{self.total} references are fewer than one batch of {batch_size} on {world} processes: "
-                "lower training.batch_size"
+                "lower training.batch"
             )
 
     def __len__(self) -> int:
@@ -234,12 +235,20 @@ def training_loader(items: TrainingItems, batches: TrainingBatches, workers: int
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=items.collate,
+        worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def loaded(loader: DataLoader) -> Iterator[Any]:
+def outlive_sigterm(_worker: int) -> None:
+    """For a loader's workers: schedulers send SIGTERM to every process of a job, but the main one saves first, and
+    fails when a worker dies before. It ends them itself; the alarm is for one that is left alone."""
+    if hasattr(signal, "alarm"):  # Windows has none, nor such signals
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+def loaded(loader: DataLoader) -> Generator[Any]:
     """What a loader yields; a mistake of the user that a worker finds arrives as it was said, without its traceback."""
     batches = iter(loader)
     while True:

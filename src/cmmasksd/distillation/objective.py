@@ -89,6 +89,15 @@ class MaskedSelfDistillation(nn.Module):
         """What is trained here and is not the model's: the mask token, and decoders that are not shared."""
         return {k: v.detach().cpu() for k, v in self.state_dict().items() if not k.startswith("model.")}
 
+    def sync_own_decoders(self) -> list[nn.Parameter]:
+        """Copy the main decoder into the decoders that are not shared; returns their parameters.
+
+        For the moment at which the branches begin: until then their decoders wait, and only weight decay has moved
+        them."""
+        for own in self.own_decoders.values():
+            own.load_state_dict(self.model.copy_decoder().state_dict())  # pyright: ignore
+        return list(self.own_decoders.parameters())
+
     @property
     def branches(self) -> list[str]:
         """Names of the masked branches that are on."""

@@ -7,14 +7,16 @@ padded, nothing counted twice, and every number is computed from the same batch 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
 
-from cmmasksd.data.loading import ScoringItem, ScoringItems, loaded
+from cmmasksd.data.loading import ScoringItem, ScoringItems, loaded, outlive_sigterm
 from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
 from cmmasksd.evaluation.results import ExpressionScore
 
@@ -30,6 +32,28 @@ SENTENCES = 64
 """Sentences about one image that are encoded and decoded in one call; bounds the memory."""
 RESTORE_PIXELS = 1 << 24
 """Pixels of masks that are restored to the image's own size together; bounds the memory. At least one mask is."""
+
+
+def make_accelerator(precision: str | None = None) -> Accelerator:
+    """The device and the processes of this run, for training and scoring alike.
+
+    Args:
+        precision: "no" or "bf16"; None: as `accelerate launch` says, else "no".
+
+    Raises:
+        UserError: when the launcher started more processes than accelerate joins: each would do the whole work alone.
+    """
+    from accelerate import Accelerator
+
+    # Without an accelerator device, accelerate joins the processes of torchrun only where it is told to use the CPU.
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched != str(accelerator.num_processes):
+        raise UserError(
+            f"{launched} processes were launched (WORLD_SIZE), but accelerate joins {accelerator.num_processes} on "
+            f"{accelerator.device.type}: start one process, or set ACCELERATE_USE_CPU=true to train on the CPU"
+        )
+    return accelerator
 
 
 def evaluate(
@@ -79,6 +103,7 @@ def evaluate(
         batch_sampler=[list(block) for block in blocks[rank::world]],
         num_workers=workers,
         collate_fn=list,
+        worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),
     )
     metric = ReferringMetric(protocol).to(model.device)

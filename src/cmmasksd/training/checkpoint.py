@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and how it goes on.
+"""Checkpoint layout, and how a run resumes.
 
     out/config.yaml       the resolved configuration
     out/metrics.jsonl     one row per log step and per validation
@@ -6,13 +6,16 @@
                           distillation.safetensors: what the masked branches own (the mask token), for `explain` alone
     out/last/state.pt     everything else that resuming needs: objective, optimiser, place in the run, best score,
                           random states. Tensors and plain values only: it is read without unpickling any object.
+    out/last/state.pt.sha256  its checksum, in the format of `sha256sum`
 
 Folders are written aside and renamed into place, so that a crash while writing leaves the previous one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
+import reprlib
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from cmmasksd.model.processing import CMMaskSDProcessor
 
 STATE = "state.pt"
+CHECKSUM = f"{STATE}.sha256"
 WEIGHTS = "distillation.safetensors"
 
 
@@ -74,6 +78,7 @@ def save_model(
         save_file(masked, aside / WEIGHTS)
     if state is not None:
         state.replace(aside / STATE)
+        (aside / CHECKSUM).write_text(f"{_sha256(aside / STATE)}  {STATE}\n", encoding="ascii")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
@@ -114,37 +119,120 @@ def save_state(
         torch.save({"objective": weights, "optimizer": moments, "random": states, "progress": progress}, file)
 
 
-def load_state(
-    file: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Put a run back to where `save_state` left it; return its `progress`.
+def read_state(file: Path, processes: int) -> dict[str, Any]:
+    """Read what `save_state` wrote, unchanged since then.
+
+    Args:
+        file: state.pt, with its checksum beside it.
+        processes: number of processes of this run.
+
+    Returns:
+        "objective", "optimizer", "random", "progress"; what is in them is not checked.
 
     Raises:
-        UserError: when the file is damaged, is of another model, or of another number of processes.
+        UserError: when the file is damaged, was not written by `save_model`, or is of another number of processes.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
+    try:
+        expected = file.with_name(CHECKSUM).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        raise refused(file, f"there is no {CHECKSUM} beside it, as runs of this version have") from None
+    if expected.split()[:1] != [_sha256(file)]:
+        raise refused(file, f"its bytes do not match {CHECKSUM}, so it is damaged")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        if len(state["random"]) != accelerator.num_processes:
-            raise UserError(
-                f"{file} is of a run on {len(state['random'])} processes, this one has {accelerator.num_processes}: "
-                "resume with as many"
-            )
-        whole = StateDictOptions(full_state_dict=True, strict=True)
-        set_state_dict(
-            objective,
-            optimizer,
-            model_state_dict=state["objective"],
-            optim_state_dict=state["optimizer"],
-            options=whole,
-        )
-        set_random_state(state["random"][accelerator.process_index])
-        return state["progress"]
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+    except Exception as error:  # torch raises many kinds for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise refused(file, reason) from error
+    if not isinstance(state, dict) or state.keys() != {"objective", "optimizer", "random", "progress"}:
+        raise refused(file, "it does not hold objective, optimizer, random and progress")
+    if not isinstance(state["random"], list):
+        raise refused(file, "its random states are not a list")
+    if len(state["random"]) != processes:
         raise UserError(
-            f"cannot resume from {file}: {reason}. Start afresh without --resume, in another folder"
-        ) from error
+            f"{file} is of a run on {len(state['random'])} processes, this one has {processes}: resume with as many"
+        )
+    return state
+
+
+def restore_state(
+    state: dict[str, Any], objective: nn.Module, optimizer: torch.optim.Optimizer, rank: int, file: Path
+) -> None:
+    """Put weights, moments and random generators back. Every process must call it.
+
+    Args:
+        state: of `read_state`; it is used up.
+        objective, optimizer: as they were built for this run; the optimizer keeps its own settings, such as the
+            peak rates (the current ones are restored).
+        rank: index of this process.
+        file: where the state comes from, for messages.
+
+    Raises:
+        UserError: when the state is of another model, or holds values that are not finite.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    # torch replaces a weight that is missing by the fresh one: what is there is compared before it is asked.
+    weights, moments = get_state_dict(objective, optimizer)
+    for name, expected in (("objective", weights), ("optimizer", moments)):
+        if misfit := _misfit(expected, state[name], name):
+            raise refused(file, misfit)
+        if bad := _not_finite(state[name], name):
+            raise refused(file, f"{bad} holds values that are not finite")
+    kept = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    set_state_dict(
+        objective,
+        optimizer,
+        model_state_dict=state["objective"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(full_state_dict=True, strict=True),
+    )
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)
+    try:
+        set_random_state(state["random"][rank])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
+        raise refused(file, f"the random state of process {rank} cannot be restored") from None
+
+
+def refused(file: Path, reason: str) -> UserError:
+    """The error for a state that a run cannot resume from."""
+    return UserError(f"cannot resume from {file}: {reason}. Start afresh without --resume, in another folder")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _misfit(expected: Any, found: Any, name: str) -> str | None:
+    """Where nested states differ in keys, types, names or shapes; None: nowhere. Numbers may differ."""
+    if isinstance(expected, Tensor):
+        kind = (expected.shape, expected.dtype, expected.layout)
+        if isinstance(found, Tensor) and (found.shape, found.dtype, found.layout) == kind:
+            return None
+        return f"{name} is not a {expected.dtype} tensor of shape {tuple(expected.shape)}"
+    if isinstance(expected, dict):
+        if not isinstance(found, dict):
+            return f"{name} is a {type(found).__name__}, not a dict"
+        if missing := [key for key in expected if key not in found]:
+            return f"{name} lacks {missing[0]}"
+        if unknown := [key for key in found if key not in expected]:
+            return f"{name} holds {reprlib.repr(unknown[0])}, which this model has not"
+        pairs = [(expected[key], found[key], f"{name}.{key}") for key in expected]
+    elif isinstance(expected, list | tuple):
+        if not isinstance(found, list | tuple) or len(found) != len(expected):
+            return f"{name} is not a list of {len(expected)}"
+        pairs = [(a, b, f"{name}[{nth}]") for nth, (a, b) in enumerate(zip(expected, found, strict=True))]
+    else:
+        same = type(found) is type(expected) and (not isinstance(expected, str) or found == expected)
+        return None if same else f"{name} is {reprlib.repr(found)}, unlike this run's {expected!r}"
+    return next(filter(None, (_misfit(*pair) for pair in pairs)), None)
+
+
+def _not_finite(state: Any, name: str) -> str | None:
+    """Name of the first tensor with a NaN or an infinity; None: there is none."""
+    if isinstance(state, Tensor):
+        return None if state.isfinite().all() else name
+    if isinstance(state, dict):
+        return next(filter(None, (_not_finite(value, f"{name}.{key}") for key, value in state.items())), None)
+    return None

@@ -1,30 +1,38 @@
 """train(config): the whole run as a straight line: build, then for every epoch step, log, validate, save.
 
-It runs on a CPU, one GPU or several (accelerate chooses). For more than one process start it with `accelerate launch`,
-or with `torchrun` on a CPU, where the former starts only one. On a CPU a run that was interrupted and resumed gives the
-same bits as one that was not.
+It runs on a CPU, one GPU or several. For more than one process start it with `torchrun`, or with `accelerate launch` on
+GPUs (on a CPU, that starts one process only). On a CPU a run that was interrupted and resumed gives the same bits as
+one that was not.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import reprlib
+import signal
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cmmasksd.config import Config
+from cmmasksd.config import Config, TrainingConfig
 from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, loaded, open_dataset, training_loader
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
-from cmmasksd.evaluation.evaluate import evaluate
+from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
 from cmmasksd.evaluation.results import write_atomically
-from cmmasksd.training.checkpoint import STATE, load_state, recover, save_model, save_state
+from cmmasksd.training.checkpoint import STATE, read_state, recover, refused, restore_state, save_model, save_state
 from cmmasksd.training.optim import parameter_groups, rate_scale, set_rates
 
 if TYPE_CHECKING:
@@ -32,30 +40,46 @@ if TYPE_CHECKING:
     from cmmasksd.model.processing import CMMaskSDProcessor
 
 
-def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
-    """Train a model as configured, or go on with a run.
+def train(config: Config) -> dict[str, Any]:
+    """Train a model as configured, or resume a run.
+
+    SIGTERM, which schedulers send, saves at the end of the current update and leaves; `resume` then gives the same run
+    as without the interruption. At the start and in a validation, when there is nothing to save, it leaves at once.
 
     Args:
-        config: everything.
-        config_yaml: the resolved configuration as text, saved beside the checkpoints; None: made from `config`.
+        config: everything. What is None in `config.model` is set to what it resolves to.
 
     Returns:
         The last validation: "oIoU", "mIoU", …, and "best" (the best mIoU so far).
 
     Raises:
         UserError: when the configuration does not fit the data, the model or the folder.
+        SystemExit: 143, after SIGTERM.
     """
-    from accelerate import Accelerator
+    with _sigterm() as stop:
+        scores = _run(config, stop)
+        if stop.asked:  # too late to interrupt anything
+            raise SystemExit(143)
+    return scores
+
+
+def _run(config: Config, stop: SimpleNamespace) -> dict[str, Any]:
     from accelerate.utils import set_seed
     from tqdm import tqdm
 
     how, distillation, workers = config.training, config.distillation, config.data.workers
     out = Path(how.out)
     resume_from = _resume_point(out, how.resume)
-    accelerator = Accelerator(mixed_precision=how.precision)
-    main = accelerator.is_main_process
+    accelerator = make_accelerator(how.precision)
+    main, world = accelerator.is_main_process, accelerator.num_processes
+    batch_size, accumulate = split_batch(how, world)
     set_seed(how.seed)  # the same weights in every process
     model, processor = build(config)
+    state = None
+    if resume_from is not None:
+        state = read_state(resume_from, world)
+        _check_progress(state["progress"], resume_from)
+        _require_same(config, state["progress"]["config"], out)
     objective = MaskedSelfDistillation(model, distillation, model.config.clip_config.projection_dim)
     groups = parameter_groups(objective, lr=how.lr, clip_lr_scale=how.clip_lr_scale, weight_decay=how.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=(0.9, 0.98))
@@ -66,79 +90,121 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
     items = TrainingItems(train_data, processor, stride=model.stride, seed=how.seed, greyscale=config.data.greyscale)
     batches = TrainingBatches(
         train_data.groups(),
-        how.batch_size,
+        batch_size,
         per_image=config.data.per_image,
         seed=how.seed,
         rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        world=world,
     )
-    per_epoch = len(batches) // how.accumulate  # updates
+    per_epoch = len(batches) // accumulate  # updates
     if not per_epoch:
-        raise UserError(f"{len(batches)} batches are fewer than training.accumulate {how.accumulate}: lower it")
+        raise UserError(f"{batches.total} references are fewer than training.batch {how.batch}: lower it")
     total = per_epoch * how.epochs
+    references = batches.batch_size * accumulate * world  # of one update
+    _say(f"{references} references per update = {_count(world)} × {batches.batch_size} × accumulate {accumulate}")
 
-    config_yaml = config_yaml or json.dumps(config.as_dict(), indent=2) + "\n"  # JSON is YAML
-    update, best, validation, meter = 0, -1.0, {}, Meter()
-    if resume_from is not None:
-        progress = load_state(resume_from, wrapped, optimizer, accelerator)
-        if progress["total"] != total:
+    update, validated, best, validation, meter = 0, 0, -1.0, {}, Meter()
+    synced = False  # whether own decoders have begun, see `share_weights`
+    if state is not None and resume_from is not None:
+        progress = state["progress"]
+        update, validated, best = progress["update"], progress["validated"], progress["best"]
+        validation, synced = progress["validation"], progress["synced"]
+        meter.sums, meter.counts = progress["sums"], progress["counts"]
+        if progress["per_epoch"] != per_epoch:
             raise UserError(
-                f"{resume_from} is of a run of {progress['total']} updates, this one has {total}: "
-                "resume with the same data, batch size and epochs"
+                f"{resume_from} is of a run with {progress['per_epoch']} updates per epoch, this one has {per_epoch}: "
+                "resume with the same data and training.batch"
             )
-        update, best, validation = progress["update"], progress["best"], progress["validation"]
-        meter.sums, meter.counts = progress["meter"]
+        if (before := progress["epochs"]) != how.epochs:
+            if total <= update:
+                raise UserError(
+                    f"the run in {out} has done {update / per_epoch:g} epochs, training.epochs is {how.epochs}: give "
+                    f"more, or {before} as before"
+                )
+            old, new = update / (per_epoch * before), update / total
+            rate = partial(rate_scale, update, warmup=how.warmup_steps, final=how.final_lr_scale)
+            _say(
+                f"training.epochs {before} is now {how.epochs}: update {update} continues on the schedule of {total} "
+                f"updates; factor of the learning rate {rate(per_epoch * before):.3g}, now {rate(total):.3g}; of the "
+                f"masked branches {distillation.ramp(old):.3g}, now {distillation.ramp(new):.3g}"
+            )
+        restore_state(state, wrapped, optimizer, accelerator.process_index, resume_from)
+        del state
+
+    config_yaml = config.as_yaml()
 
     def save() -> None:
-        progress = {"update": update, "total": total, "best": best, "validation": validation}
-        progress["meter"] = (meter.sums, meter.counts)
+        progress = {"update": update, "per_epoch": per_epoch, "epochs": how.epochs, "validated": validated}
+        progress |= {"synced": synced, "best": best, "validation": validation, "config": compared(config)}
+        progress |= {"sums": meter.sums, "counts": meter.counts}
         save_state(out / f"{STATE}.new", wrapped, optimizer, accelerator, progress)
         if main:
             file, masked = out / f"{STATE}.new", objective.own_weights()
             save_model(out / "last", model, processor, config_yaml, masked=masked, state=file)
         accelerator.wait_for_everyone()
 
-    references = batches.batch_size * how.accumulate * accelerator.num_processes  # of one update
-    log = Log(out, config_yaml, updates=update) if main else None
+    def terminated() -> bool:
+        """Whether any process has got SIGTERM: all leave after the same update. They ask each other after every one,
+        since many updates may take longer than a scheduler waits."""
+        if world == 1:
+            return stop.asked
+        asked = torch.tensor(float(stop.asked), device=accelerator.device)
+        return bool(accelerator.gather(asked).any())  # pyright: ignore
+
+    log = Log(out, config_yaml, updates=update, validated=validated * per_epoch) if main else None
     bar = tqdm(total=total * references, initial=update * references, desc="train", unit="ref", disable=not main)
     logged, losses, health = update, {}, torch.zeros(2)
-    for epoch in range(update // per_epoch, how.epochs):
-        source = loaded(training_loader(items, batches.at(epoch, start=update % per_epoch * how.accumulate), workers))
-        while update < (epoch + 1) * per_epoch:
-            objective.train()
-            scale = rate_scale(update, total, warmup=how.warmup_steps, final=how.final_lr_scale)
-            ramp = distillation.ramp(update / total)
-            set_rates(optimizer, scale)
-            for part in range(how.accumulate):
-                last_part = part + 1 == how.accumulate  # processes exchange gradients once per update
-                with nullcontext() if last_part else accelerator.no_sync(wrapped):
-                    losses = _losses(wrapped, next(source), processor, accelerator.device, ramp)
-                    accelerator.backward(losses["loss"] / how.accumulate)
-                meter.add(losses)
-            norm = accelerator.clip_grad_norm_(wrapped.parameters(), how.max_grad_norm)
-            health = torch.stack([losses["loss"].detach(), torch.as_tensor(norm)])
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            update += 1
-            bar.update(references)
-            if update % how.log_every == 0 or update == total:
-                row = meter.take(references * (update - logged))
-                logged = update
-                _require_finite(health, update)
-                row |= {"lr": how.lr * scale, "ramp": ramp, "grad_norm": float(health[1])}
-                bar.set_postfix(loss=f"{row['loss']:.3f}", seg=f"{row['seg']:.3f}")
-                if log:
-                    log.write({"step": update, "epoch": update / per_epoch, **row})
-            if how.save_every and update % how.save_every == 0 and update % per_epoch:
-                _require_finite(health, update)
-                save()
-        _require_finite(health, update)
+    for epoch in range(validated, how.epochs):
+        loader = training_loader(items, batches.at(epoch, start=(update - epoch * per_epoch) * accumulate), workers)
+        stop.at_once = False
+        with closing(loaded(loader)) as source:
+            while update < (epoch + 1) * per_epoch:
+                objective.train()
+                scale = rate_scale(update, total, warmup=how.warmup_steps, final=how.final_lr_scale)
+                ramp = distillation.ramp(update / total)
+                if ramp > 0 and not synced:
+                    for parameter in objective.sync_own_decoders():
+                        for moment in optimizer.state.get(parameter, {}).values():
+                            moment.zero_()
+                    synced = True
+                set_rates(optimizer, scale)
+                for part in range(accumulate):
+                    last_part = part + 1 == accumulate  # processes exchange gradients once per update
+                    with nullcontext() if last_part else accelerator.no_sync(wrapped):
+                        losses = _losses(wrapped, next(source), processor, accelerator.device, ramp)
+                        accelerator.backward(losses["loss"] / accumulate)
+                    meter.add(losses)
+                norm = accelerator.clip_grad_norm_(wrapped.parameters(), how.max_grad_norm)
+                health = torch.stack([losses["loss"].detach(), torch.as_tensor(norm)])
+                _step(optimizer, update + 1)
+                update += 1
+                bar.update(references)
+                if update % how.log_every == 0 or update == total:
+                    row = meter.take(references * (update - logged))
+                    logged = update
+                    _require_finite(health, objective, update)
+                    row |= {"lr": how.lr * scale, "ramp": ramp, "grad_norm": float(health[1])}
+                    bar.set_postfix(loss=f"{row['loss']:.3f}", seg=f"{row['seg']:.3f}")
+                    if log:
+                        log.write({"step": update, "epoch": update / per_epoch, **row})
+                leaves = terminated()
+                if leaves or (how.save_every and update % how.save_every == 0 and update % per_epoch):
+                    _require_finite(health, objective, update)
+                    save()
+                if leaves:
+                    raise SystemExit(143)
+        _require_finite(health, objective, update)
         if epoch + 1 == how.epochs or (epoch + 1) % how.validate_every == 0:
+            save()
+            stop.at_once = True  # a validation can take longer than a scheduler waits
+            if stop.asked:
+                raise SystemExit(143)
             bar.set_postfix_str("validating")
             limit = config.data.val_references
             _, validation, _ = evaluate(
                 model, processor, val_data, accelerator=accelerator, workers=workers, references=limit, progress=False
             )
+            stop.at_once = False
             if log:
                 log.write({"step": update, "epoch": epoch + 1, **validation})
                 bar.write(
@@ -150,6 +216,7 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
                 if main:
                     save_model(out / "best", model, processor, config_yaml, masked=objective.own_weights())
             meter, logged = Meter(), update  # its clock would count the validation
+        validated = epoch + 1
         save()
     bar.close()
     if log:
@@ -157,8 +224,55 @@ def train(config: Config, config_yaml: str | None = None) -> dict[str, Any]:
     return {**validation, "best": best}
 
 
+@contextmanager
+def _sigterm() -> Iterator[SimpleNamespace]:
+    """Note SIGTERM as `asked`, and leave at once while `at_once`. Only the main thread can be told of signals."""
+    stop = SimpleNamespace(asked=False, at_once=True)
+
+    def handle(_signal: int, _frame: object) -> None:
+        stop.asked = True
+        if stop.at_once:
+            raise SystemExit(143)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def split_batch(how: TrainingConfig, processes: int) -> tuple[int, int]:
+    """References per step and process, and steps per update.
+
+    Raises:
+        UserError: when the processes cannot share `batch` evenly.
+    """
+
+    def step(batch: int) -> int:
+        """References per step and process; 0: they do not fit."""
+        share = batch // processes
+        size = min(how.batch_size or share, share)
+        return size if size and batch % (processes * size) == 0 else 0
+
+    assert how.batch is not None
+    if size := step(how.batch):
+        return size, how.batch // (processes * size)
+    below = next((batch for batch in range(how.batch - 1, 0, -1) if step(batch)), None)
+    above = next(batch for batch in count(how.batch + 1) if step(batch))
+    size = min(how.batch_size or how.batch, max(1, how.batch // processes))
+    raise UserError(
+        f"training.batch {how.batch} cannot be divided into steps of {size} references on {_count(processes)}: use "
+        f"{f'{below} or ' if below else ''}{above}"
+    )
+
+
 def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
-    """The model to train and its processor: on the configured backbone, or going on from `weights`.
+    """The model to train and its processor: a new one on the configured backbone, or `weights`.
+
+    What is None of `config.model`'s size, resize and max_tokens is set to what it resolves to.
 
     Raises:
         UserError: when the backbone or the weights cannot be loaded, or the sizes do not fit.
@@ -167,10 +281,8 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     from cmmasksd.model.processing import CMMaskSDProcessor
 
     how = config.model
-    if how.weights is not None:
-        source, model = how.weights, CMMaskSDModel.from_pretrained(how.weights)
-    else:
-        source = how.backbone
+    if how.weights is None:
+        source, trained = how.backbone, None
         model = CMMaskSDModel.from_backbone(
             source,
             decoder_width=how.decoder_width,
@@ -180,6 +292,20 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
             head_width=how.head_width,
             dropout=how.dropout,
         )
+        default = {"size": (128, 128), "resize": "warp", "max_tokens": 48}
+    else:
+        source = how.weights
+        model, trained = CMMaskSDModel.from_pretrained(source), CMMaskSDProcessor.from_pretrained(source)
+        default = {"size": trained.size, "resize": trained.resize, "max_tokens": trained.max_tokens}
+    for name, value in default.items():
+        given = getattr(how, name)
+        if given is None:
+            setattr(how, name, value)
+        elif trained is not None and given != value:
+            _say(f"model.{name} is {given}, in place of {value}, which {source} was trained with")
+    assert how.size is not None
+    assert how.resize is not None
+    assert how.max_tokens is not None
     model.clip.logit_scale.requires_grad_(False)  # contrastive training's temperature: nothing here depends on it
     if config.training.freeze_text:
         model.clip.text_model.requires_grad_(False)
@@ -188,13 +314,21 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     context = clip.text_config.max_position_embeddings
     if not 3 <= how.max_tokens <= context:
         raise UserError(f"model.max_tokens {how.max_tokens} does not fit {source}: choose from 3 to {context}")
-    processor = CMMaskSDProcessor.from_backbone(
-        source,
-        how.size,
-        patch_size=clip.vision_config.patch_size,
-        resize=how.resize,
-        max_tokens=how.max_tokens,
-    )
+    patch_size = clip.vision_config.patch_size
+    if trained is None:
+        processor = CMMaskSDProcessor.from_backbone(
+            source, how.size, patch_size=patch_size, resize=how.resize, max_tokens=how.max_tokens
+        )
+    else:
+        processor = CMMaskSDProcessor(
+            trained.tokenizer,
+            how.size,
+            patch_size=patch_size,
+            resize=how.resize,
+            max_tokens=how.max_tokens,
+            mean=trained.mean,
+            std=trained.std,
+        )
     return model, processor
 
 
@@ -208,14 +342,87 @@ def open_split(config: Config, split: str) -> ReferringDataset:
 
 
 def _resume_point(out: Path, resume: bool) -> Path | None:
-    """The state to go on from. A run is never overwritten, and never silently started afresh."""
+    """The state to resume from. A run is never overwritten, and never silently started afresh."""
     recover(out / "last")
     state = out / "last" / STATE
     if resume and not state.is_file():
         raise UserError(f"there is no run to resume in {out} (no {state}): start one without --resume")
     if not resume and state.exists():
-        raise UserError(f"{out} holds a run already: go on with --resume, or choose another folder with --training.out")
+        raise UserError(
+            f"{out} holds a run already: continue it with --resume, or choose another folder with --training.out"
+        )
     return state if resume else None
+
+
+def compared(config: Config) -> dict[str, Any]:
+    """The settings that a run must be resumed with, by dotted key: all that decide what an update does. The number of
+    epochs is checked apart, since it may grow."""
+    free = {"out", "epochs", "log_every", "save_every", "resume", "allow_change", "workers"}
+    parts = config.as_dict()
+    return {f"{part}.{key}": value for part in parts for key, value in parts[part].items() if key not in free}
+
+
+def _require_same(config: Config, old: dict[str, Any], out: Path) -> None:
+    """Refuse to resume with settings of another run.
+
+    Args:
+        config: of this run, resolved.
+        old: the run in `out`, see `compared`.
+
+    Raises:
+        UserError: naming the keys that differ and that `training.allow_change` does not name.
+    """
+    new, allowed = compared(config), set(config.training.allow_change)
+    known = {f"{part}.{key}" for part, settings in config.as_dict().items() for key in settings}
+    if unknown := sorted(allowed - known):
+        raise UserError(
+            f"training.allow_change names {reprlib.repr(unknown[0])}, which is not a setting: give such as training.lr"
+        )
+    if old.keys() != new.keys():
+        raise UserError(
+            f"the run in {out} was trained by another version, whose settings have other names: start afresh in "
+            "another folder"
+        )
+    differ = [key for key in new if key not in allowed and old[key] != new[key]]
+    if differ:
+        shown = ", ".join(f"{key} {reprlib.repr(old[key])} (now {new[key]!r})" for key in differ)
+        raise UserError(
+            f"the run in {out} has other settings: {shown}; resume with the same ones, or let them change with "
+            f"--training.allow_change {','.join(differ)}"
+        )
+
+
+def _check_progress(progress: Any, file: Path) -> None:
+    """Check the types of what `save` in `_run` stores.
+
+    Raises:
+        UserError: for anything else.
+    """
+    kinds = dict.fromkeys(("update", "per_epoch", "epochs", "validated"), int) | {"synced": bool, "best": float}
+    kinds |= dict.fromkeys(("validation", "sums", "counts", "config"), dict)
+    good = isinstance(progress, dict) and progress.keys() == kinds.keys()
+    good = good and all(type(progress[name]) is kind for name, kind in kinds.items())
+    good = good and all(type(value) is float for value in progress["validation"].values())
+    good = good and all(isinstance(value, Tensor) and value.ndim == 0 for value in progress["sums"].values())
+    good = good and progress["counts"].keys() == progress["sums"].keys()
+    good = good and all(type(value) is int and value > 0 for value in progress["counts"].values())
+    good = good and all(isinstance(key, str) for key in progress["config"])
+    good = good and progress["validated"] >= 0 and progress["epochs"] > 0
+    if good:
+        in_epoch = progress["update"] - progress["validated"] * progress["per_epoch"]
+        good = 0 <= in_epoch <= progress["per_epoch"] > 0
+    if not good:
+        raise refused(file, "its place in the run (progress) is not what a run stores")
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
+
+
+def _say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 def _losses(
@@ -226,7 +433,18 @@ def _losses(
     return objective(images, batch.tokens.to(device), batch.targets.to(device), batch.image_index.to(device), ramp)
 
 
-def _require_finite(health: Tensor, update: int) -> None:
+def _step(optimizer: torch.optim.Optimizer, update: int) -> None:
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        raise UserError(f"a step is too large for float32 at update {update}: lower training.lr") from None
+    optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _require_finite(health: Tensor, objective: nn.Module, update: int) -> None:
     """Stop a run that has blown up, before its weights replace the last good ones. health: (loss, gradient norm)."""
     loss, norm = health.tolist()
     if not math.isfinite(loss) or not math.isfinite(norm):
@@ -234,6 +452,9 @@ def _require_finite(health: Tensor, update: int) -> None:
             f"the loss is {loss} and the norm of its gradient {norm} at update {update}: "
             "lower training.lr or leave out bf16"
         )
+    norm = float(nn.utils.get_total_norm(objective.parameters()))
+    if not math.isfinite(norm):
+        raise UserError(f"the norm of the weights is {norm} after update {update}: lower training.lr")
 
 
 class Meter:
@@ -268,19 +489,19 @@ class Log:
     Args:
         out: folder of the run.
         config_yaml: written beside the log.
-        updates: of a resumed run, how many are kept; rows after them are dropped, since they will be written again.
+        updates: number of updates that a resumed run has done; rows after them are dropped, since they will be written
+            again.
+        validated: last update whose validation is done; later validations are dropped, too. None: all are done.
+
+    Raises:
+        UserError: when the log of a resumed run holds anything but rows.
     """
 
-    def __init__(self, out: Path, config_yaml: str, updates: int) -> None:
+    def __init__(self, out: Path, config_yaml: str, updates: int, validated: int | None = None) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(config_yaml, encoding="utf-8")
         file = out / "metrics.jsonl"
-        kept = []
-        if updates and file.exists():
-            whole = [
-                line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")
-            ]
-            kept = [line for line in whole if json.loads(line)["step"] <= updates]
+        kept = _rows(file, updates, updates if validated is None else validated) if updates and file.exists() else []
+        (out / "config.yaml").write_text(config_yaml, encoding="utf-8")
         write_atomically(file, "".join(kept))
         self.file = file.open("a", encoding="utf-8", newline="\n")
         try:
@@ -304,3 +525,20 @@ class Log:
         self.file.close()
         if self.board:
             self.board.close()
+
+
+def _rows(file: Path, updates: int, validated: int) -> list[str]:
+    """The lines of a log up to an update. The last line may be cut short, as a crash leaves it."""
+    kept = []
+    *lines, _cut = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(row, dict) or type(step) is not int:
+            raise UserError(f"{file}, line {number}, is not a row of a run's log: mend or remove it, then resume")
+        if step <= (validated if "mIoU" in row else updates):
+            kept.append(line.decode("utf-8") + "\n")
+    return kept
