@@ -649,19 +649,6 @@ def test_a_name_that_is_not_utf_8(tiny_model_folder: Path, tmp_path: Path):
         assert {file.name for file in out.iterdir()} == {f"caf-_1_left-one_{kind}.png" for kind in ("mask", "overlay")}
 
 
-def test_a_name_that_is_too_long_costs_itself_only(
-    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    photo(tmp_path / "a.png")
-    names = ["a.png", f"{'b' * 300}.png"]
-    rows = "".join(json.dumps({"image": name, "text": "left"}) + "\n" for name in names)
-    (tmp_path / "m.jsonl").write_text(rows)
-    given = ["--image", tmp_path / "m.jsonl", "--json", tmp_path / "rows.jsonl"]
-    assert main("predict", "--model", tiny_model_folder, *given) == 2
-    assert "1 of 2 images could not be read" in capsys.readouterr().err
-    assert len(lines(tmp_path / "rows.jsonl")) == 1
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_predict_a_manifest(
     kind: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
