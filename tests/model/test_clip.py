@@ -257,6 +257,12 @@ def test_threads_that_share_a_model_get_their_own_sentences_and_images(clip, tin
         assert torch.equal(image.dense, image_alone.dense)
 
 
+def test_eager_attention_equals_the_fused_kernel(clip, tiny_clip_folder, tiny_tokenizer):
+    eager = CLIPModel.from_pretrained(tiny_clip_folder, attn_implementation="eager").eval()
+    tokens = tokenize(tiny_tokenizer, SENTENCES)
+    close(encode_text(eager, tokens).words, encode_text(clip, tokens).words)
+
+
 def test_word_mask_is_true_for_pieces_of_words_only(clip, tiny_tokenizer):
     tokens = tokenize(tiny_tokenizer, SENTENCES)
     mask = encode_text(clip, tokens).word_mask

@@ -184,8 +184,10 @@ def encode_text(clip: CLIPModel, tokens: Tokens) -> TextFeatures:
     embedded = tower.embeddings.token_embedding(tokens.input_ids)
     length = embedded.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=embedded.device).tril()
-    visible = earlier & tokens.attention_mask.bool()[:, None, None]  # (B, 1, L, L), queries by keys
-    hidden = tower.encoder(tower.embeddings(inputs_embeds=embedded), visible).last_hidden_state
+    mask = earlier & tokens.attention_mask.bool()[:, None, None]  # (B, 1, L, L), queries by keys
+    if tower.config._attn_implementation == "eager":  # adds its mask to the scores
+        mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
+    hidden = tower.encoder(tower.embeddings(inputs_embeds=embedded), mask).last_hidden_state
     words = clip.text_projection(tower.final_layer_norm(hidden))
     end = words[torch.arange(words.shape[0], device=words.device), _end(tower.config.eos_token_id, tokens.input_ids)]
     return TextFeatures(words, end, tokens.word_ids >= 0, embedded)
