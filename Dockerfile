@@ -2,12 +2,12 @@
 #   docker build -t cmmasksd . && docker run --rm -p 8000:8000 cmmasksd
 # Another model: docker run -v ./runs/mine/best:/model:ro -p 8000:8000 cmmasksd --model /model
 
-FROM python:3.11-slim AS build
+FROM python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7 AS build
 WORKDIR /source
 COPY . .
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
-FROM python:3.11-slim
+FROM python:3.11-slim@sha256:9c900dea9e8fb7e16277c179b555cc72d29a352dbc33cff48ad5a0412fd5bfc7
 # torch from its own index: the build for CPUs is a fifth of the one with CUDA
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.11,<2.14"
 RUN --mount=from=build,source=/wheels,target=/wheels \

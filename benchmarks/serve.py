@@ -34,6 +34,7 @@ ARMS = {"batched": ["--max_batch", "8"], "one by one": ["--max_batch", "1", "--m
 def start(model: str, queue: int, options: list[str]) -> tuple[subprocess.Popen, str]:
     """A server of its own process, and its address."""
     command = [sys.executable, "-m", "cmmasksd", "serve", "--model", model, "--port", "0", "--queue", str(queue)]
+    command += ["--connections", str(8 * queue)]  # of which all clients, at one address, get half
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     found = re.search(r"http://\S+", process.stdout.readline())

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
 MODULES = {  # in the order of the page; all public classes and functions of each
     "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "inference.export"),
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.hub"),
-    "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes", "data.masks", "data.images"),
-    "Train": ("config", "training.loop", "training.pretrain"),
+    "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes.dataset", "data.masks", "data.images"),
+    "Train": ("config", "training.loop", "pretraining.loop"),
     "Distil": ("distillation.objective", "distillation.correlation", "distillation.masking", "distillation.losses"),
     "Score": ("evaluation.protocols", "evaluation.metrics", "evaluation.evaluate", "evaluation.results",
               "evaluation.compare"),
@@ -36,8 +36,7 @@ def api(package: Path = PACKAGE) -> str:
         parts.append(f"## {title}\n")
         for name in names:
             file = package / f"{name.replace('.', '/')}.py"
-            if file.is_file():
-                parts += _module(name, ast.parse(file.read_text(encoding="utf-8")))
+            parts += _module(name, ast.parse(file.read_text(encoding="utf-8")))
     return "\n".join(parts)
 
 

@@ -36,9 +36,9 @@ def test_the_card_of_a_shipped_model_names_its_weights():
         assert digest in (folder / "README.md").read_text()
 
 
-def benchmark(name):
-    """A module of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+def tool(name):
+    """A module of tools/."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -48,7 +48,7 @@ def benchmark(name):
 
 def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, monkeypatch):
     """float16 that answers as before, nothing of training beside it, and a card with the scores of what is stored."""
-    ship = benchmark("ship")
+    ship = tool("ship")
     trained, out = shutil.copytree(tiny_model_folder, tmp_path / "last"), tmp_path / "scenes-model"
     (trained / "state.pt").write_bytes(b"moments")
     (trained / "config.yaml").write_text(f"model: {{weights: {tmp_path}/before, size: [64, 64]}}\n")
@@ -81,7 +81,7 @@ def test_the_mean_of_models(tiny_model_folder, tmp_path, monkeypatch):
     (folders[0] / "state.pt").write_bytes(b"moments")
     out = tmp_path / "mean"
     monkeypatch.setattr(sys, "argv", ["mean.py", str(out), *map(str, folders)])
-    benchmark("mean").main()
+    tool("mean").main()
     mean = load_file(out / "model.safetensors")
     assert mean.keys() == weights.keys()
     for name, value in weights.items():

@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +74,7 @@ def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPa
     Image.new("RGB", (40, 30), "red").save("good.png")
     Path("cut.jpg").write_bytes((release / "images/train2014").glob("*.jpg").__next__().read_bytes()[:600])
     Path("text.jpg").write_text("no picture")
+    Image.new("L", (9, 910)).save("narrow.png")
     Image.new("L", (9, 9)).save("two.gif", save_all=True, append_images=[Image.new("L", (9, 9), 99)])
     Path("rows.jsonl").write_text('{"image": "good.png", "text": "x"}')
     Path("bad.csv").write_text("image,expressions\ngood.png,x|\n")
@@ -81,6 +84,7 @@ def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPa
     Path("unknown.yaml").write_text("data: {nmae: refcoco}\n")
     Path("type.yaml").write_text("training: {epochs: many}\n")
     Path("syntax.yaml").write_text("data: {name: [\n")
+    Path("full.jsonl").write_text('{"image": "good.png"}\n')
     Path("empty").mkdir()
     return {"tmp": tmp_path, "model": run / "best", "run": run, "release": release, "file": tmp_path / "text.jpg"}
 
@@ -182,7 +186,14 @@ MISTAKES = [
     ("train --config unknown.yaml", "'data.nmae'"),
     ("train --config type.yaml", "--training.epochs: Expected a int. Got value: many"),
     ("train --config syntax.yaml", "line 2"),
-    ("train --config absent.yaml", "absent.yaml"),
+    ("train --config absent.yaml", "no file absent.yaml, nor a configuration of this name: refcoco+-vit-b16, refcoco"),
+    ("train --config configs/scenes-tiny.yaml", "configuration of this name: "),
+    ("demo --config refcoco", "scenes-tiny"),
+    ("train --data photos", "--data stands for a group of settings: name one of them, --data.name (see"),
+    ("train --model x", "--model.backbone or --model.weights (see"),
+    ("train --training x", "--training.KEY (see"),
+    ("train --data.name photos", "--data.name 'photos' is an unknown data set: choose one of scenes,"),
+    ("demo --data.name photos", "--data.name 'photos' is an unknown data set"),
     ("train --config empty", "empty"),
     ("train --data.workers abc", "--data.workers: Expected a int. Got value: abc"),
     ("train --training.lr .inf", "training.lr is inf: it must be a positive number"),
@@ -208,7 +219,13 @@ MISTAKES = [
     (EVALUATE + " --data refcoco9 --split val", ", ".join(DATASETS)),
     (EVALUATE + " --data scenes --split tset", "train, val, testA, testB"),
     (EVALUATE + " --data scenes --split val --root {release}", "leave out --root"),
-    (EVALUATE + " --data scenes --split val --references -1", "at least 1"),
+    (EVALUATE + " --data scenes --split val --references 0", "--references is 0"),
+    (EVALUATE + " --data scenes --split val --references 99999999999", "from 1 to 10000000"),
+    (EVALUATE + " --data scenes --split val --scene_size 7", "--scene_size is 7: give a whole number from 64"),
+    (EVALUATE + " --data scenes --split val --scene_size 99999", "--scene_size is 99999"),
+    (EVALUATE + " --data scenes --split val --threshold .nan", "threshold is nan"),
+    (EVALUATE + " --data scenes --split val --threshold x", "--threshold"),
+    (EVALUATE + " --data scenes --split val --workers 9999", "--workers is 9999"),
     (EVALUATE + " --data scenes --split val --threshold 1.5", "between 0 and 1"),
     (EVALUATE + " --data scenes --split val --workers -1", "--workers is -1"),
     (EVALUATE + " --data refcoco --split val", "--root"),
@@ -225,10 +242,12 @@ MISTAKES = [
     ("compare empty empty", "cmmasksd evaluate"),
     ("compare absent absent --metrics IoU", "--metrics"),
     ("compare absent absent --resamples 5", "--resamples is 5"),
+    ("compare absent absent --seed -1", "--seed is -1"),
     ("predict --model {model} --image good.png", "no sentence given: say what to look for with --text"),
     (PREDICT + " --image absent.png --text x", "absent.png does not exist"),
     (PREDICT + " --image text.jpg --text x", "not an image"),
     (PREDICT + " --image cut.jpg --text x", "damaged"),
+    (PREDICT + " --image narrow.png --text x", "narrow.png of 9x910 has sides of a ratio above 100: crop it first"),
     (PREDICT + " --image empty --text x", "empty holds no image (.jpg,"),
     (PREDICT + " --image rows.jsonl --text x", "leave out --text"),
     (PREDICT + " --image bad.csv", "bad.csv, line 2 has an empty sentence"),
@@ -241,18 +260,34 @@ MISTAKES = [
     ("predict --model {model} --image good.png --text x --out - --json -", "both write to standard output"),
     ("predict --model {model} --image good.png --text x --text y --out -", "give one of each, or use --json -"),
     ("predict --model {model} --image two.gif --text x --out -", "two.gif has several frames"),
+    (PREDICT + " --image good.png --text x --json full.jsonl", "full.jsonl holds rows already"),
+    (PREDICT + " --image good.png --text x --json full.jsonl --resume", "without full.jsonl.resume beside it"),
+    (PREDICT + " --image good.png --text x --json empty", "empty is not a file"),
+    (PREDICT + " --image good.png --text x --resume", "name it with --json"),
+    (PREDICT + " --image good.png --text x --json - --resume", "name it with --json"),
     (PREDICT + " --image good.png --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --threshold 0", "between 0 and 1"),
+    (PREDICT + " --image good.png --text x --threshold .nan", "between 0 and 1"),
+    (PREDICT + " --image good.png --text x --threshold nan", "--threshold"),
     (PREDICT + " --image good.png --text x --device toaster", "device 'toaster'"),
+    (PREDICT + " --image good.png --text x --device gpu", "device 'gpu': say cuda or cpu, or nothing (found: cpu"),
+    (PREDICT + " --image good.png --text x --device meta", "device 'meta': say cuda or cpu"),
+    (PREDICT + " --image https://example.org/a.jpg --text x", "URLs are not fetched"),
+    (PREDICT + " --image data:image/png;base64," + 999 * "A" + " --text x", "URLs are not fetched"),
+    (PREDICT + " --image " + 999 * "A" + " --text x", "AAA"),
+    (PREDICT + " --image good.png --text \x1c", "--text is empty"),
+    (PREDICT + " --image good.png --text \u200b", "--text is empty"),
     ("predict --model absent --image good.png --text x --out out", "model folder absent"),
     ("predict --model {model} --image good.png --text x --out {file}/out", "Not a directory"),
     ("explain --model {model} --image good.png --text=", "--text is empty"),
     ("explain --model {model} --image absent.png --text x", "absent.png does not exist"),
+    ("explain --model {model} --image https://example.org/a.jpg --text x", "URLs are not fetched"),
+    ("explain --model {model} --image good.png --text x --seed -1", "--seed is -1"),
     ("explain --model absent --image good.png --text x", "model folder absent"),
     ("data scenes --out out --name refcoco", "--name: Expected one of 'scenes', 'scenes+', 'scenesg'"),
     ("data scenes --out out --train 0", "--train is 0"),
-    ("data scenes --out out --size 10", "at least 64"),
+    ("data scenes --out out --size 10", "--size is 10"),
     ("data scenes --out {release} --train 3 --test 3 --size 64", "already exists"),
     ("data scenes --out {file}/out --train 3 --test 3 --size 64", "Not a directory"),
     ("push --model absent --to ./pushed", "model folder absent"),
@@ -268,14 +303,32 @@ MISTAKES = [
 @pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=[typed or "nothing" for typed, _ in MISTAKES])
 def test_a_mistake_is_one_line(typed: str, said: str, place: dict[str, Path], capsys: pytest.CaptureFixture[str]):
     before = {path: path.stat().st_mtime_ns for path in [*place["tmp"].rglob("*"), *place["run"].rglob("*")]}
-    assert cli.main([part.format(**place) for part in typed.split()]) == 2
+    assert cli.main([part.format(**place) for part in typed.split(" ") if part]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith(f"cmmasksd {typed.split()[0]}: " if typed not in ("", "bogus") else "cmmasksd: ")
     assert said in err
+    assert len(err) < 1200
     after = {path: path.stat().st_mtime_ns for path in [*place["tmp"].rglob("*"), *place["run"].rglob("*")]}
     assert after == before  # nothing lost, nothing left behind
+
+
+def test_an_unknown_data_set_is_said_before_torch_is_imported():
+    """In a process of its own, since this one has torch already; and without a second of waiting."""
+    code = """
+import sys
+from cmmasksd.cli import main
+commands = ["train --data photos", "train --data.name photos", "demo --data.name photos", "demo --data.name refcoco"]
+commands += ["evaluate --model scenes --data photos --split val --out out", "data scenes --name photos --out out"]
+for command in commands:
+    assert main(command.split()) == 2, command
+    heavy = {"torch", "transformers", "accelerate"} & set(sys.modules)
+    assert not heavy, (command, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 6
 
 
 def test_a_run_that_cannot_be_written(place: dict[str, Path], micro: list[str], capsys: pytest.CaptureFixture[str]):
@@ -352,12 +405,15 @@ sys.exit(cli.main("report --model m --results r --out o".split()))
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        late = threading.Timer(300, process.kill)  # ends each of the waits below
+        late.start()
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait() == 141
+        assert process.wait(300) == 141
+        late.cancel()
 
 
 def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -572,6 +628,40 @@ def test_predict_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert 0 <= row["score"] <= 1
 
 
+def test_a_name_that_is_not_utf_8(tiny_model_folder: Path, tmp_path: Path):
+    """Shown escaped, in a process of its own: here pytest has the standard output."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    photo(tmp_path / "a.png")
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        (tmp_path / "a.png").rename(folder / name)
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    command = [sys.executable, "-m", "cmmasksd", "predict", "--model", tiny_model_folder, "--image", folder]
+    for target in (tmp_path / "rows.jsonl", "-"):
+        given = ["--text", "left one", "--out", out, "--json", target]
+        done = subprocess.run([*command, *given], capture_output=True, timeout=600, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        done.stdout.decode("utf-8")
+        text = done.stdout if target == "-" else (tmp_path / "rows.jsonl").read_bytes()
+        assert Path(json.loads(text)["image"]) == folder / name
+        assert {file.name for file in out.iterdir()} == {f"caf-_1_left-one_{kind}.png" for kind in ("mask", "overlay")}
+
+
+def test_a_name_that_is_too_long_costs_itself_only(
+    tiny_model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    photo(tmp_path / "a.png")
+    names = ["a.png", f"{'b' * 300}.png"]
+    rows = "".join(json.dumps({"image": name, "text": "left"}) + "\n" for name in names)
+    (tmp_path / "m.jsonl").write_text(rows)
+    given = ["--image", tmp_path / "m.jsonl", "--json", tmp_path / "rows.jsonl"]
+    assert main("predict", "--model", tiny_model_folder, *given) == 2
+    assert "1 of 2 images could not be read" in capsys.readouterr().err
+    assert len(lines(tmp_path / "rows.jsonl")) == 1
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_predict_a_manifest(
     kind: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -647,6 +737,103 @@ def test_a_video_frame_by_frame(run: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     assert main(*given, "--image", tmp_path / "bad.mp4") == 2
     assert "does not decode after frame 0" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from cmmasksd import cli
+from cmmasksd.inference import batch
+
+def die(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+where, nth = sys.argv[1], int(sys.argv[2])
+class Dying:  # a file that dies with the process at its nth write, when half of it is on the disk
+    def __init__(self, file):
+        self.file = file
+        self.tell, self.flush, self.truncate, self.close = file.tell, file.flush, file.truncate, file.close
+    def __enter__(self): return self
+    def __exit__(self, *given): self.file.close()
+    def write(self, content):
+        global nth
+        nth -= 1
+        if nth == 0:
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+            die()
+        self.file.write(content)
+path_open = batch.Path.open
+def opened(path, mode="r", *given, **named):
+    file = path_open(path, mode, *given, **named)
+    return Dying(file) if mode == "ab" and path.name == where else file
+if where == "picture":
+    save = batch.Image.Image.save
+    def saved(*given, **named):
+        global nth
+        nth -= 1
+        if nth == 0:
+            given[1].write_bytes(b"half")
+            die()
+        save(*given, **named)
+    batch.Image.Image.save = saved
+else:
+    batch.Path.open = opened
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
+def test_a_killed_prediction_resumes_without_a_row_lost_or_doubled(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Real SIGKILLs: in half a picture, in half a row, in half a line of the state. One image cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    for nth, name in enumerate(("a.png", "b.gif", "c.png", "d.png")):
+        photo(tmp_path / name, nth)
+    names = ["a.png", "b.gif", "a.png", "absent.png", "c.png", "c.png", "d.png"]  # one twice, one in neighbouring rows
+    rows = [{"image": name, "expressions": ["left one", "red circle"][: 1 + nth % 2]} for nth, name in enumerate(names)]
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["predict", "--model", tiny_model_folder, "--image", "m.jsonl", "--device", "cpu"]
+    assert main(*given, "--json", "whole.jsonl", "--out", "whole") == 2
+    said = capsys.readouterr().err
+    assert "1 of 7 images could not be read" in said
+
+    command = [*map(str, given), "--json", "rows.jsonl", "--out", "out", "--resume"]
+    sizes = []
+    for where, nth in (("picture", 3), ("rows.jsonl", 2), ("rows.jsonl.resume", 2), ("rows.jsonl", 3)):
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, where, str(nth), *command], capture_output=True, text=True, timeout=600
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        sizes.append(Path("rows.jsonl").stat().st_size)
+    assert sizes == sorted(sizes)
+    assert 0 < sizes[0] < sizes[-1] < Path("whole.jsonl").stat().st_size
+    for _ in range(2):  # the second time nothing is left to do, but for the image that fails again
+        assert main(*command) == 2
+        assert capsys.readouterr().err == said
+        assert Path("rows.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+        for file in Path("whole").iterdir():
+            assert Path("out", file.name).read_bytes() == file.read_bytes()
+        assert len(os.listdir("out")) == len(os.listdir("whole"))
+
+    photo(tmp_path / "absent.png")
+    assert main(*command) == 0
+    assert len(lines(Path("rows.jsonl"))) == len(lines(Path("whole.jsonl"))) + 2
+    capsys.readouterr()
+    before = Path("rows.jsonl").read_bytes()
+    for changed, name in (
+        (["--threshold", "0.6"], "--threshold"),
+        (["--out", "elsewhere"], "--out"),
+        (["--model", "scenes"], "model"),
+    ):
+        assert main(*command, *changed) == 2
+        assert f"rows.jsonl was begun with another {name}: " in capsys.readouterr().err
+    Path("m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[1:]))
+    assert main(*command) == 2
+    assert "another list of images and sentences" in capsys.readouterr().err
+    assert main(*command[:-1]) == 2
+    assert "rows.jsonl holds rows already: continue their run with --resume" in capsys.readouterr().err
+    assert Path("rows.jsonl").read_bytes() == before
 
 
 def test_an_interrupt_keeps_what_was_predicted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -840,8 +1027,7 @@ def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
         "training.epochs": 1, "training.batch": 2, "training.precision": precision,
         "distillation.start": 0.0, "distillation.warmup": 0.0,
     }  # fmt: skip
-    file = Path(__file__).parent.parent / "configs" / "refcoco-vit-b16.yaml"
-    assert main("train", "--config", file, *(f"--{key}={value}" for key, value in given.items())) == 0
+    assert main("train", "--config", "refcoco-vit-b16", *(f"--{key}={value}" for key, value in given.items())) == 0
     row = next(row for row in lines(out / "metrics.jsonl") if "loss" in row)
     assert all(np.isfinite(row[key]) and row[key] > 0 for key in ("loss", "seg", "lmvsd", "vmlsd", "grad_norm"))
     assert (out / "best" / "model.safetensors").stat().st_size > 600_000_000  # some 160 million weights of 4 bytes

@@ -1,4 +1,4 @@
-"""The settings: files in configs/, defaults, round trips through YAML, and values that are refused."""
+"""The settings: the configurations in the package, defaults, round trips through YAML, and values that are refused."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cmmasksd
 from cmmasksd.cli import _config, build_parser
 from cmmasksd.config import DATASETS, Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
 from cmmasksd.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(cmmasksd.__file__).parent / "configs").glob("*.yaml"))
 
 
 def parse(*arguments: str) -> Config:
@@ -34,6 +35,15 @@ def test_config_file_says_what_the_run_does(path: Path):
     for part, values in given.items():
         assert {key: resolved[part][key] for key in values} == values
     assert config.training.out == Path("runs", path.stem)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_has_a_name_but_a_file_of_this_name_wins(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", path.stem) == parse("--config", str(path))
+    Path(path.stem).write_text("training: {epochs: 77}\n")
+    assert parse("--config", path.stem).training.epochs == 77
+    assert parse("--config", "{training: {epochs: 76}}").training.epochs == 76
 
 
 def test_scenes_tiny_is_the_built_in_default():

@@ -9,7 +9,6 @@ import json
 import re
 import runpy
 import shlex
-import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,7 +151,6 @@ def test_commands():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page, "bash"))], ids=named)
 def test_commands_are_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     for found in FENCE.finditer(text_of(page)):
         if title := re.search(r'title="([^"/]+\.yaml)"', found["title"]):

@@ -4,6 +4,7 @@ wheel in an empty environment.
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -42,6 +43,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path):
         commands = archive.read(f"{info}/entry_points.txt").decode()
     assert {name for name in names if not name.startswith(info)} == ours
     assert {"cmmasksd/py.typed", "cmmasksd/assets/scenes-model/model.safetensors"} <= ours
+    assert "cmmasksd/configs/refcoco-vit-b16.yaml" in ours
     assert f"{info}/licenses/LICENSE" in names
     assert "cmmasksd = cmmasksd.cli:main" in commands
     assert (meta["Version"], meta["License-Expression"]) == (cmmasksd.__version__, "MIT")
@@ -89,3 +91,21 @@ def test_the_wheel_in_an_empty_environment(wheel: Path, tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 2
+    command = [programs / "cmmasksd", "train", "--config", "refcoco-vit-b16", "--print_config"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean, text=True, capture_output=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "name: refcoco\n" in done.stdout
+
+
+def test_no_test_can_hang_the_run(pytestconfig: pytest.Config):
+    assert float(pytestconfig.getini("timeout")) > 0
+
+
+def test_actions_and_the_base_image_are_pinned_by_digest():
+    workflows = [file.read_text(encoding="utf-8") for file in (ROOT / ".github" / "workflows").glob("*.yml")]
+    actions = [line.split("uses:")[1].strip() for text in workflows for line in text.splitlines() if "uses:" in line]
+    assert actions
+    assert [action for action in actions if not re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}  # v[\d.]+", action)] == []
+    images = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert images
+    assert [image for image in images if not re.fullmatch(r"python:3\.11-slim@sha256:[0-9a-f]{64}", image)] == []

@@ -10,6 +10,7 @@ answers at once.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -27,23 +28,36 @@ from cmmasksd.config import (
     PretrainConfig,
     TrainingConfig,
 )
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES
-from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings
+from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings, checked_key
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
 SCENE_REFERENCES = 1500
 """References of a generated split, where a command is not told how many."""
+CONFIGS = Path(__file__).parent / "configs"
+MANY, MAX_WORKERS, MAX_SCENE_SIZE, MAX_SEED = 10_000_000, 256, 4096, 2**63 - 1
+"""Bounds of numbers on the command line: what is beyond them is a slip, and would take all memory or for ever."""
 MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
 
 
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import (
+        ActionConfigFile,  # pyright: ignore (documented, but not in its __all__)
+        ArgumentParser,
+        set_parsing_settings,
+    )
 
     from cmmasksd import __version__
+
+    class ConfigFile(ActionConfigFile):
+        """A file of settings by its path, or one of the package's by its name."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            super().__call__(parser, cfg, _config_file(values), option_string)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     parser = ArgumentParser(
@@ -55,7 +69,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
 
     demo = ArgumentParser(description="Train on generated scenes, score, and write a page to look at.")
-    demo.add_argument("--config", action="config", help="settings of the run; the built-in ones train in minutes")
+    demo.add_argument("--config", action=ConfigFile, help="settings of the run; the built-in ones train in minutes")
     demo.add_argument(
         "--trained", type=str | None, help="score this model and train none, such as scenes: the one that ships"
     )
@@ -63,7 +77,9 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("demo", demo, help="train on generated scenes, score, and write report.html")
 
     train = ArgumentParser(description="Train a model. Settings come from --config and from single --keys.")
-    train.add_argument("--config", action="config", help="YAML file of settings (see configs/)")
+    train.add_argument(
+        "--config", action=ConfigFile, help=f"YAML file of settings, or the name of one: {', '.join(_config_names())}"
+    )
     train.add_argument("--resume", action="store_true", help="resume the run in training.out")
     _add_config(train)
     commands.add_subcommand("train", train, help="train a model")
@@ -122,7 +138,10 @@ def build_parser() -> ArgumentParser:
     predict.add_argument(
         "--json",
         type=Path | None,
-        help="write a line of JSON for every sentence to this file, or with - to standard output",
+        help="write a line of JSON for every sentence to this file as it is found, or with - to standard output",
+    )
+    predict.add_argument(
+        "--resume", action="store_true", help="continue the file of --json after its run was interrupted or killed"
     )
     predict.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
     predict.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
@@ -147,11 +166,19 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("export", export, help="write a model for onnxruntime, torch.export or the browser")
 
     serve = ArgumentParser(
-        description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, the API asks for that key."
+        description="A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, both ask for that key."
     )
     serve.add_argument("--model", default="scenes", help=MODEL)
     serve.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
-    serve.add_class_arguments(ServeSettings)
+    serve.add_class_arguments(ServeSettings, skip={"allowed_hosts"})
+    serve.add_argument(
+        "--allowed_hosts",
+        nargs="+",
+        type=str,
+        default=[],
+        help="host names in the addresses that clients use, beside IP addresses and localhost (default: --host, or any"
+        " name where that is the address of a network)",
+    )
     commands.add_subcommand("serve", serve, help="a web page and an HTTP API for a model")
 
     explain = ArgumentParser(
@@ -208,6 +235,19 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
+def _config_names() -> list[str]:
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
+
+
+def _config_file(given: str) -> str:
+    """What --config names: a file, or a configuration that the package has. (YAML itself is passed on too.)"""
+    if os.path.exists(given) or any(sign in given for sign in ":{\n"):
+        return given
+    if given not in _config_names():
+        raise UserError(f"there is no file {given}, nor a configuration of this name: {', '.join(_config_names())}")
+    return str(CONFIGS / f"{given}.yaml")
+
+
 def _add_config(parser: ArgumentParser) -> None:
     for kind, key in (
         (DataConfig, "data"),
@@ -226,19 +266,32 @@ def _config(settings: Namespace, parser: ArgumentParser) -> Config:
     """The settings as dataclasses."""
     made: Any = parser.instantiate(settings)
     config = Config(made.data, made.model, made.distillation, made.training)
+    _require_dataset(config.data.name, "--data.name")
     config.training.resume |= getattr(settings, "resume", False)
     return config
+
+
+def _require_dataset(name: str, option: str) -> None:
+    """Refuse an unknown data set before torch is imported, which takes seconds."""
+    if name not in DATASETS:
+        raise UserError(f"{option} {shown(name)} is an unknown data set: choose one of {', '.join(DATASETS)}")
+
+
+def _require_between(option: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UserError(f"{option} is {value}: give a whole number from {least} to {most}")
 
 
 def _demo(settings: Namespace, parser: ArgumentParser) -> None:
     config = _config(settings, parser)
     from cmmasksd.data.scenes import STYLES
+
+    if config.data.name not in STYLES:
+        raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
     from cmmasksd.evaluation.results import format_table, read_results
     from cmmasksd.training.checkpoint import STATE
     from cmmasksd.training.loop import train
 
-    if config.data.name not in STYLES:
-        raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
     out = Path(config.training.out)
     data, model, log = config.data, settings.trained, None
     if model is None:
@@ -277,6 +330,10 @@ def _train(settings: Namespace, parser: ArgumentParser) -> None:
 
 
 def _evaluate(settings: Namespace) -> None:
+    _require_dataset(settings.data, "--data")
+    _require_between("--references", settings.references, 1, MANY)
+    _require_between("--scene_size", settings.scene_size, 64, MAX_SCENE_SIZE)
+    _require_between("--workers", settings.workers, 0, MAX_WORKERS)
     from cmmasksd.evaluation.results import format_table, read_results
 
     main = _score(
@@ -303,8 +360,8 @@ def _compare(settings: Namespace) -> None:
     from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
     from cmmasksd.evaluation.results import RESULTS_FILE, read_expressions, read_results, write_atomically
 
-    if settings.resamples < 100:
-        raise UserError(f"--resamples is {settings.resamples}: an interval needs at least 100")
+    _require_between("--resamples", settings.resamples, 100, MANY)
+    _require_between("--seed", settings.seed, 0, MAX_SEED)
     protocols = []
     for path in (settings.a, settings.b):
         beside = (path if path.is_dir() else path.parent) / RESULTS_FILE
@@ -351,8 +408,6 @@ def _score(
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
-    if workers < 0:
-        raise UserError(f"--workers is {workers}: give 0 to read images in this process, or more")
     protocol = replace(ORIGINAL, threshold=threshold)
     data = open_dataset(name, split, root=root, references=references, seed=seed, canvas=size)
     accelerator = make_accelerator()
@@ -378,8 +433,19 @@ def _predict(settings: Namespace) -> None:
 
     from cmmasksd.data.images import image_size, read_frames
     from cmmasksd.data.video import is_video, video_frames
-    from cmmasksd.inference.batch import FileNames, find_sources, json_lines, json_row, read_sentences, save_pictures
+    from cmmasksd.inference.batch import (
+        FileNames,
+        digest_of_model,
+        digest_of_sources,
+        find_sources,
+        json_row,
+        json_rows,
+        read_sentences,
+        require_free,
+        save_pictures,
+    )
     from cmmasksd.inference.predictor import load_segmenter
+    from cmmasksd.model.hub import model_folder
 
     texts = [*settings.text, *(read_sentences(settings.texts) if settings.texts else [])]
     _require_words(texts)
@@ -392,39 +458,52 @@ def _predict(settings: Namespace) -> None:
     if "--out" in to_stdout and (len(sources) > 1 or len(sources[0].texts) > 1):
         raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
 
-    segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
     folder = settings.out or (None if settings.json else Path("."))
-    names, failures, done = FileNames(), [], 0
+    rows_file: Path | None = None if "--json" in to_stdout else settings.json
+    if rows_file is not None:
+        require_free(rows_file, settings.resume)
+    elif settings.resume:
+        raise UserError("--resume continues the rows of a file: name it with --json")
+
+    segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
+    run: dict[str, Any] = {}
+    if rows_file is not None:
+        run["model"] = digest_of_model(model_folder(settings.model))
+        run["--threshold"] = settings.threshold
+        run["--out"] = folder and str(folder)
+        run["list of images and sentences"] = digest_of_sources(sources)
+    names, failures, at = FileNames(sources), [], 0
     with (
-        json_lines(settings.json) as write,
+        json_rows(settings.json, run, resume=settings.resume) as (done, write),
         tqdm(total=len(sources), unit="image", disable=len(sources) == 1 or None) as bar,
     ):
-        for _, group in groupby(sources, key=lambda source: source.image):
+        for number, (_, group) in enumerate(groupby(sources, key=lambda source: source.image)):
             rows = list(group)  # neighbouring rows about one image, which is encoded once for all of them
             try:
                 image = rows[0].image
-                for frame, pixels in video_frames(image) if is_video(image) else read_frames(image):
+                frames = video_frames(image) if is_video(image) else read_frames(image)
+                for frame, pixels in () if (number, None) in done else frames:
+                    if (number, frame) in done:
+                        continue
                     if "--out" in to_stdout and frame is not None:
                         raise UserError(f"{rows[0].name} has several frames: name a folder with --out, or use --json -")
                     encoded: Any = segmenter.encode([(pixels, [text for row in rows for text in row.texts])])
-                    found = segmenter.decode(encoded)
-                    for row in rows:
-                        stem = names.stem(row, frame)
+                    found, written = segmenter.decode(encoded), []
+                    for nth_row, row in enumerate(rows):
+                        stem = names.stem(at + nth_row, frame)
                         for nth, one in enumerate(islice(found, len(row.texts))):
-                            write(json_row(row, frame, one))
                             files = save_pictures(one, nth, stem, folder)
-                            done += 1
+                            written.append(json_row(row, frame, one))
                             if to_stdout:
                                 continue
                             of = "" if len(sources) == 1 and frame is None else f"{stem}: "
                             share = 100 * float(one.mask.mean())
-                            line = f"{of}{one.text!r}: {share:.1f} % of the image, score {one.score:.2f}{files}"
-                            tqdm.write(line.encode(errors="backslashreplace").decode())
+                            tqdm.write(f"{of}{one.text!r}: {share:.1f} % of the image, score {one.score:.2f}{files}")
+                    write((number, frame), written)  # after the pictures: a row says that they are there
             except UserError as error:
                 failures.append(str(error))
+            at += len(rows)
             bar.update(len(rows))
-        if failures and not done:
-            raise UserError(_failed(failures, len(sources)))  # here: a file of results that is there stays
     if failures:
         raise UserError(_failed(failures, len(sources)))
 
@@ -438,8 +517,10 @@ def _failed(failures: list[str], of: int) -> str:
 
 def _serve(settings: Namespace) -> None:
     from dataclasses import fields
+    from ipaddress import ip_address
 
     limits = ServeSettings(**{one.name: settings[one.name] for one in fields(ServeSettings)})
+    key = checked_key(os.environ.get(KEY_VARIABLE))
     try:
         from cmmasksd.serving.api import create_app, make_server
     except ImportError as error:
@@ -447,11 +528,12 @@ def _serve(settings: Namespace) -> None:
     from cmmasksd.inference.predictor import Segmenter
 
     segmenter = Segmenter.from_pretrained(settings.model, device=settings.device)
-    key = os.environ.get(KEY_VARIABLE)
     folder = Path(settings.model)
     name = folder.name if folder.is_dir() else settings.model  # clients need no path of ours
     server, listening = make_server(create_app(segmenter, name, limits, key), limits)
     host, port = listening.getsockname()[:2]
+    if key is None and not ip_address(host).is_loopback:
+        print(f"warning: anyone who reaches {host}:{port} can use the model: set {KEY_VARIABLE}", file=sys.stderr)
     page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     print(f"{settings.model} is served at {page} (Ctrl+C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order by then
@@ -482,15 +564,17 @@ def _export(settings: Namespace) -> None:
 
 
 def _explain(settings: Namespace) -> None:
+    _require_words(settings.text)
+    _require_between("--seed", settings.seed, 0, MAX_SEED)
     import torch
 
     from cmmasksd.data.images import read_image
     from cmmasksd.explain import explain, load_objective
-    from cmmasksd.inference.batch import slug
+    from cmmasksd.inference.batch import refuse_url, slug
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
-    _require_words(settings.text)
+    refuse_url(settings.image)
     pixels = read_image(settings.image, exif=True)
     model = CMMaskSDModel.from_pretrained(settings.model)
     objective = load_objective(settings.model, model)
@@ -504,21 +588,23 @@ def _explain(settings: Namespace) -> None:
 
 
 def _require_words(texts: list[str]) -> None:
+    from cmmasksd.data.samples import is_blank
+
     for text in texts:
-        if not text.strip():
+        if is_blank(text):
             raise UserError("--text is empty: give a sentence of at least one word")
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the shell that are not UTF-8
             raise UserError(f"--text {text!r} is not UTF-8 text: type it again")
 
 
 def _data(settings: Namespace) -> None:
+    how = settings.scenes
+    _require_between("--train", how.train, 1, MANY)
+    _require_between("--test", how.test, 1, MANY)
+    _require_between("--size", how.size, 64, MAX_SCENE_SIZE)
     from cmmasksd.data.loading import open_dataset
     from cmmasksd.data.refer import write_refer_release
 
-    how = settings.scenes
-    for name, count in (("--train", how.train), ("--test", how.test)):
-        if count < 1:
-            raise UserError(f"{name} is {count}: every split needs at least 1 reference")
     counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
     splits = [
         open_dataset(how.name, split, references=count, seed=how.seed, canvas=how.size)
@@ -529,7 +615,7 @@ def _data(settings: Namespace) -> None:
 
 
 def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
-    from cmmasksd.training.pretrain import pretrain
+    from cmmasksd.pretraining.loop import pretrain
 
     made: Any = parser.instantiate(settings)
     print(f"the CLIP is in {pretrain(made.pretrain)}")
@@ -567,10 +653,8 @@ def _report(settings: Namespace) -> None:
 
 def _write_report(model: str, folders: list[Path], root: Path | None, metrics: Path | None, out: Path) -> Path:
     """A page for the first folder's split (examples), with the scores of all folders."""
-    import json
-
     from cmmasksd.data.loading import open_dataset
-    from cmmasksd.evaluation.report import choose_examples, collect_examples, write_report
+    from cmmasksd.evaluation.report import choose_examples, collect_examples, read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results
     from cmmasksd.inference.predictor import Segmenter
 
@@ -578,14 +662,7 @@ def _write_report(model: str, folders: list[Path], root: Path | None, metrics: P
     first = results[0]
     if "data" not in first:
         raise UserError(f"{folders[0]} does not say which data set was scored: score it with `cmmasksd evaluate`")
-    rows = []
-    if metrics is not None:
-        if not metrics.is_file():
-            raise UserError(f"there is no log {metrics}: leave out --metrics, or give the metrics.jsonl of a run")
-        try:
-            rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise UserError(f"{metrics} is no log of a run ({error}): give the metrics.jsonl of a run") from None
+    rows = read_log(metrics) if metrics is not None else []
     data = open_dataset(
         first["data"],
         first["split"],
@@ -623,6 +700,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text that the terminal can show
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = build_parser()
     parsers = parser._subcommands_action._name_parser_map  # pyright: ignore
     name = f"cmmasksd {arguments[0]}" if arguments and arguments[0] in parsers else "cmmasksd"
@@ -686,23 +765,29 @@ def _usage_mistake(error: ArgumentError) -> str:
     optional = r" - Expected a NoneType Given value type: .*? Given value: "
     line = re.sub(rf"Does not validate .*? Errors: - (.*?)(?:\. Got value: .*?)?{optional}", r"\1. Got value: ", line)
     line = re.sub(r'Parser key "([\w.]+)"', r"--\1", line)
+    if group := re.match(r"(--\w+): Unable to load config", line):  # such as `--data photos`
+        keys = {"--data": ["name"], "--model": ["backbone", "weights"]}.get(group[1], ["KEY"])
+        named = " or ".join(f"{group[1]}.{key}" for key in keys)
+        line = f"{group[1]} stands for a group of settings: name one of them, {named}"
     if line.startswith("the following arguments are required: "):
         line = re.sub(r"(?:\w+\.)+(\w+)", r"--\1", line)
     if "training.accumulate" in line:  # a setting of earlier versions
         line += "; it follows from training.batch, the references per update over all processes"
-    return line
+    line = str(UserError(line))  # without control characters
+    return line if len(line) < 700 else f"{line[:400]} … {line[-200:]}"
 
 
 def _refusal(error: Exception) -> str | None:
     """What the operating system refused, in one line; None where the error is a mistake in the program."""
     if isinstance(error, OSError):
         reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        where = f"{error.filename}: " if error.filename is not None else ""
+        where = "" if error.filename is None else str(error.filename)
+        where = f"{where if len(where) < 300 else shown(where, 100)}: " if where else ""
     elif "inline_container" in str(error) or "(os error " in str(error):  # how torch and safetensors fail to write
         reason, where = " ".join(str(error).split()), "a file could not be written: "
     else:
         return None
-    return f"{where}{reason}; check the path, its permissions and the free space"
+    return str(UserError(f"{where}{reason}; check the path, its permissions and the free space"))
 
 
 if __name__ == "__main__":

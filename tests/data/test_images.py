@@ -124,6 +124,18 @@ def test_image_bombs_are_refused_before_they_unpack(width, height):
     assert not heard, "one line is said, by the error"
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "why"),
+    [(1, 24_000_000, "side above 32768"), (40_000, 900, "side above 32768"), (3, 301, "ratio above 100")],
+)
+def test_long_and_narrow_images_are_refused_before_they_unpack(width, height, why):
+    with pytest.raises(images.ImageTooLarge, match=f"of {width}x{height} has .*{why}"):
+        read_image(png_header(width, height))
+    with pytest.raises(images.ImageTooLarge, match=why):
+        images.as_pixels(np.zeros((height, width), np.uint8))
+    images.require_bounded(300, 3, "an image of the ratio itself")
+
+
 def test_the_limit_itself_is_allowed(monkeypatch):
     content = io.BytesIO()
     Image.fromarray(noise(6, 10)).save(content, "PNG")

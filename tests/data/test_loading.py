@@ -313,13 +313,14 @@ def test_scoring_items_carry_every_sentence_of_every_reference(processor):
     assert len(items) == 3
     item = items[0]
     assert item.frame.original == (20, 30)
-    assert item.masks.shape == (3, 20, 30)
+    assert [item.mask(nth).shape for nth in range(9)] == [(20, 30)] * 9
+    assert item.masks.shape == (3, 75)  # bits
     assert item.mask_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert item.sentences[4] == (101, 0, 11, "thing 1 word 1")
     assert len(item.tokens) == 9
     ids = [sentence[2] for i in range(3) for sentence in items[i].sentences]
     assert sorted(ids) == sorted(e.sent_id for index in range(6) for e in data[index].expressions)
-    assert items[2].masks.sum((1, 2)).tolist() == [30 * 5, 30 * 6]
+    assert [int(items[2].mask(nth).sum()) for nth in (0, 3)] == [30 * 5, 30 * 6]
 
 
 def test_scoring_refuses_a_mask_of_another_size(processor):

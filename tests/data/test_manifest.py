@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from cmmasksd.data import images
 from cmmasksd.data.loading import open_dataset
 from cmmasksd.data.manifest import ManifestDataset, read_rows
 from cmmasksd.data.masks import mask_to_polygons, mask_to_rle
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 
+OTHER = [12.0, 2.0, 15.0, 2.0, 15.0, 8.0, 12.0, 8.0]
 SQUARE = [4.0, 2.0, 10.0, 2.0, 10.0, 8.0, 4.0, 8.0]
 HEIGHT, WIDTH = 16, 24
 
@@ -140,7 +143,7 @@ def test_modes_of_a_mask(folder: Path, mode: str):
 @settings(max_examples=30, deadline=None)
 @given(
     masks=st.lists(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12)), min_size=1, max_size=4),
-    texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=3),
+    texts=st.lists(st.text(min_size=1).filter(lambda text: not is_blank(text)), min_size=1, max_size=3),
     kind=st.sampled_from(["polygon", "rle", "mask"]),
 )
 def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, masks: list, texts: list[str], kind: str):
@@ -237,10 +240,10 @@ def test_labelme(folder: Path):
     inside = {"points": [[4, 2], [9, 7]], "mask": base64.b64encode(png(np.ones((6, 6), bool))).decode()}
     labelme(
         folder / "a.json",
-        label("two parts"),
+        label("two parts", group_id=7),
         label("one | eins", group_id=1, points=[[4, 2], [10, 8]], shape_type="rectangle"),
-        label("two parts", points=right, shape_type="rectangle"),
-        label("one", group_id=2, shape_type="mask", **inside),
+        label("two parts", group_id=7, points=right, shape_type="rectangle"),
+        label("the one", group_id=2, shape_type="mask", **inside),
     )
     (folder / "below").mkdir()
     labelme(
@@ -250,7 +253,7 @@ def test_labelme(folder: Path):
     )
     data = ManifestDataset(folder, "all")
     said = [[e.text for e in data[i].expressions] for i in range(len(data))]
-    assert said == [["two parts"], ["one", "eins"], ["one"], ["disc"]]
+    assert said == [["two parts"], ["one", "eins"], ["the one"], ["disc"]]
     parts = square()
     parts[2:8, 12:14] = True
     for index, wanted in enumerate([parts, square(), square()]):
@@ -260,6 +263,99 @@ def test_labelme(folder: Path):
     assert (data.mask(data[3]) ^ disc).sum() <= 4
     assert data.image(data[3])[0, 0].tolist() == [20, 9, 9]
     assert data.groups() == [[0, 1, 2], [3]]
+
+
+@pytest.mark.parametrize("groups", [(None, None), (1, 2), (1, None)])
+def test_shapes_are_one_object_only_by_their_group(folder: Path, groups: tuple):
+    """The same label does not make one of two shapes; but what it then names is ambiguous."""
+    other = np.reshape(OTHER, (-1, 2)).tolist()
+    file = labelme(folder / "a.json", label("cup", group_id=groups[0]), label("cup", group_id=groups[1], points=other))
+    with pytest.raises(UserError, match="shape 2: the sentence 'cup' also names shape 1: give both the same group_id"):
+        ManifestDataset(folder, "all")
+    labelme(file, label("cup|left cup", group_id=groups[0]), label("cup", group_id=groups[1], points=other))
+    with pytest.raises(UserError, match="shape 2: the sentence 'cup' also names shape 1"):
+        ManifestDataset(folder, "all")
+    labelme(file, label("left cup", group_id=groups[0]), label("right cup", group_id=groups[1], points=other))
+    data = ManifestDataset(folder, "all")
+    assert [data.mask(data[i]).sum() for i in range(2)] == [36, 18]
+    labelme(file, label("cup", group_id=3), label("cup", group_id=3, points=other))
+    labelme(folder / "b.json", label("cup"), imagePath="b.png")  # of another picture
+    data = ManifestDataset(folder, "all")
+    assert [data.mask(data[i]).sum() for i in range(2)] == [54, 36]
+
+
+def test_sentences_that_name_two_rows_of_a_picture_are_told(folder: Path, caplog: pytest.LogCaptureFixture):
+    rows = [row(text="cup", expressions=None), row(image="b.png", expressions=["cup", "cup"])]
+    file = write(folder / "m.jsonl", *rows)
+    assert len(ManifestDataset(file, "all")) == 2
+    assert not caplog.text
+    write(file, *rows, row(expressions=["red cup", "cup"], polygon=[OTHER]), row(expressions=["red cup"]))
+    assert len(ManifestDataset(file, "all")) == 4
+    assert f"name more than one object of their picture: 2, such as 'cup' in {file}, line 1 and {file}, line 3" in (
+        caplog.text
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Paths
+
+
+@pytest.fixture
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("outside")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(place / "secret.png")
+    return place
+
+
+def test_a_link_may_not_lead_out_of_the_folder(folder: Path, outside: Path):
+    (folder / "link.png").symlink_to(outside / "secret.png")
+    (folder / "below").symlink_to(outside, target_is_directory=True)
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "inside.png").symlink_to(folder / "a.png")
+    for keys in (
+        {"image": "link.png"},
+        {"image": "below/secret.png"},
+        {"mask": "link.png", "polygon": None},
+        {"mask": "below/secret.png", "polygon": None},
+    ):
+        write(folder / "m.jsonl", row(), row(**keys))
+        with pytest.raises(UserError, match=r"m.jsonl, line 2: (image|mask) '.*' is a link to a place outside"):
+            ManifestDataset(folder / "m.jsonl", "all")
+    with pytest.raises(UserError, match="is a link to a place outside"):
+        read_rows(write(folder / "m.jsonl", row(image="link.png")))
+    with pytest.raises(UserError, match="does not exist"):
+        ManifestDataset(write(folder / "m.jsonl", row(image="loop.png")), "all")
+    assert len(ManifestDataset(write(folder / "m.jsonl", row(image="inside.png")), "all")) == 1
+    (outside / "to").symlink_to(folder, target_is_directory=True)  # the user's own way to the folder
+    assert len(ManifestDataset(outside / "to" / "m.jsonl", "all")) == 1
+    (folder / "m.jsonl").unlink()
+    labelme(folder / "a.json", label("x"), imagePath="below/secret.png")
+    with pytest.raises(UserError, match=r"imagePath './below/secret.png' is a link to a place outside"):
+        ManifestDataset(folder, "all")
+
+
+def test_names_that_are_not_utf8(folder: Path):
+    """Such a name is written as Python's JSON has it; messages show it escaped."""
+    odd = os.fsdecode(b"caf\xe9")
+    try:
+        (folder / odd).mkdir()
+        (folder / "a.png").rename(folder / odd / f"{odd}.png")
+    except OSError:
+        pytest.skip("this system has no such names")
+    file = write(folder / "m.jsonl", row(image=f"{odd}/{odd}.png"))
+    data = ManifestDataset(file, "all")
+    assert data.image(data[0]).shape == (HEIGHT, WIDTH, 3)
+    assert read_rows(file)[0].image.is_file()
+    write(file, row(image=f"{odd}/absent.png"))
+    with pytest.raises(UserError, match=r"caf\\udce9/absent.png does not exist"):
+        ManifestDataset(file, "all")
+    file.unlink()
+    labelme(folder / odd / f"{odd}.json", label("x"), imagePath=f"{odd}.png")
+    data = ManifestDataset(folder, "all")
+    assert data.mask(data[0]).sum() == 36
+    labelme(folder / odd / f"{odd}.json", label("x"), imagePath="\ud800.png")
+    with pytest.raises(UserError, match="is no path inside"):
+        ManifestDataset(folder, "all")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,6 +378,13 @@ ROWS = [
     ({"expressions": []}, "expected a list of texts"),
     ({"expressions": [""]}, "empty sentence"),
     ({"expressions": ["a", " \t"]}, "empty sentence"),
+    ({"expressions": ["\x1c\u3000\u200b\ufeff"]}, "empty sentence"),
+    ({"image": "x" * 300}, "no path inside"),
+    ({"image": "\ud800"}, "no path inside"),
+    ({"polygon": [[4, 2, 10, 2, 6, 2]]}, "covers no pixel"),
+    ({"polygon": [[50, 50, 60, 50, 60, 60]]}, "covers no pixel"),
+    ({"polygon": [[-200, -200, 220, 230] * 30000]}, "pixels long"),
+    ({"x" * 10**6: 1}, r"unknown key 'x*\.\.\."),
     ({"expressions": [3]}, "expected a list of texts"),
     ({"expressions": ["\ud800"]}, "no text"),
     ({"polygon": None}, "no mask: give one of mask, polygon, rle"),
@@ -370,6 +473,10 @@ def test_mistakes_of_labelme(folder: Path):
     refused("imagePath './../a.png' is no path inside", label("x"), imagePath="../a.png")
     refused("shape 1: .*absent.png does not exist", label("x"), imagePath="absent.png")
     refused("shape 2 has no label", label("x"), {"points": []})
+    refused(r"shape 1 has the group_id \[\[\[", label("x", group_id=[[[[[]]]]]))
+    refused("shape 1: its outline covers no pixel", label("x", points=[[1, 2], [3, 2], [8, 2]]))
+    refused("its points are", label("x", points=[[1, 2**2000]] * 3))
+    refused("its points are", label("x", points=[[1, True]] * 3))
     refused("shape 2 has an empty sentence", label("x"), label(" "))
     refused("labelled at 100x16 pixels and its picture has 24x16", label("x"), imageWidth=100)
     refused("shape 1: a shape of the type 'line' has no area", label("x", shape_type="line"))

@@ -4,13 +4,18 @@ import dataclasses
 import json
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from cmmasksd.data import refer
+from cmmasksd.data.masks import usable_segmentation
 from cmmasksd.data.refer import NAMES, ReferDataset, splits, write_refer_release
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.errors import UserError
@@ -37,6 +42,10 @@ def ref(ref_id: int, image_id: int, split: str, *texts: str, **changes) -> dict:
     }
     return entry | changes
 
+
+SHARED: list = []  # its repr() has 2**60 parts
+for _ in range(60):
+    SHARED = [SHARED, SHARED]
 
 REFS = [
     ref(1, 7, "train", "left square"),
@@ -285,13 +294,10 @@ def test_reads_what_python_2_wrote(tmp_path, content, texts):
 def test_reads_every_protocol_and_plain_type(tmp_path, protocol):
     plain = [1, -5, 300, 70_000, 2**40, -(2**3000), 1.5, True, False, None, "é" * 300, "x" * 70_000, (), (1,), (1, 2)]
     plain += [(1, 2, 3), (1, 2, 3, 4), [], {}, {"a": [1]}, "", "r\xff\xff\xff\xff c\nos\n", [list(range(2000))] * 3]
-    if protocol > 2:  # before, Python 3 writes bytes and sets as calls of functions
-        plain += [b"", b"bytes" * 100, b"x" * 70_000]
-    if protocol > 3:
-        plain += [{1, 2}, set(), frozenset([3])]
+    plain += [b"bytes" * 100, b"x" * 70_000]
     path = tmp_path / "refs.p"
     path.write_bytes(pickle.dumps(plain, protocol=protocol))
-    assert refer._load_plain_pickle(path) == plain
+    assert refer._load_refs(path) == plain
 
 
 class Touch:
@@ -310,7 +316,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path, protocol):
     assert target.exists(), "the attack works against pickle itself"
     target.unlink()
     write_files(tmp_path, refs=content)
-    with says(r"refs\(unc\)\.p is not a plain refs file: it asks for [\w.]+, which could run any code"):
+    with says(r"refs\(unc\)\.p is not a plain refs file: it asks for '[\w.]+', which could run any code"):
         ReferDataset("refcoco", tmp_path, "train")
     assert not target.exists()
 
@@ -318,16 +324,17 @@ def test_a_malicious_pickle_does_not_run(tmp_path, protocol):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"cos\nsystem\n(S'touch proof'\ntR.", r"it asks for os\.system"),
-        (b"(S'touch proof'\nios\nsystem\n.", r"it asks for os\.system"),
-        (b"ccopy_reg\n_reconstructor\n.", r"it asks for copy_reg\._reconstructor"),
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", r"it asks for os\.system"),
+        (b"cos\nsystem\n(S'touch proof'\ntR.", r"it asks for 'os\.system'"),
+        (b"(S'touch proof'\nios\nsystem\n.", r"it asks for 'os\.system'"),
+        (b"ccopy_reg\n_reconstructor\n.", r"it asks for 'copy_reg\._reconstructor'"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", r"it asks for 'os\.system'"),
         (b"\x82\x01.", "unexpected instruction"),  # a registered class
         (b"Pid\n.", "unexpected instruction"),  # a persistent object
         (b"}Nb.", "unexpected instruction"),  # sets attributes
         (b"\x96\x00\x00\x00\x00\xff\xff\x00\x00.", "unexpected instruction"),  # a bytearray of 281 TB
-        (b"Nr\xff\xff\xff\xff.", "unexpected instruction"),  # a memo of 64 GB
-        (b"Np4294967295\n.", "unexpected instruction"),
+        (b"Nr\xff\xff\xff\xff.", "expected a pickled list of dicts"),  # a memo of 64 GB, for Python
+        (b"Np4294967295\n.", "expected a pickled list of dicts"),
+        (b"\x8f.", "unexpected instruction"),  # a set
         (b"", "not a plain refs file"),
         (b"<html>", "unexpected instruction"),
         (b"I" + b"9" * 10_000 + b"\n.", "not a plain refs file"),
@@ -350,7 +357,7 @@ def test_every_truncation_is_one_error(tmp_path):
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with says("not a plain refs file"):
-            refer._load_plain_pickle(path)
+            refer._load_refs(path)
 
 
 def test_files_over_the_size_limit_are_not_opened(tmp_path, monkeypatch):
@@ -389,9 +396,14 @@ def test_unknown_names_and_missing_files_show_the_layout(tmp_path):
         ({"split": 3}, "reference 1 has 'split' 3: expected text"),
         ({"ann_id": "10"}, "reference 1 has 'ann_id' '10': expected a whole number"),
         ({"image_id": True}, "reference 1 has 'image_id' True"),
-        ({"sentences": []}, r"reference 1 has 'sentences' \[\]: expected a list of at least one dict"),
+        ({"sentences": None}, "reference 1 has 'sentences' missing: expected a list of dicts"),
+        ({"sentences": ["x"]}, r"reference 1 has 'sentences' \['x'\]: expected a list of dicts"),
+        ({"sentences": REFS[0]["sentences"] * 2}, "reference 1: sent_id 100 appears twice"),
+        ({"sentences": REFS[1]["sentences"]}, "reference 2: sent_id 200 appears twice"),
+        ({"ref_id": 2**63}, "a reference has 'ref_id' 9223372036854775808: expected a whole number of at most 63 bits"),
+        ({"ref_id": SHARED}, r"a reference has 'ref_id' \[\[\["),
+        ({"sentences": SHARED}, r"reference 1 has 'sentences' \[\[\["),
         ({"sentences": [{"sent_id": 5, "raw": "x"}]}, "reference 1: sentence 5 has 'sent' missing: expected text"),
-        ({"sentences": [{"sent_id": 5, "sent": " \t"}]}, r"reference 1: sentence 5 \(sent_id\) is empty"),
         ({"sentences": [{"sent": "x"}]}, "reference 1: a sentence has 'sent_id' missing"),
         ({"ann_id": 77}, "instances.json lacks 1 of 3 annotation ids that the refs file names, such as 77"),
         ({"image_id": 77}, "instances.json lacks 1 of 3 image ids that the refs file names, such as 77"),
@@ -420,7 +432,9 @@ def change(instances: dict, kind: str, record_id: int, **changes) -> dict:
         (lambda it: it | {"annotations": None}, "has no list 'annotations'"),
         (lambda it: it | {"images": it["images"][1:]}, "lacks 1 of 2 image ids .* such as 7"),
         (lambda it: it | {"annotations": it["annotations"] * 2}, "annotation 10 appears twice"),
-        (lambda it: change(it, "annotations", 10, segmentation=[]), "annotation 10 has no segmentation"),
+        (lambda it: it | {"images": [*it["images"], it["images"][0] | {"width": 25}]}, "image 7 appears twice"),
+        (lambda it: change(it, "images", 7, id=[]), r"an image has 'id' \[\]: expected a whole number"),
+        (lambda it: change(it, "annotations", 10, id={}), r"an annotation has 'id' {}: expected a whole number"),
         (lambda it: change(it, "annotations", 10, segmentation=None), "annotation 10 has no segmentation"),
         (lambda it: change(it, "images", 7, height="16"), "image 7 has 'height' '16': expected a whole number"),
         (lambda it: change(it, "images", 7, height=0), "image 7 is 24x0 pixels"),
@@ -442,37 +456,110 @@ def test_damaged_instances_are_named(tmp_path, damage, message):
 
 
 def test_only_the_splits_own_annotations_must_be_sound(tmp_path):
-    write_files(tmp_path, instances=change(instances_of(REFS), "annotations", 40, segmentation=[]))
+    write_files(tmp_path, instances=change(instances_of(REFS), "annotations", 40, segmentation=["x"]))
     assert len(ReferDataset("refcoco", tmp_path, "train")) == 3
-    with says("annotation 40 has no segmentation"):
+    with says("annotation 40 of .*instances.json: polygon is 'x'"):
         ReferDataset("refcoco", tmp_path, "testA")
 
 
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ([[1, 2, 3, 4]], "annotation 10 of .*instances.json: polygon of 4 numbers"),
         ({"size": [24, 16], "counts": [384]}, r"annotation 10 of .*RLE of size \[24, 16\]"),
+        ({"size": [16, 24], "counts": [383]}, "annotation 10 of .*do not add up"),
         ("polygon", "annotation 10 of .*expected a list of polygons"),
         (7, "annotation 10 of .*expected a list of polygons"),
-        ([[1, 2]], "annotation 10 of .*polygon of 2 numbers"),
-        ([[]], "annotation 10 of .*polygon"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "annotation 10 of .*polygon of 7 numbers"),
+        ([[1, 2, 3, 4, 5, 1e9]], "annotation 10 of .*far outside"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "annotation 10 of .*far outside"),
         ([[1, 2, 3, 4, 5, 6], "x"], "annotation 10 of .*expected a flat list of numbers"),
     ],
 )
-def test_malformed_segmentations_are_named_by_their_annotation(tmp_path, segmentation, message):
-    instances = change(instances_of(REFS), "annotations", 10, segmentation=segmentation)
-    data = ReferDataset("refcoco", write_files(tmp_path, instances=instances), "train")
+def test_malformed_segmentations_stop_a_run_before_it_starts(tmp_path, segmentation, message):
+    write_files(tmp_path, instances=change(instances_of(REFS), "annotations", 10, segmentation=segmentation))
     with says(message):
-        data.mask(data[0])
-    assert data.mask(data[1]).any()
+        ReferDataset("refcoco", tmp_path, "train")
 
 
-def test_a_polygon_that_is_not_json_is_named_by_its_annotation(tmp_path):
-    content = json.dumps(instances_of(REFS)).encode().replace(b"[[2.0, 2.0,", b"[[2.0, 2.0,,", 1)
-    data = ReferDataset("refcoco", write_files(tmp_path, instances=content), "train")
-    with says("annotation 10 of .*instances.json: Expecting value"):
-        data.mask(data[0])
+@pytest.mark.parametrize(
+    ("polygon", "message"), [(b"[[2.0,, 2.0,", "Expecting value"), (b"[" * 3000 + b"[[2.0, 2.0,", "annotation 10")]
+)
+def test_a_polygon_that_is_not_json_is_named_by_its_annotation(tmp_path, polygon, message):
+    content = json.dumps(instances_of(REFS)).encode().replace(b"[[2.0, 2.0,", polygon, 1)
+    write_files(tmp_path, instances=content.replace(b"12.0]]", b"12.0]]" + b"]" * (polygon.count(b"[") - 2), 1))
+    with says(f"annotation 10 of .*instances.json: .*{message}|maximum recursion"):
+        ReferDataset("refcoco", tmp_path, "train")
+
+
+# ------------------------------------------------------------------------------------- what releases hold beside it all
+
+
+@pytest.mark.parametrize(
+    "part",
+    [[], [3.0], [5.0, 5.0], [2.0, 2.0, 12.0, 12.0], [5, 5] * 4, [1, 1, 9, 1, 4, 1], [1.5, 1.5, 9.5, 9.5, 4.5, 4.5]],
+)
+def test_polygons_without_area_are_left_out(tmp_path, caplog, part):
+    instances = change(instances_of(REFS), "annotations", 30, segmentation=[part, LEFT, part])
+    data = ReferDataset("refcoco", write_files(tmp_path, instances=instances), "train")
+    assert len(data) == 3
+    np.testing.assert_array_equal(data.mask(data[2]), data.mask(data[0]))
+    assert f"refcoco train of {tmp_path / 'refcoco'}: left out polygons without area (2)" in caplog.text
+    caplog.clear()
+    instances = change(instances, "annotations", 10, segmentation=[part])
+    data = ReferDataset("refcoco", write_files(tmp_path, instances=instances), "train")
+    assert [reference.ref_id for reference in data] == [2, 3]
+    assert data.groups() == [[0], [1]]
+    assert "left out polygons without area (3), references to annotations without area (1)" in caplog.text
+    instances = change(instances, "annotations", 40, segmentation=[part] if part else part)
+    write_files(tmp_path, instances=instances)
+    with says(
+        "refcoco testA of .* has nothing else than .*references to annotations without area .1.: check the files"
+    ):
+        ReferDataset("refcoco", tmp_path, "testA")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 5, 7.5, 30, 999, 999.25, 1000, -1, 1e-7, 1e20]), min_size=4, max_size=12),
+    st.sampled_from([(100, 60), (60, 100), (99, 60)]),
+)
+def test_a_polygon_that_is_taken_without_parsing_is_usable(polygon, size):
+    content = json.dumps([polygon]).encode()
+    if refer._is_sound(content, *size):
+        assert usable_segmentation(json.loads(content), *size) == ([polygon], 0)
+
+
+def test_most_polygons_are_taken_without_parsing():
+    polygon = b"[[510.66, 423.01, 511.72, 420.03, 510.45, 416, 0.5,3]]"
+    assert refer._is_sound(polygon, 480, 640)
+    assert not refer._is_sound(polygon, 48, 64)
+    assert not refer._is_sound(polygon.replace(b"416", b"0416"), 480, 640), "no JSON"
+    assert not refer._is_sound(polygon.replace(b"0.5,3", b"0.5"), 480, 640)
+
+
+def test_a_bow_tie_has_an_area(tmp_path, caplog):
+    tie = [4.0, 4.0, 12.0, 12.0, 12.0, 4.0, 4.0, 12.0]
+    instances = change(instances_of(REFS), "annotations", 10, segmentation=[tie])
+    data = ReferDataset("refcoco", write_files(tmp_path, instances=instances), "train")
+    assert data.mask(data[0]).sum() > 20
+    assert not caplog.text
+
+
+def test_empty_sentences_are_left_out(tmp_path, caplog):
+    refs = [ref(1, 7, "train", "", "left square", " \t\x1c\u3000\u200b"), ref(3, 7, "train", " "), ref(4, 7, "train")]
+    refs.append(ref(6, 7, "train", sentences=[]))
+    data = ReferDataset("refcoco", write_files(tmp_path, refs=refs, instances=instances_of(REFS)), "train")
+    assert [(r.ref_id, [e.sent_id for e in r.expressions]) for r in data] == [(1, [101]), (4, [400])]
+    assert "left out empty sentences (3), references without a sentence (2)" in caplog.text
+
+
+def test_what_is_left_out_is_one_line_on_stderr(tmp_path):
+    write_files(tmp_path, refs=[*REFS, ref(6, 7, "train", sentences=[])], instances=instances_of(REFS))
+    code = "import sys; from cmmasksd.data.loading import open_dataset as o; o('refcoco', 'train', root=sys.argv[1])"
+    code = code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
+    line = f"refcoco train of {tmp_path / 'refcoco'}: left out references without a sentence (1)"
+    assert (done.returncode, done.stderr.splitlines()) == (0, [line])
 
 
 def test_missing_damaged_and_resized_images(tmp_path):

@@ -35,7 +35,6 @@ from cmmasksd.data.scenes import (
     Scene,
     SceneDataset,
     SceneObject,
-    _crop,
     caption,
     describe,
     facts,
@@ -45,6 +44,7 @@ from cmmasksd.data.scenes import (
     stencil,
     twin,
 )
+from cmmasksd.data.scenes.drawing import _crop
 from cmmasksd.errors import UserError
 
 SCORED = ("train", "val", "testA", "testB")
@@ -671,9 +671,8 @@ def test_another_process_draws_the_same_scenes(capsys):
     source = str(Path(cmmasksd.__file__).parents[1])
     for salt in ("1", "2"):  # of the hashes of strings, which decide the order of sets
         environment = os.environ | {"PYTHONPATH": source, "PYTHONHASHSEED": salt}
-        there = subprocess.run(
-            [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", DIGEST]
+        there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
         assert there.stdout == here
 
 

@@ -400,6 +400,34 @@ def test_a_patch_masked_as_a_feature_leaks_through_the_others(tiny_model, tokens
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"vision_level": "input"}, {"joint": True, "language_level": "feature"}])
+def test_visible_patches_match_the_sentence_in_a_masked_view_as_in_the_whole_image(
+    tiny_model, tokens, hide_some_patches, settings
+):
+    """The mask token's own cosine must not shift what the decoder reads of the patches that stay visible."""
+    objective = build(tiny_model, **settings)
+    objective.mask_token.copy_(-10 * tiny_model.encode_image(pixels()).patches.mean((0, 1)))  # far from every patch
+    matches = []
+    layer = tiny_model.decoder.fusion.match_in
+    hook = layer.register_forward_pre_hook(lambda _, inputs: matches.append(inputs[0][..., 0]))
+    try:
+        run(objective, tokens)
+    finally:
+        hook.remove()
+    (together,) = matches
+    views = dict(zip(["main", *objective.branches], together.chunk(1 + len(objective.branches)), strict=True))
+    main, masked = views["main"], views.get("lmvsd", views.get("joint"))
+    torch.testing.assert_close(main, nn.functional.layer_norm(main, main.shape[1:]), rtol=1e-3, atol=1e-3)
+    assert (masked[hide_some_patches] == 0).all()
+    visible, expected = masked[~hide_some_patches], main[~hide_some_patches]
+    if objective.settings.vision_level == "feature":
+        torch.testing.assert_close(visible, expected, rtol=1e-4, atol=1e-4)
+    else:  # the encoder saw less
+        assert torch.corrcoef(torch.stack([visible, expected]))[0, 1] > 0.7
+        assert (visible.mean() - expected.mean()).abs() < 0.5
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("level", ["feature", "input"])
 def test_masked_patches_become_the_token_and_the_others_stay_in_place(tiny_model, tokens, hide_some_patches, level):
     objective = build(tiny_model, vision_level=level)

@@ -18,6 +18,7 @@ from torch import nn
 from cmmasksd.cli import main
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.errors import UserError
+from cmmasksd.evaluation import evaluate as scoring
 from cmmasksd.evaluation.evaluate import BLOCK, evaluate, make_accelerator
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
 from cmmasksd.model.clip import ImageFeatures
@@ -77,6 +78,7 @@ class Bright(nn.Module):
         return ImageFeatures(pixels.mean(1).flatten(1)[..., None], pixels.shape[-2:])
 
     def encode_text(self, tokens):
+        assert len(tokens) <= scoring.SENTENCES
         return tokens
 
     def decode(self, image, text):
@@ -171,6 +173,51 @@ def test_the_mode_of_the_model_is_restored(processor, training):
 def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
     with pytest.raises(UserError, match=r"^the mask of reference 50 is \(8, 8\), its image \(32, 64\)"):
         evaluate(Bright(), processor, Boxes(mask_size=(8, 8)), progress=False, workers=workers)
+
+
+# -- memory
+
+MEMORY = """
+import resource, sys
+import numpy as np
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_evaluate import Boxes, Bright
+from cmmasksd.data.samples import Expression, Reference
+from cmmasksd.evaluation.evaluate import evaluate
+from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+
+class Many(Boxes):  # one photograph, 40 objects with a sentence each
+    def groups(self):
+        return [list(range(40))]
+    def __getitem__(self, index):
+        return Reference(50 + index, 0, (index,), "val", (Expression(index, f"box {index}"),))
+
+processor = CMMaskSDProcessor(load_tokenizer("tiny"), (64, 64), patch_size=16)
+small = evaluate(Bright(), processor, Many(sizes=((40, 60),)), progress=False)  # what is imported only now
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows, _, _ = evaluate(Bright(), processor, Many(sizes=((2000, 3000),)), progress=False)
+assert len(rows) == 40
+grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(grown // (2**20 if sys.platform == "darwin" else 2**10))  # bytes there, kilobytes here
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the memory of a process is read by POSIX's getrusage")
+def test_many_sentences_about_one_photograph_need_little_memory():
+    """40 masks of 6 megapixels: 3 GB when restored together, and 240 MB of truth."""
+    command = [sys.executable, "-c", MEMORY, os.path.dirname(__file__)]
+    grown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
+    assert float(grown) < 400, f"{grown} MB"
+
+
+def test_digits_do_not_depend_on_how_sentences_are_taken_together(processor, monkeypatch):
+    data = Boxes()
+    expected = evaluate(Bright(), processor, data, progress=False)
+    for sentences, pixels in ((1, 1), (3, 1), (5, 64 * 64 * 2)):
+        monkeypatch.setattr(scoring, "SENTENCES", sentences)
+        monkeypatch.setattr(scoring, "RESTORE_PIXELS", pixels)
+        assert evaluate(Bright(), processor, data, progress=False) == expected
 
 
 # -- processes

@@ -116,7 +116,14 @@ def test_a_false_alarm_on_an_empty_truth_is_zero():
     assert set(ORIGINAL.scores([(0, 5)]).values()) == {0.0}
 
 
-@pytest.mark.parametrize("wrong", [{"threshold": 1.5}, {"comparison": "=="}, {"empty_iou": 0.5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"threshold": 1.5}, {"threshold": math.nan}, {"threshold": "0.5"}, {"threshold": None}, {"threshold": True},
+        {"comparison": "=="}, {"comparison": []}, {"empty_iou": 0.5}, {"empty_iou": True}, {"empty_iou": math.nan},
+        {"frame": "squash480"}, {"frame": ["original"]}, {"expressions": "first"}, {"expressions": None},
+    ],
+)  # fmt: skip
 def test_protocol_refuses_nonsense(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         ScoringProtocol(name="wrong", **wrong)

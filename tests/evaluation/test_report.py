@@ -13,7 +13,7 @@ from PIL import Image
 
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import ORIGINAL
-from cmmasksd.evaluation.report import Example, choose_examples, write_report
+from cmmasksd.evaluation.report import Example, choose_examples, collect_examples, write_report
 from cmmasksd.evaluation.results import ExpressionScore
 
 HOSTILE = """<script>alert(1)</script> "><img src=x onerror='alert(2)'> &amp; {style}"""
@@ -235,3 +235,14 @@ def test_ties_and_samples_follow_the_seed():
     assert picks[0]["random"] != picks[1]["random"]
     assert picks[0]["worst"] != picks[1]["worst"]
     assert max(picks[0]["worst"]) > 20  # not simply the first ones
+
+
+def test_expressions_of_other_data_are_refused():
+    class Nothing:
+        name, split = "scenes", "val"
+
+        def __len__(self):
+            return 0
+
+    with pytest.raises(UserError, match="scenes val has no expression 7"):
+        collect_examples(Nothing(), None, {"best": [9, 7]})

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from cmmasksd.cli import main
@@ -19,6 +21,7 @@ from cmmasksd.errors import UserError
 from cmmasksd.inference.onnx import ExportSettings, OnnxSegmenter, resize_bicubic, restore
 from cmmasksd.inference.predictor import Segmenter, load_segmenter
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from fuzz import FUZZ, check
 
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
@@ -97,7 +100,7 @@ def test_predict_runs_an_export(exported: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("resize", ["warp", "letterbox"])
-@pytest.mark.parametrize("size", [(64, 96), (96, 97), (640, 481), (33, 500), (1, 7), (2001, 40)])
+@pytest.mark.parametrize("size", [(64, 96), (96, 97), (640, 481), (33, 500), (1, 7), (2001, 40), (5000, 3), (3, 5000)])
 def test_the_processor_in_numpy_equals_the_torch_one(segmenter: OnnxSegmenter, size: tuple[int, int], resize: str):
     draw = np.random.default_rng(0)
     image, logits = draw.integers(0, 256, (*size, 3), dtype=np.uint8), draw.normal(size=(16, 24)).astype(np.float32)
@@ -148,6 +151,13 @@ def _no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
+def _panic(folder: Path) -> None:
+    """The library's regular expression of nothing finds a match behind the end of a sentence."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"]["normalizers"][1]["pattern"]["Regex"] = ""
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 def _no_json(folder: Path) -> None:
     (folder / "export.json").write_text("{")
 
@@ -166,23 +176,49 @@ def _settings(**changed: object) -> Callable[[Path], None]:
         (_without, "decoder.onnx cannot be read"),
         (_damaged, "image.onnx cannot be read"),
         (_no_tokenizer, "tokenizer.json cannot be read"),
-        (_no_json, "is not an export's"),
+        (_panic, "cannot read a sentence"),
+        (_no_json, "cannot be read as JSON"),
         (_settings(version=2), "has version 2, this package reads 1"),
-        (_settings(size=[128]), "values that no export writes"),
-        (_settings(size=[128, 100]), "values that no export writes"),
-        (_settings(size=[1_600_000, 1_600_000]), "values that no export writes"),
-        (_settings(patch_size=0), "is not an export's"),
-        (_settings(std=[0, 1, 1]), "values that no export writes"),
-        (_settings(mean="abc"), "is not an export's"),
-        (_settings(more=1), "is not an export's"),
+        (_settings(version=True), "has version True"),
+        (_settings(version=[1]), "has version"),
+        (_settings(size=[128]), "size is"),
+        (_settings(size=[128, 100]), "multiple of the patch size"),
+        (_settings(size=[1_600_000, 1_600_000]), "height is 1600000"),
+        (_settings(size=["128", "128"]), "height is '128'"),
+        (_settings(patch_size=0), "patch_size is 0"),
+        (_settings(patch_size=True), "patch_size is True"),
+        (_settings(std=[0, 1, 1]), "std is"),
+        (_settings(mean="abc"), "mean is 'abc'"),
+        (_settings(mean=[2, 2, 2]), "mean is"),
+        (_settings(mean=[10**400, 0, 0]), "mean is"),
+        (_settings(max_tokens=2**70), "max_tokens is"),
+        (_settings(end_token=5), "does not fit export.json"),
+        (_settings(start_token=10_000), "does not fit the text encoder"),
+        (_settings(pad_token=10_000), "does not fit the text encoder"),
+        (_settings(stride="4"), "stride is '4'"),
+        (_settings(source={"a": "x" * 10_000}), "source is"),
+        (_settings(more=1), "'more' is missing or unknown"),
+        (_settings(**{"\x1b[31m" * 1000: 1}), "missing or unknown"),
         (_settings(format="pt2"), "export with --format onnx"),
+        (_settings(format="other"), "format is 'other'"),
     ],
 )
 def test_a_spoilt_export_is_one_line(copied: Path, spoil: Callable[[Path], None], message: str):
     spoil(copied)
     with pytest.raises(UserError, match=message) as error:
         OnnxSegmenter.from_pretrained(copied)
-    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["export.json", "tokenizer.json"])
+def test_fuzzed(name: str, exported: Path, copied: Path):
+    @FUZZ
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        check(OnnxSegmenter.from_pretrained, exported, copied, name, data)
+
+    run()
 
 
 def test_a_folder_without_an_export(tmp_path: Path):

@@ -12,11 +12,12 @@ from PIL import Image
 
 from cmmasksd.config import PretrainConfig
 from cmmasksd.errors import UserError
-from cmmasksd.inference.predictor import Segmenter
+from cmmasksd.inference import predictor
+from cmmasksd.inference.predictor import ENCODE_TOGETHER, Segmenter
 from cmmasksd.inference.visualize import PALETTE
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
-from cmmasksd.training.pretrain import build_clip
+from cmmasksd.pretraining.model import build_clip
 
 SENTENCES = ["the red circle", "star on the left", "large blue thing that is not there"]
 
@@ -135,6 +136,20 @@ def test_the_image_is_encoded_once_for_all_sentences(segmenter: Segmenter, monke
     assert len(images) == len(texts) == 1
     assert images[0][0].shape[0] == 1
     assert [len(text) for _, text in decoded] == [32, 32, 6]
+
+
+def test_sentences_are_encoded_in_parts(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+    """3,000 at once took a gigabyte. All are padded alike, so what a sentence gives does not depend on its part."""
+    segmenter.threshold = 0.1
+    many = [f"the red circle {'left ' * (nth % 3)}of {nth}" for nth in range(2 * ENCODE_TOGETHER + 5)]
+    encoded = calls(segmenter, "encode_text", monkeypatch)
+    parts = list(segmenter.decode(segmenter.encode([(picture(), many)])))
+    assert [len(tokens) for (tokens,) in encoded] == [ENCODE_TOGETHER, ENCODE_TOGETHER, 5]
+    monkeypatch.setattr(predictor, "ENCODE_TOGETHER", len(many))
+    for found, one in zip(parts, segmenter.decode(segmenter.encode([(picture(), many)])), strict=True):
+        assert found.text == one.text
+        np.testing.assert_allclose(found.probability, one.probability, atol=1e-5)
+    assert len(encoded) == 4
 
 
 def test_many_sentences_give_what_each_gives_alone(segmenter: Segmenter):

@@ -1,6 +1,8 @@
 """The two towers: held to what transformers' own CLIP computes, to 1e-5, and to what dropping and hiding promise."""
 
 import inspect
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from cmmasksd.model.clip import ImageFeatures, Tokens, encode_image, encode_text
+from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens, encode_image, encode_text
 from cmmasksd.model.processing import tokenize
 from conftest import make_clip
 
@@ -156,20 +158,17 @@ def test_value_path_follows_keep(clip):
     close(some.dense, whole.dense.flip(1))
 
 
-def test_no_hook_stays_behind(clip, monkeypatch):
-    """Neither after a call nor after one that fails within: a hook that stays would keep every image in memory."""
-    norm = clip.vision_model.encoder.layers[-1].layer_norm1
-    encode_image(clip, pixels(1, 16, 16), value_path=True)
-    assert not norm._forward_hooks
-    monkeypatch.setattr(clip.vision_model.encoder.layers[-1].mlp, "forward", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        encode_image(clip, pixels(1, 16, 16), value_path=True)
-    assert not norm._forward_hooks
-
-
 def test_select_repeats_every_part_of_the_features():
     part = torch.arange(2.0)[:, None, None].expand(2, 4, 3)
-    features = ImageFeatures(part, (2, 2), dense=part + 10, context=part[:, 0] + 20, pixels=part + 30)
+    features = ImageFeatures(
+        part,
+        (2, 2),
+        dense=part + 10,
+        context=part[:, 0] + 20,
+        pixels=part + 30,
+        hidden=part[..., 0] > 0,
+        whole=part + 40,
+    )
     chosen = features.select(torch.tensor([1, 0, 1]))
     assert len(features) == 2
     assert len(chosen) == 3
@@ -178,10 +177,14 @@ def test_select_repeats_every_part_of_the_features():
     assert chosen.dense[:, 0, 0].tolist() == [11, 10, 11]
     assert chosen.context[:, 0].tolist() == [21, 20, 21]
     assert chosen.pixels[:, 0, 0].tolist() == [31, 30, 31]
+    assert chosen.hidden[:, 0].tolist() == [True, False, True]
+    assert chosen.whole[:, 0, 0].tolist() == [41, 40, 41]
     bare = ImageFeatures(part, (2, 2)).select(torch.tensor([0]))
     assert bare.dense is None
     assert bare.context is None
     assert bare.pixels is None
+    assert bare.hidden is None
+    assert bare.whole is None
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
@@ -220,6 +223,38 @@ def test_text_equals_transformers(clip, tiny_tokenizer):
     close(features.sentence, theirs.pooler_output)
     hidden = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     close(features.words, hidden @ clip.text_projection.weight.T)
+
+
+def test_threads_that_share_a_model_get_their_own_sentences_and_images(clip, tiny_tokenizer):
+    """Every call is inside the towers at the same time as the other thread's."""
+    meet = threading.Barrier(2)
+
+    def wait(*_: object) -> None:
+        meet.wait(timeout=60)
+
+    sides = [tokenize(tiny_tokenizer, [text]) for text in ("the red square", "the blue circle")]
+    images = [pixels(1, 32, 32, seed) for seed in (0, 1)]
+    alone = [
+        (encode_text(clip, said), encode_image(clip, image, value_path=True)[0])
+        for said, image in zip(sides, images, strict=True)
+    ]
+
+    @torch.no_grad()
+    def both(side: int) -> tuple[TextFeatures, ImageFeatures]:
+        return encode_text(clip, sides[side]), encode_image(clip, images[side], value_path=True)[0]
+
+    modules = (clip.text_model.embeddings.token_embedding, clip.vision_model.encoder.layers[-1].layer_norm1)
+    hooks = [module.register_forward_pre_hook(wait) for module in modules]
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(both, (0, 1), timeout=120))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for (text, image), (text_alone, image_alone) in zip(together, alone, strict=True):
+        assert torch.equal(text.embedded, text_alone.embedded)
+        assert torch.equal(text.words, text_alone.words)
+        assert torch.equal(image.dense, image_alone.dense)
 
 
 def test_word_mask_is_true_for_pieces_of_words_only(clip, tiny_tokenizer):

@@ -399,6 +399,139 @@ def test_pickled_code_is_never_run(load, matching, refuse, tmp_path, style):
     assert trace.exists()
 
 
+@LOADERS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_that_are_not_finite(load, matching, refuse, value, dtype):
+    def spoil(weights: dict[str, Tensor]) -> None:
+        weights.update({key: one.to(dtype) for key, one in weights.items()})
+        weights[weight_of(load)][1, 2] = value
+
+    change_weights(matching(load), spoil)
+    refuse(load, matching(load), weight_of(load), "not finite")
+
+
+def test_large_finite_weights_load(folder):
+    """Their sum overflows."""
+    change_weights(folder, lambda weights: weights["clip.visual_projection.weight"].fill_(3e38))
+    assert CMMaskSDModel.from_pretrained(folder).clip.visual_projection.weight.amax() == 3e38
+
+
+@pytest.fixture
+def sharded(clip_folder) -> Path:
+    """A CLIP whose weights lie in several files."""
+    CLIPModel.from_pretrained(clip_folder).save_pretrained(clip_folder, max_shard_size="40KB")
+    assert len(list(clip_folder.glob("model-*.safetensors"))) > 2
+    (clip_folder / "model.safetensors").unlink()
+    return clip_folder
+
+
+def test_a_clip_in_several_files(sharded, tiny_clip_folder):
+    whole, parts = (load_clip(one).state_dict() for one in (tiny_clip_folder, sharded))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_clip_in_the_hubs_cache(sharded, tmp_path):
+    """There every file is a link to a blob that two folders share."""
+    cache, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    cache.mkdir(parents=True)
+    blobs.mkdir()
+    for nth, file in enumerate(sharded.iterdir()):
+        file.rename(blobs / str(nth))
+        (cache / file.name).symlink_to(Path("../../blobs") / str(nth))
+    load_clip(cache)
+
+
+@pytest.mark.parametrize("case", ["up", "absolute", "link", "folder", "number", "none", "list", "missing"])
+def test_an_index_stays_in_its_folder(case, sharded, refuse, tmp_path):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    key, shard = next(iter(index["weight_map"].items()))
+    (sharded / shard).rename(tmp_path / "outside.safetensors")
+    if case == "link":
+        (sharded / shard).symlink_to(tmp_path / "outside.safetensors")
+    names = {
+        "up": "../outside.safetensors",
+        "absolute": str(tmp_path / "outside.safetensors"),
+        "folder": "a/b.safetensors",
+        "number": 5,
+    }
+    for key in [key for key, one in index["weight_map"].items() if one == shard]:
+        index["weight_map"][key] = names.get(case, shard)
+    index |= {"none": {"weight_map": None}, "list": {"weight_map": [1]}}.get(case, {})
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    said = {"link": "is a link out of its folder", "missing": "lacks"}.get(case, "in its own folder")
+    refuse(load_clip, sharded, said)
+
+
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "other.safetensors"])
+def test_only_the_named_file_is_read(name, folder, tiny_model):
+    """transformers prefers some other files where they lie in the folder, or config.json names one."""
+    other = {key: torch.zeros_like(value) for key, value in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / name, metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/something"}')
+    change_config(folder, transformers_weights="other.safetensors")
+    loaded = CMMaskSDModel.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in tiny_model.state_dict().items())
+
+
+# Keys of a config.json by which transformers fetches or runs something, or that would change the network.
+FOREIGN = {
+    "attn_implementation": "some/kernel",
+    "_attn_implementation": "flash_attention_2",
+    "_attn_implementation_internal": "eager",
+    "_experts_implementation": "some/kernel",
+    "quantization_config": {"quant_method": "gptq", "bits": 4},
+    "auto_map": {"AutoModel": "someone/else--modeling.Evil", "AutoConfig": "modeling.Evil"},
+    "torch_dtype": "float16",
+    "dtype": "load",
+    "_name_or_path": "someone/else",
+    "_commit_hash": "abc",
+    "custom_generate": "someone/else",
+    "fusion_config": {"patch_embeddings": True},
+    "per_layer_config": {"0": {"hidden_size": 7}},
+    "pruned_heads": {"0": [0]},
+    "return_dict": False,
+    "chunk_size_feed_forward": 7,
+    "problem_type": "single_label_classification",
+    "num_labels": 1,
+    "id2label": {"a": 5},
+    "to_dict": 5,
+    "architectures": 5,
+}
+
+
+@LOADERS
+def test_other_keys_of_a_config_do_nothing(load, matching, tiny_model, tiny_processor):
+    file = matching(load) / "config.json"
+    config = json.loads(file.read_text())
+    clip = config.get("clip_config", config)
+    for section in (config, clip, clip["text_config"], clip["vision_config"]):
+        section |= FOREIGN
+    file.write_text(json.dumps(config))
+    model = load(matching(load))
+    clip = getattr(model, "clip", model)
+    for one in (model, clip, clip.text_model, clip.vision_model):
+        assert one.config._attn_implementation == "sdpa"
+        assert not {"quantization_config", "auto_map", "fusion_config"} & vars(one.config).keys()
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert all(torch.equal(value, tiny_model.clip.state_dict()[key]) for key, value in clip.state_dict().items())
+    if load == CMMaskSDModel.from_pretrained:
+        image, tokens = pixels(1, 32, 32), tiny_processor.tokens(SENTENCES)
+        assert torch.equal(segment(model, image, tokens), segment(tiny_model, image, tokens))
+        del config["auto_map"]  # transformers itself looks at it, and asks
+        file.write_text(json.dumps(config))
+        assert transformers.AutoModel.from_pretrained(matching(load)).config._attn_implementation == "sdpa"
+
+
+def test_sizes_given_to_the_loader(folder):
+    assert CMMaskSDModel.from_pretrained(folder, dropout=0.25).config.dropout == 0.25
+    config = CMMaskSDConfig.from_pretrained(folder, dropout=0.5)
+    assert CMMaskSDModel.from_pretrained(folder, config=config).config.dropout == 0.5
+    model = CMMaskSDModel.from_pretrained(folder, attn_implementation="eager", dtype=torch.float16)
+    assert model.clip.text_model.config._attn_implementation == "eager"
+    assert model.dtype == torch.float16
+
+
 def test_transformers_logs_as_before_after_a_load(tiny_model_folder):
     before = transformers.utils.logging.get_verbosity()
     CMMaskSDModel.from_pretrained(tiny_model_folder)
@@ -465,6 +598,87 @@ def test_sizes_that_do_not_fit_are_refused(sizes, words):
 def test_an_impossible_size_in_a_saved_config_is_one_line(folder, refuse):
     change_config(folder, decoder_heads=5)
     refuse(CMMaskSDModel.from_pretrained, folder, "decoder_heads")
+
+
+HUGE = [10**6, 2**70, True, 7.0, "7", None, [], {}, float("nan"), float("inf"), -1, 0]
+
+
+@pytest.mark.parametrize("value", HUGE)
+@pytest.mark.parametrize("key", ["decoder_layers", "decoder_width", "decoder_heads", "decoder_mlp", "head_width"])
+def test_sizes_of_a_strangers_config(key, value, folder, refuse):
+    """A million layers would be built for hours."""
+    change_config(folder, **{key: value})
+    refuse(CMMaskSDModel.from_pretrained, folder, key)
+
+
+@pytest.mark.parametrize("value", [10**8, *HUGE[1:]])
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("text_config", "vocab_size"),
+        ("text_config", "max_position_embeddings"),
+        ("text_config", "num_hidden_layers"),
+        ("vision_config", "hidden_size"),
+        ("vision_config", "num_attention_heads"),
+        ("vision_config", "intermediate_size"),
+        ("vision_config", "image_size"),
+        ("vision_config", "patch_size"),
+        ("vision_config", "num_channels"),
+        (None, "projection_dim"),
+    ],
+)
+def test_sizes_of_a_strangers_clip(section, key, value, clip_folder, refuse):
+    config = json.loads((clip_folder / "config.json").read_text())
+    (config[section] if section else config)[key] = value
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    refuse(load_clip, clip_folder, key)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 16_384, "num_hidden_layers": 100},
+        {"image_size": 4096, "patch_size": 1},
+    ],
+)
+def test_a_config_of_more_weights_than_the_file_holds(change, clip_folder, refuse):
+    """Each size is allowed, together they would fill the memory."""
+    config = json.loads((clip_folder / "config.json").read_text())
+    config["vision_config"] |= change
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    refuse(load_clip, clip_folder, "describes")
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("text_config", {"num_attention_heads": 7}),
+        ("text_config", {"hidden_act": "no_such"}),
+        ("text_config", {"hidden_act": ["gelu"]}),
+        ("text_config", {"eos_token_id": None}),
+        ("text_config", {"eos_token_id": [1, 2]}),
+        ("text_config", {"layer_norm_eps": -1.0}),
+        ("vision_config", {"layer_norm_eps": 10**400}),
+        ("vision_config", {"attention_dropout": "x"}),
+        ("vision_config", {"patch_size": 64}),
+    ],
+)
+def test_other_values_of_a_strangers_clip(section, change, clip_folder, refuse):
+    config = json.loads((clip_folder / "config.json").read_text())
+    config[section] |= change
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    refuse(load_clip, clip_folder, next(iter(change)).replace("num_attention_", ""))
+
+
+def test_the_config_of_the_first_clips(clip_folder):
+    """It has two sections for a tower, of which the second holds, numbers that are no ids, and nulls."""
+    config = json.loads((clip_folder / "config.json").read_text())
+    for name in ("text_config", "vision_config"):
+        config[f"{name}_dict"] = config[name]
+        config[name] = config[name] | {"hidden_size": 64}
+    config["text_config_dict"] |= {"eos_token_id": 2, "bos_token_id": 0, "pad_token_id": None}
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    assert load_clip(clip_folder).config.text_config.hidden_size == 32
 
 
 # -------------------------------------------------------------------------------------------------- model and processor

@@ -2,17 +2,27 @@
 
 import json
 import math
+import re
+import shutil
 import warnings
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
 from cmmasksd.errors import UserError
+from cmmasksd.inference.predictor import Segmenter
+from cmmasksd.model.frame import columns_first
+from cmmasksd.model.hub import REQUIRED
+from cmmasksd.model.modeling import load_clip
 from cmmasksd.model.processing import CLIP_MEAN, CLIP_STD, CMMaskSDProcessor, Frame, load_tokenizer, normalize, tokenize
 from conftest import TINY_CONTEXT, make_tokenizer
 
@@ -53,6 +63,52 @@ def test_pixels_equal_pillows_antialiased_bicubic(shape, size):
     assert ours.shape == (3, *size)
     assert frame == Frame(shape, size, (0, 0, *size))
     assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 2
+
+
+def _ordinary() -> list[tuple[int, int, tuple[int, int]]]:
+    sides = (1, 33, 120, 427, 640, 1280, 1920)
+    shapes = [(h, w) for h in sides for w in sides if h <= 16 * w]
+    return [(*shape, size) for shape in shapes for size in ((128, 128), (480, 480), (160, 224))]
+
+
+def test_ordinary_images_take_torchs_own_path():
+    """Nothing that a model was trained on changes by a bit."""
+    for height, width, size in _ordinary():
+        assert not columns_first((height, width), size), (height, width, size)
+
+
+@pytest.mark.parametrize("shape", [(400_000, 1), (30_000, 40)])
+def test_long_and_narrow_images_are_shortened_first(shape, monkeypatch: pytest.MonkeyPatch):
+    """torch resizes along the rows first: what lies between must not be larger than its input and output by far."""
+    sizes, interpolate = [], F.interpolate
+
+    def watched(tensor, size, **how):
+        sizes.append(tensor.shape[-2] * size[1] / max(tensor.shape[-2] * tensor.shape[-1], size[0] * size[1]))
+        return interpolate(tensor, size, **how)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    ours = processor((480, 480))
+    image = np.full((*shape, 3), 77, np.uint8)
+    image[: shape[0] // 2] = 200
+    tensor, frame = ours.image(image)
+    assert (tensor[:, :230] == 200).all()
+    assert (tensor[:, 250:] == 77).all()
+    target = ours.target(image[..., 0] == 200, frame, 4)
+    assert (target[:57] > 0.999).all()
+    assert (target[63:] < 0.001).all()
+    assert len(sizes) >= 2
+    assert max(sizes) <= 4
+
+
+@pytest.mark.parametrize("shape", [(300, 1), (1, 300)])
+def test_the_target_of_a_single_line(shape):
+    """torch 2.13 gives a column of floats its first value throughout."""
+    ours = processor((160, 160), "letterbox")
+    mask = np.zeros(shape, bool)
+    mask.ravel()[:150] = True
+    target = ours.target(mask, ours.frame(*shape), 1).numpy().max(axis=int(shape[0] > 1))
+    assert (target[:70] > 0.9).all()
+    assert (target[90:] < 0.1).all()
 
 
 def test_letterbox_lays_the_image_in_the_middle_of_clips_grey():
@@ -328,7 +384,7 @@ def test_a_limit_without_room_for_a_word(limit):
         processor(max_tokens=limit)
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n\t"])
+@pytest.mark.parametrize("text", ["", "   ", "\n\t", "\x1c", "\u2003", "\u200b"])
 def test_empty_sentences(text):
     with pytest.raises(UserError, match="empty"):
         processor().tokens(["the red square", text])
@@ -402,28 +458,227 @@ def test_call_gives_what_the_model_takes(tiny_model):
 def test_no_processor_there(name, tmp_path):
     for where, said in (
         (name, "no (model|such) folder"),
-        (tmp_path, "no processor_config.json"),
-        (tmp_path / name, ""),
+        (tmp_path / name, "no model folder"),
+        (tmp_path, "lacks .*tokenizer.json"),
     ):
-        with pytest.raises(UserError, match=said):
-            CMMaskSDProcessor.from_pretrained(where)
-        with pytest.raises(UserError, match="tokenizer"):
-            load_tokenizer(where)
+        for load in (CMMaskSDProcessor.from_pretrained, load_tokenizer):
+            with pytest.raises(UserError, match=said):
+                load(where)
 
 
-@pytest.mark.parametrize("change", [{"colour": 1}, {"size": [33, 32]}, {"size": None}, {"resize": "stretch"}])
-def test_spoilt_settings(change, tmp_path):
-    processor().save_pretrained(tmp_path)
-    file = tmp_path / "processor_config.json"
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"colour": 1},
+        {"resize": "stretch"},
+        {"resize": ["warp"]},
+        *(
+            {"size": size}
+            for size in ([33, 32], None, [32], [32, 32, 32], "ab", [1 << 70, 32], [8000, 8000], [32.0, 32])
+        ),
+        *({"size": size} for size in ([True, True], [0, 0], [-32, 32], {"0": 32, "1": 32})),
+        *({"patch_size": size} for size in (0, -8, None, "8", 8.0, True, 1 << 70, 16)),
+        *({"max_tokens": limit} for limit in (2, 0, -1, None, "9", 9.0, True, 1 << 70)),
+        *({"mean": value} for value in (None, 0.5, [0.5], [0.5] * 4, [math.nan] * 3, [math.inf] * 3, [-1, 0, 0])),
+        *({"mean": value} for value in ([2, 0, 0], [True] * 3, ["0.5"] * 3, "abc", [10**400] * 3)),
+        *({"std": value} for value in ([0.5], [0, 0.5, 0.5], [-0.5] * 3, [math.nan] * 3, [1e-300] * 3, {"a": 1})),
+    ],
+)
+def test_spoilt_settings(change, tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    file = folder / "processor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError):
-        CMMaskSDProcessor.from_pretrained(tmp_path)
-    file.write_text("{")
-    with pytest.raises(UserError, match="save it again"):
-        CMMaskSDProcessor.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=re.escape(str(file))):
+        CMMaskSDProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("key", ["size", "patch_size", "resize", "max_tokens", "mean", "std"])
+def test_a_setting_is_missing(key, tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    del settings[key]
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=f"'{key}' is missing"):
+        CMMaskSDProcessor.from_pretrained(folder)
+
+
+NOT_A_MODEL = {
+    "empty": b"",
+    "no JSON": b"{",
+    "null": b"null",
+    "list": b"[]",
+    "text": b'"text"',
+    "number": b"1" * 5000,
+    "deep": b"[" * 200_000,
+    "deep object": b'{"a":' * 200_000 + b"1" + b"}" * 200_000,
+    "encoding": "{'ä': 1}".encode("latin-1"),
+    "utf-16": '{"a": 1}'.encode("utf-16"),
+    "mark": b"\xef\xbb\xbf{}",
+    "zeros": b"\x00" * 100,
+    "large": b'{"a": "' + b"x" * (33 << 20) + b'"}',
+}
+
+
+@pytest.mark.parametrize("content", NOT_A_MODEL)
+@pytest.mark.parametrize("name", REQUIRED)
+def test_files_that_are_none_of_a_model(name, content, tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (folder / name).write_bytes(NOT_A_MODEL[content])
+    with pytest.raises(UserError) as caught:
+        Segmenter.from_pretrained(folder, device="cpu")
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+@pytest.mark.parametrize("missing", ["gone", "a folder"])
+def test_every_file_is_required(name, missing, tiny_model_folder, tmp_path):
+    """Without its tokenizer's files a model used to run on a vocabulary of two."""
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (folder / name).unlink()
+    if missing == "a folder":
+        (folder / name).mkdir()
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        Segmenter.from_pretrained(folder, device="cpu")
+    if name.startswith("tokenizer"):
+        with pytest.raises(UserError, match=f"lacks {name}"):
+            transformers.AutoProcessor.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ backbones
+
+
+def from_backbone(folder: Path) -> CMMaskSDProcessor:
+    return CMMaskSDProcessor.from_backbone(folder, (32, 40), patch_size=8, resize="letterbox", max_tokens=9)
+
+
+@pytest.fixture
+def clip_folder(tiny_clip_folder, tmp_path) -> Path:
+    """A CLIP's folder that the test may spoil."""
+    return Path(shutil.copytree(tiny_clip_folder, tmp_path / "clip"))
 
 
 def test_from_backbone(tiny_clip_folder):
-    ours = CMMaskSDProcessor.from_backbone(tiny_clip_folder, (32, 40), patch_size=8, resize="letterbox", max_tokens=9)
+    ours = from_backbone(tiny_clip_folder)
     assert (ours.size, ours.resize, ours.max_tokens, ours.patch_size) == ((32, 40), "letterbox", 9, 8)
+    assert (ours.mean, ours.std) == (CLIP_MEAN, CLIP_STD)
     assert ours.tokens(["the red square"]).input_ids.shape == (1, 5)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_pixels_are_normalised_as_the_backbones_are(version, clip_folder):
+    """transformers 4 and 5 write it to different files."""
+    found = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.25, 0.5, 1], "image_processor_type": "CLIPImageProcessor"}
+    if version == 4:
+        (clip_folder / "preprocessor_config.json").write_text(json.dumps(found))
+    else:
+        whole = {"image_processor": found, "processor_class": "CLIPProcessor"}
+        (clip_folder / "processor_config.json").write_text(json.dumps(whole))
+    ours = from_backbone(clip_folder)
+    assert (ours.mean, ours.std) == ((0.5, 0.4, 0.3), (0.25, 0.5, 1.0))
+    black = ours.pixel_values(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))[0, :, 0, 0]
+    assert black.tolist() == pytest.approx([-2, -0.8, -0.3])
+    ours.save_pretrained(clip_folder / "saved")
+    assert CMMaskSDProcessor.from_pretrained(clip_folder / "saved").mean == ours.mean
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *NOT_A_MODEL.values(),
+        b'{"image_mean": [0.5]}',
+        b'{"image_mean": null}',
+        b'{"image_std": [0, 0, 0]}',
+        b'{"image_std": [NaN, 1, 1]}',
+        b'{"image_mean": {"a": 1}}',
+    ],
+)
+def test_spoilt_preprocessing(content, clip_folder):
+    (clip_folder / "preprocessor_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
+        from_backbone(clip_folder)
+
+
+def test_a_backbone_of_the_hub(clip_folder, tmp_path, monkeypatch):
+    """What the hub's cache holds is enough without a network."""
+    (clip_folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}')
+    commit = "c" * 40
+    repository = tmp_path / "cache" / "models--someone--clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(clip_folder, repository / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    ours = from_backbone(Path("someone/clip"))
+    assert ours.mean == (0.5, 0.5, 0.5)
+    assert ours.tokens(["red"]).input_ids.shape == (1, 3)
+    assert load_clip("someone/clip").config.projection_dim == 40
+
+
+def test_a_backbone_without_its_tokenizer(clip_folder):
+    (clip_folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"lacks tokenizer\.json"):
+        from_backbone(clip_folder)
+
+
+def test_the_tokenizer_of_the_first_clips(clip_folder):
+    """Two files in place of tokenizer.json, special tokens as objects, and an end token of 2 in config.json."""
+    model = json.loads((clip_folder / "tokenizer.json").read_text())["model"]
+    (clip_folder / "tokenizer.json").unlink()
+    (clip_folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
+    (clip_folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    end = {"content": "<|endoftext|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    start = end | {"content": "<|startoftext|>"}
+    tokens = {"unk_token": end, "bos_token": start, "eos_token": end, "pad_token": "<|endoftext|>"}
+    (clip_folder / "special_tokens_map.json").write_text(json.dumps(tokens))
+    tokens = {key: one | {"__type": "AddedToken"} if isinstance(one, dict) else one for key, one in tokens.items()}
+    settings = {"model_max_length": TINY_CONTEXT, "tokenizer_class": "CLIPTokenizer", "name_or_path": "./a"}
+    (clip_folder / "tokenizer_config.json").write_text(json.dumps(tokens | settings))
+    config = json.loads((clip_folder / "config.json").read_text())
+    config["text_config"] |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    texts = ["the red square on the left", "unbelievable <|endoftext|>"]
+    assert torch.equal(
+        from_backbone(clip_folder).tokens(texts).input_ids, processor(max_tokens=9).tokens(texts).input_ids
+    )
+
+
+def test_a_backbone_says_how_many_tokens_it_takes(clip_folder):
+    settings = json.loads((clip_folder / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (clip_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = CMMaskSDProcessor.from_backbone(clip_folder, (32, 40), patch_size=8, resize="warp", max_tokens=99)
+    assert ours.max_tokens == TINY_CONTEXT
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 400}, {"eos_token_id": 7}])
+def test_another_models_tokenizer(change, clip_folder, tiny_model_folder, tmp_path):
+    config = json.loads((clip_folder / "config.json").read_text())
+    config["text_config"] |= change
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="get the tokenizer of this model"):
+        from_backbone(clip_folder)
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["clip_config"]["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="get the tokenizer of this model"):
+        CMMaskSDProcessor.from_pretrained(folder)
+
+
+def test_settings_of_a_strangers_tokenizer(clip_folder):
+    file = clip_folder / "tokenizer_config.json"
+    foreign = {
+        "auto_map": {"AutoTokenizer": ["a--b.C", None]},
+        "gguf_file": "../secret",
+        "vocab_file": "/etc/passwd",
+        "padding_side": "left",
+        "truncation_side": "left",
+        "chat_template": "{{ 1 / 0 }}",
+        "init_inputs": [1, 2],
+        "extra_special_tokens": ["the", "red"],
+        "split_special_tokens": False,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | foreign))
+    ours, expected = (from_backbone(clip_folder), processor(max_tokens=9))
+    texts = ["the red square", "red " * 20]
+    assert torch.equal(ours.tokens(texts).input_ids, expected.tokens(texts).input_ids)

@@ -1,6 +1,7 @@
 """A real server on the loopback for the tests that need sockets."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,19 @@ def _running(segmenter: Any, name: str, settings: Any, key: str | None = None) -
         thread.join(60)
         assert not thread.is_alive()
         assert not app.state.engine._thread.is_alive()
+
+
+def _until(condition: Callable[[], object], seconds: float = 120) -> None:
+    last = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < last, f"still not true after {seconds} s"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable:
+    """`until(condition)`: wait for what another thread or process does; fails after two minutes."""
+    return _until
 
 
 @pytest.fixture(scope="session")

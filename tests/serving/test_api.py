@@ -6,16 +6,19 @@ import base64
 import io
 import json
 import logging
+import os
 import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +34,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from cmmasksd.data.masks import decode_segmentation
+from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.serving import api
@@ -78,8 +82,8 @@ def ask(app: FastAPI, *requests: dict, path: str = "/v1/segment", method: str = 
     """Send requests at once, in process."""
 
     async def go() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # it knows no timeout
+        async with asyncio.timeout(120), httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await asyncio.gather(*(client.request(method, path, **request) for request in requests))
 
     return asyncio.run(go())
@@ -111,6 +115,17 @@ def hold(app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event
 
     monkeypatch.setattr(engine, "_compute", wait)
     return reached, go
+
+
+def ask_later(app: FastAPI, *requests: dict) -> Future[list[httpx.Response]]:
+    """`ask` in a thread."""
+    answers: Future[list[httpx.Response]] = Future()
+    threading.Thread(target=lambda: answers.set_result(ask(app, *requests)), daemon=True).start()
+    return answers
+
+
+def connect(host: str, port: int) -> socket.socket:
+    return socket.create_connection((host, port), timeout=60)
 
 
 def assert_refused(answer: httpx.Response, status: int, code: str) -> str:
@@ -146,9 +161,9 @@ def test_the_answer_is_the_segmenter_s(serve, segmenter: Segmenter, kind):
         assert one["area"] == mask.sum()
         areas.append(one["area"])
         if one["area"]:
-            x, y, w, h = one["box"]
-            assert mask[y : y + h, x : x + w].sum() == one["area"]
-            assert all(side.any() for side in (mask[y], mask[y + h - 1], mask[:, x], mask[:, x + w - 1]))
+            x0, y0, x1, y1 = one["box"]
+            assert mask[y0:y1, x0:x1].sum() == one["area"]
+            assert all(side.any() for side in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
         else:
             assert one["box"] is None
         values = unpack(one["probability"])
@@ -194,26 +209,21 @@ def test_maps_are_small_and_of_the_picture_s_shape(serve):
     assert unpack(one["words"][0]["map"]).shape == (32, 64)
 
 
-def test_requests_that_wait_are_computed_together(serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+def test_requests_that_wait_are_computed_together(
+    serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, until: Callable
+):
     app = serve(max_batch=4)
     images = [picture(40 + 9 * nth, 50, nth) for nth in range(6)]
     requests = [as_json(png(image), [f"red {nth}"]) for nth, image in enumerate(images)]
     sizes, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: sizes.append(len(requests)) or encode(requests))
     reached, go = hold(app, monkeypatch)
-    answers: list[httpx.Response] = []
-    first = threading.Thread(target=lambda: answers.extend(ask(app, requests[0])))
-    first.start()
+    first = ask_later(app, requests[0])
     assert reached.wait(60)
-    rest: list[httpx.Response] = []
-    others = threading.Thread(target=lambda: rest.extend(ask(app, *requests[1:])))
-    others.start()
-    while app.state.engine.waiting < 5:
-        time.sleep(0.01)
+    others = ask_later(app, *requests[1:])
+    until(lambda: app.state.engine.waiting == 5)
     go.set()
-    first.join()
-    others.join()
-    answers += rest
+    answers = first.result(120) + others.result(120)
     assert sizes == [1, 4, 1]
     for nth, (image, answer) in enumerate(zip(images, answers, strict=True)):
         expected = segmenter.segment(image, f"red {nth}")[0]
@@ -298,6 +308,8 @@ GOOD = base64.b64encode(b"GIF89a").decode()
         (as_form(b"", ["a"]), 415, "no_image"),
         (as_json(bomb(6000, 6000), ["a"]), 413, "too_many_pixels"),
         (as_json(bomb(60_000, 60_000), ["a"]), 413, "too_many_pixels"),
+        (as_json(bomb(1, 24_000_000), ["a"]), 413, "too_many_pixels"),
+        (as_form(bomb(30_000, 200), ["a"]), 413, "too_many_pixels"),
         (as_json(b"0" * 11_000_000, ["a"]), 413, "too_many_bytes"),
         (as_form(b"0" * 11_000_000, ["a"]), 413, "too_many_bytes"),
         (as_json(b"", ["a"] * 10_000), 422, "invalid"),
@@ -305,7 +317,11 @@ GOOD = base64.b64encode(b"GIF89a").decode()
         (as_form(b"", ["a"] * 33), 422, "invalid"),
         (as_json(b"", ["a" * 301]), 422, "invalid"),
         (as_json(b"", []), 422, "invalid"),
-        (as_json(b"", [" \t"]), 422, "invalid"),
+        *(
+            (as_json(png(picture()), [blank]), 422, "invalid")
+            for blank in (" \t", "\x1c", "\u2003", "\x85", "\u200b\x07")
+        ),
+        (as_form(png(picture()), ["red", "\u3000\x1f"]), 422, "invalid"),
         (as_json(b"", [7]), 422, "invalid"),  # pyright: ignore
         (as_json(b"", ["\ud800"]), 422, "invalid"),
         (as_json(b"", ["a"], threshold=1), 422, "invalid"),
@@ -330,6 +346,11 @@ def test_refusals(serve, request_: dict, status: int, code: str):
     assert after.status_code == 200
 
 
+def test_openapi_says_which_sentences_are_blank():
+    for code in (*range(0xD800), *range(0xE000, 0x10000)):
+        assert is_blank(chr(code)) == (re.search(api.NOT_BLANK, chr(code)) is None), hex(code)
+
+
 @pytest.mark.parametrize(("path", "method", "status"), [("/no", "GET", 404), ("/v1/segment", "GET", 405)])
 def test_wrong_addresses(serve, path: str, method: str, status: int):
     [answer] = ask(serve(), {}, path=path, method=method)
@@ -337,14 +358,102 @@ def test_wrong_addresses(serve, path: str, method: str, status: int):
     assert (status == 405) == ("allow" in answer.headers)
 
 
-@pytest.mark.parametrize("given", [None, "", "wrong", "geheim"])
-def test_a_key(serve, given: str | None):
+def basic(words: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(words.encode()).decode()}"}
+
+
+@pytest.mark.parametrize("path", ["/v1/segment", "/page/", "/page/app.js", "/metrics", "/no"])
+def test_everything_but_health_asks_for_the_key(serve, path: str):
+    app, method = serve(key="schlüssel 鍵"), "POST" if path == "/v1/segment" else "GET"
+    wrong = [{}, {"X-API-Key": ""}, {"X-API-Key": "wrong"}, {"X-API-Key": "schl"}, {"Authorization": "Bearer"}]
+    wrong += [
+        {"Authorization": "Bearer wrong"},
+        {"Authorization": "Basic %"},
+        basic("schlüssel 鍵"),
+        basic("any:wrong"),
+    ]
+    for headers in wrong:
+        [answer] = ask(app, {"headers": headers}, path=path, method=method)
+        assert_refused(answer, 401, "no_key")
+        assert answer.headers["www-authenticate"].startswith("Basic ")
+    key = "schlüssel 鍵".encode()
+    for headers in ({b"X-API-Key": key}, {b"Authorization": b"bearer " + key}, basic("any:schlüssel 鍵")):
+        [answer] = ask(app, {"headers": headers}, path=path, method=method)
+        assert answer.status_code == {"/v1/segment": 415, "/no": 404}.get(path, 200)
+
+
+@pytest.mark.parametrize("key", ["", " ", "secret\n", "se\x00cret", "\udcff"])
+def test_a_key_that_nobody_can_send(serve, key: str):
+    with pytest.raises(UserError, match=r"CMMASKSD_API_KEY (is empty|has characters)"):
+        serve(key=key)
+
+
+def test_an_empty_key_stops_the_command(tiny_model_folder: Path):
+    """`CMMASKSD_API_KEY=` is a variable somewhere that was not set, and no wish to let everybody in."""
+    command = [sys.executable, "-m", "cmmasksd", "serve", "--model", str(tiny_model_folder), "--port", "0"]
+    environment = os.environ | {"CMMASKSD_API_KEY": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "cmmasksd serve: CMMASKSD_API_KEY is empty: set it to the key, or unset it to let everybody in"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "host", "answers"),
+    [
+        ({}, "localhost:8000", True),
+        ({}, "LOCALHOST", True),
+        ({}, "127.0.0.1:8000", True),
+        ({}, "[::1]:8000", True),
+        ({}, "192.168.0.7", True),  # no name that leads elsewhere: a page of another site has another origin
+        ({}, "evil.example:8000", False),
+        ({}, "localhost.evil.example", False),
+        ({}, "127.0.0.1.evil.example", False),
+        ({"host": "::1"}, "evil.example", False),
+        ({"host": "localhost"}, "evil.example", False),
+        ({"host": "masks.lan"}, "masks.lan:80", True),
+        ({"host": "masks.lan"}, "evil.example", False),
+        ({"host": "0.0.0.0"}, "masks.lan", True),
+        ({"host": "0.0.0.0", "allowed_hosts": ["masks.lan"]}, "Masks.LAN:8000", True),
+        ({"host": "0.0.0.0", "allowed_hosts": ["masks.lan"]}, "localhost", True),
+        ({"host": "0.0.0.0", "allowed_hosts": ["masks.lan"]}, "evil.example", False),
+    ],
+)
+def test_host_names(serve, settings: dict, host: str, answers: bool):
+    """A page whose own name leads to this machine (DNS rebinding) does not reach the server."""
+    for path in ("/v1/health", "/page/"):
+        [answer] = ask(serve(**settings), {"headers": {"host": host}}, path=path, method="GET")
+        if answers:
+            assert answer.status_code == 200
+        else:
+            assert "--allowed_hosts" in assert_refused(answer, 403, "unknown_host")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "http://localhost:3000"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxy.example"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://localhost"}, 200),
+        ({}, 200),
+    ],
+)
+def test_forms_of_other_sites(serve, headers: dict, status: int):
+    [answer] = ask(serve(), as_form(png(picture()), ["red"]) | {"headers": headers})
+    if status == 403:
+        assert_refused(answer, 403, "cross_site")
+    else:
+        assert answer.status_code == 200
+
+
+def test_a_key_in_the_schema(serve):
     app = serve(key="secret")
-    request = as_json(png(picture()), ["red"]) | {"headers": {} if given is None else {"X-API-Key": given}}
-    [answer] = ask(app, request)
-    assert_refused(answer, 401, "no_key")
-    [answer] = ask(app, request | {"headers": {"x-api-key": "secret"}})
-    assert answer.status_code == 200
     [health] = ask(app, {}, path="/v1/health", method="GET")
     assert health.status_code == 200
     [schema] = ask(app, {}, path="/openapi.json", method="GET")
@@ -352,22 +461,19 @@ def test_a_key(serve, given: str | None):
     assert "401" in schema.json()["paths"]["/v1/segment"]["post"]["responses"]
 
 
-def test_a_full_queue_says_come_again(serve, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_queue_says_come_again(serve, monkeypatch: pytest.MonkeyPatch, until: Callable):
     app = serve(queue=2, max_batch=1)
     reached, go = hold(app, monkeypatch)
-    engine, answers = app.state.engine, []
     good = as_json(png(picture()), ["red"])
-    thread = threading.Thread(target=lambda: answers.extend(ask(app, good, good, good)))
-    thread.start()
-    assert reached.wait(60)
-    while engine.waiting < 2:
-        time.sleep(0.01)
+    first = ask_later(app, good)
+    assert reached.wait(60)  # the engine has taken it: the queue has two places again
+    others = ask_later(app, good, good)
+    until(lambda: app.state.engine.waiting == 2)
     [refused] = ask(app, good)
     go.set()
-    thread.join()
     assert_refused(refused, 429, "busy")
     assert int(refused.headers["retry-after"]) >= 1
-    assert [answer.status_code for answer in answers] == [200] * 3
+    assert [answer.status_code for answer in first.result(120) + others.result(120)] == [200] * 3
 
 
 def test_a_request_that_takes_too_long_is_dropped(serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
@@ -377,7 +483,7 @@ def test_a_request_that_takes_too_long_is_dropped(serve, segmenter: Segmenter, m
     late = ask(app, good, good)
     for answer in late:
         assert_refused(answer, 504, "too_late")
-    assert reached.is_set()
+    assert reached.wait(60)
     encoded, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: encoded.append(requests) or encode(requests))
     monkeypatch.setattr(app.state.engine, "settings", ServeSettings())
@@ -416,7 +522,16 @@ def test_a_stopped_engine_refuses(serve):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"queue": 0}, {"port": 70000}, {"timeout": 0}, {"max_wait": 5}, {"timeout": float("nan")}]
+    "wrong",
+    [
+        {"allowed_hosts": ["http://a.example/"]},
+        {"max_held": 1},
+        {"queue": 0},
+        {"port": 70000},
+        {"timeout": 0},
+        {"max_wait": 5},
+        {"timeout": float("nan")},
+    ],
 )
 def test_wrong_settings(wrong: dict):
     with pytest.raises(UserError, match="--"):
@@ -429,13 +544,13 @@ def test_wrong_settings(wrong: dict):
 
 @pytest.fixture
 def server(running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
-    monkeypatch.setattr(api, "HEAD_SECONDS", 0.5)
-    with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=0.5)) as found:
+    monkeypatch.setattr(api, "HEAD_SECONDS", 3)
+    monkeypatch.setattr(api, "DRAIN_SECONDS", 3)
+    with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=3)) as found:
         yield found
 
 
 def read_all(connection: socket.socket) -> bytes:
-    connection.settimeout(30)
     parts = []
     while part := connection.recv(65536):
         parts.append(part)
@@ -445,18 +560,18 @@ def read_all(connection: socket.socket) -> bytes:
 def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
     """Truncated, endless and slow requests end, and others are answered meanwhile."""
     host, port, _ = server
-    head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    slow_head = socket.create_connection((host, port))
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    slow_head = connect(host, port)
     slow_head.sendall(b"POST /v1/segment HT")
-    slow_body = socket.create_connection((host, port))
+    slow_body = connect(host, port)
     slow_body.sendall(head + b"Content-Length: 1000\r\n\r\n{")
-    truncated = socket.create_connection((host, port))
+    truncated = connect(host, port)
     truncated.sendall(head + b"Content-Length: 1000\r\n\r\n" + b"{" * 10)
     truncated.close()
-    announced = socket.create_connection((host, port))
+    announced = connect(host, port)
     announced.sendall(head + b"Content-Length: 99000000\r\n\r\n")
-    second_head = socket.create_connection((host, port))
-    second_head.sendall(b"GET /v1/health HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/hea")
+    second_head = connect(host, port)
+    second_head.sendall(b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/hea")
     with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
         good = client.post("/v1/segment", **as_form(png(picture()), ["red"]))
         sent: list[None] = []
@@ -478,24 +593,113 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
         connection.close()
 
 
-def test_a_client_that_leaves_is_dropped(server, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
+def test_silent_and_half_sent_connections_lock_nobody_out(
+    running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(api, "HEAD_SECONDS", 600)
+    with running(segmenter, "tiny", ServeSettings(port=0, connections=20)) as (host, port, _):
+        held = [connect(host, port) for _ in range(60)]
+        for connection in held[::2]:
+            connection.sendall(b"POST /v1/segm")
+        with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
+            assert client.get("/v1/health").status_code == 200
+            assert client.post("/v1/segment", **as_form(png(picture()), ["red"])).status_code == 200
+        for connection in held:
+            connection.close()
+
+
+def other_address() -> httpx.HTTPTransport:
+    """Asks from 127.0.0.2."""
+    try:
+        socket.create_server(("127.0.0.2", 0)).close()
+    except OSError:
+        pytest.skip("this system has no second address on the loopback")
+    return httpx.HTTPTransport(local_address="127.0.0.2")
+
+
+HEAD = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+def test_one_address_gets_half_of_the_places(
+    running,
+    segmenter: Segmenter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    until: Callable,
+):
+    monkeypatch.setattr(api._once_a_minute, "_said", {})
+    good = as_form(png(picture()), ["red"])
+    with running(segmenter, "tiny", ServeSettings(port=0, connections=8, body_timeout=300)) as (host, port, _):
+        held = [connect(host, port) for _ in range(4)]
+        for connection in held:
+            connection.sendall(HEAD % 1000 + b"{")
+        address = f"http://{host}:{port}"
+        until(lambda: httpx.post(f"{address}/v1/segment", timeout=60, **good).status_code == 503)
+        for _ in range(20):
+            refused = httpx.post(f"{address}/v1/segment", timeout=60, **good)
+            assert_refused(refused, 503, "too_many")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert httpx.get(f"{address}/v1/health", timeout=60).status_code == 200
+        with httpx.Client(base_url=address, transport=other_address(), timeout=60) as other:
+            assert other.post("/v1/segment", **good).status_code == 200
+        for connection in held:
+            connection.close()
+        until(lambda: httpx.post(f"{address}/v1/segment", timeout=60, **good).status_code == 200)
+    assert len([line for line in caplog.messages if "too many" in line]) == 1
+
+
+@pytest.mark.parametrize(("key", "status"), [(None, 413), ("secret", 401)])
+def test_a_refusal_is_heard_however_long_the_request(running, segmenter: Segmenter, key: str | None, status: int):
+    """The whole request is sent before its answer is read, as simple clients do."""
+    with running(segmenter, "tiny", ServeSettings(port=0), key) as (host, port, _), connect(host, port) as connection:
+        connection.sendall(HEAD % 21_000_000)
+        for _ in range(210):
+            connection.sendall(b" " * 100_000)
+        assert read_all(connection).startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_the_bytes_of_all_requests_are_bounded(running, segmenter: Segmenter, until: Callable):
+    limits = ServeSettings(port=0, max_bytes=1_000_000, max_held=2_000_000, body_timeout=300)
+    long = {"content": b" " * 900_000 + b"{}", "headers": {"content-type": "application/json"}, "timeout": 60}
+    with running(segmenter, "tiny", limits) as (host, port, _):
+        address = f"http://{host}:{port}"
+        with connect(host, port) as connection:
+            connection.sendall(HEAD % 950_000 + b" " * 900_000)
+            until(lambda: httpx.post(f"{address}/v1/segment", **long).status_code == 429)
+            refused = httpx.post(f"{address}/v1/segment", **long)
+            assert_refused(refused, 429, "busy")
+            with httpx.Client(base_url=address, transport=other_address()) as other:
+                assert_refused(other.post("/v1/segment", **long), 422, "invalid")
+        until(lambda: httpx.post(f"{address}/v1/segment", **long).status_code == 422)
+
+
+def test_what_is_no_http_is_refused_in_the_same_shape(server: tuple[str, int, FastAPI]):
+    host, port, _ = server
+    with connect(host, port) as connection:
+        connection.sendall(b"garbage\r\n\r\n")
+        head, _, body = read_all(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "bad_http"
+
+
+def test_a_client_that_leaves_is_dropped(
+    server, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, until: Callable
+):
     host, port, app = server
     reached, go = hold(app, monkeypatch)
     monkeypatch.setattr(app.state.engine, "settings", ServeSettings(max_batch=1))
     body = json.dumps(as_json(png(picture()), ["red"])["json"]).encode()
-    head = b"POST /v1/segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     jobs, submit = [], app.state.engine.submit
     monkeypatch.setattr(app.state.engine, "submit", lambda job: jobs.append(job) or submit(job))
-    connections = [socket.create_connection((host, port)) for _ in range(2)]
+    connections = [connect(host, port) for _ in range(2)]
     for connection in connections:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     assert reached.wait(30)
-    while len(jobs) < 2:
-        time.sleep(0.01)
+    until(lambda: len(jobs) == 2)
     for connection in connections:
         connection.close()
-    while not all(job.answer.cancelled() for job in jobs):
-        time.sleep(0.01)
+    until(lambda: all(job.answer.cancelled() for job in jobs))
     encoded, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: encoded.append(requests) or encode(requests))
     go.set()
@@ -512,6 +716,28 @@ def test_a_port_that_is_taken(server):
         make_server(app, ServeSettings(host=host, port=port))
 
 
+@contextmanager
+def started(command: list[str], **environment: str) -> Iterator[tuple[subprocess.Popen, str, Path]]:
+    """A server in a process of its own: the process, its address, and the file of its standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = Path(folder) / "stderr"
+        with said.open("w") as file:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=file, text=True, env=os.environ | environment
+            )
+        late = threading.Timer(300, process.kill)  # which ends the wait for its line, too
+        late.start()
+        try:
+            assert process.stdout is not None
+            found = re.search(r"http://\S+", process.stdout.readline())
+            assert found, said.read_text()
+            yield process, found[0], said
+        finally:
+            late.cancel()
+            process.kill()
+            process.communicate(timeout=60)
+
+
 def test_the_command(tiny_model_folder: Path, server):
     """`cmmasksd serve` says where it listens, shows no path to clients, and ends well when it is interrupted."""
     _, port, _ = server
@@ -519,11 +745,23 @@ def test_the_command(tiny_model_folder: Path, server):
     busy = subprocess.run([*command, str(port)], capture_output=True, text=True, timeout=300)
     assert busy.returncode == 2
     assert "choose another --port" in busy.stderr.splitlines()[-1]
-    with subprocess.Popen([*command, "0"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        found = re.search(r"http://\S+", process.stdout.readline())
-        assert found
-        health = httpx.get(f"{found[0]}v1/health", timeout=60).json()
+    with started([*command, "0"]) as (process, address, _):
+        health = httpx.get(f"{address}v1/health", timeout=60).json()
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
     assert health["model"] == tiny_model_folder.name
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_a_server_for_everybody_is_warned_of(tiny_model_folder: Path, key: str | None):
+    command = [sys.executable, "-m", "cmmasksd", "serve", "--model", str(tiny_model_folder), "--host", "0.0.0.0"]
+    command += ["--port", "0", "--allowed_hosts", "masks.lan"]
+    with started(command, **({"CMMASKSD_API_KEY": key} if key else {})) as (_, address, said):
+        ours, other = (
+            httpx.get(f"http://127.0.0.1:{httpx.URL(address).port}/v1/health", timeout=60, headers={"Host": name})
+            for name in ("masks.lan", "evil.example")
+        )
+        warnings = [line for line in said.read_text().splitlines() if line.startswith("warning: ")]
+    assert (ours.status_code, other.status_code) == (200, 403)
+    assert len(warnings) == (key is None)
+    assert all("CMMASKSD_API_KEY" in line for line in warnings)

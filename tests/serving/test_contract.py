@@ -67,8 +67,8 @@ def test_the_server_does_what_openapi_says(schema, path: str, mode: schemathesis
         seen.append(answer.status_code)
 
     check()
-    if path == "/v1/segment":
-        assert (200 in seen) == (mode is POSITIVE)
+    if path == "/v1/segment":  # a broken second header beside the right key is no mistake, so NEGATIVE may see a 200
+        assert (200 if mode is POSITIVE else 422) in seen
 
 
 def test_every_operation_is_tested(schema):

@@ -17,10 +17,13 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
+pytest.importorskip("httpx", reason="httpx is not installed")
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+import httpx
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from cmmasksd.cli import main
 from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.inference.predictor import Segmenter
@@ -84,7 +87,9 @@ def upload(page: Page, scene: tuple[Path, list[str]]) -> None:
 
 def canvas(page: Page) -> np.ndarray:
     """What is drawn, (H, W, 3)."""
-    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    page.wait_for_function(
+        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+    )  # unlike evaluate, it has a timeout
     address = page.evaluate("() => document.getElementById('view').toDataURL()")
     with Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))) as image:
         return np.asarray(image.convert("RGB"))
@@ -146,8 +151,29 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
     for mask, found, one in zip(masks, expected, saved["annotations"], strict=True):
         assert (mask & found.mask).sum() / (mask | found.mask).sum() > 0.97
         assert one["area"] == mask.sum()
-        x, y, w, h = one["bbox"]
-        assert mask[y : y + h, x : x + w].sum() == one["area"]
+        x0, y0, x1, y1 = one["box"]
+        assert mask[y0:y1, x0:x1].sum() == one["area"]
+
+
+def test_a_box_means_the_same_everywhere(page: Page, address: str, scene, segmenter: Segmenter, tmp_path: Path):
+    """(x0, y0, x1, y1), half-open: in Python, in predict's JSON, in the API, and in the page's file."""
+    file, texts = scene
+    expected = [found.box for found in segmenter.segment(file, texts)]
+    assert all(box is not None and box[0] > 0 and box[1] > 0 for box in expected)  # else some meanings look alike
+    command = ["predict", "--model", "scenes", "--image", str(file), "--json", str(tmp_path / "found.jsonl")]
+    assert main([*command, *(part for text in texts for part in ("--text", text)), "--device", "cpu"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert [tuple(row["box"]) for row in rows] == expected
+    answer = httpx.post(
+        f"{address}v1/segment", files={"image": file.read_bytes()}, data={"sentences": texts}, timeout=120
+    )
+    assert [tuple(one["box"]) for one in answer.json()["results"]] == expected
+    upload(page, scene)
+    with page.expect_download() as download:
+        page.click("#save-rle")
+    download.value.save_as(tmp_path / "masks.json")
+    saved = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+    np.testing.assert_allclose([one["box"] for one in saved], expected, atol=1)  # from a map of bytes
 
 
 def test_by_keyboard_alone(page: Page):
@@ -210,6 +236,43 @@ def test_what_the_server_refuses_is_said(browser: Browser, address: str, scene):
     page.wait_for_function("() => document.getElementById('error').textContent.includes('300 characters')")
     assert page.is_enabled("#find")
     page.close()
+
+
+def test_a_server_with_a_key(browser: Browser, running, segmenter: Segmenter, scene):
+    """The browser asks for the key once, as a password; with it, the page works whole."""
+    with running(segmenter, "scenes", ServeSettings(port=0), "schlüssel") as (host, port, _):
+        for password, status in (("wrong", 401), ("schlüssel", 200)):
+            context = browser.new_context(http_credentials={"username": "me", "password": password})
+            page = context.new_page()
+            page.set_default_timeout(PATIENCE)
+            answer = page.goto(f"http://{host}:{port}/")
+            assert answer is not None
+            assert answer.status == status
+            if status == 200:
+                page.wait_for_selector("#examples button")
+                upload(page, scene)
+                assert page.inner_text("#error") == ""
+            context.close()
+
+
+def test_a_page_of_another_site_cannot_use_the_server(browser: Browser, address: str):
+    """A form that posts itself, from another origin on this machine."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.route(
+        "http://other.localhost/",
+        lambda route: route.fulfill(
+            content_type="text/html",
+            body=f'<form method="post" enctype="multipart/form-data" action="{address}v1/segment">'
+            '<input name="sentences" value="red"><button>Go</button></form>',
+        ),
+    )
+    page.goto("http://other.localhost/")
+    with page.expect_response("**/v1/segment") as answer:
+        page.click("button")
+    assert answer.value.status == 403
+    context.close()
 
 
 def test_a_long_job_shows_progress_and_can_be_stopped(page: Page, scene):

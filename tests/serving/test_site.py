@@ -79,7 +79,7 @@ def test_the_javascript_tokenizer_equals_pythons(max_tokens: int):
     assert found[6]["words"][0]["text"] == "cafe\u0301"
 
 
-@pytest.mark.parametrize(("height", "width"), [(128, 128), (97, 200), (301, 33), (1, 9)])
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (97, 200), (301, 33), (1, 9), (2000, 3), (3, 2000)])
 @pytest.mark.parametrize("resize", ["warp", "letterbox"])
 def test_the_javascript_pixels_equal_pythons(height: int, width: int, resize: str):
     draw = np.random.default_rng(0)
@@ -149,7 +149,7 @@ def address(written: Path) -> Iterator[str]:
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
-    thread.join()
+    thread.join(60)
     server.server_close()
 
 
@@ -163,7 +163,7 @@ def page(address: str) -> Iterator:
     if (chromium := os.environ.get("CMMASKSD_CHROMIUM") or shutil.which("chromium")) is None:
         pytest.skip("chromium is not installed, the site is NOT tested: apt-get install chromium")
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=180_000)
         page = browser.new_page()
         page.set_default_timeout(180_000)
         page.foreign, page.mistakes = [], []
@@ -209,6 +209,8 @@ def test_the_page_finds_the_masks_that_python_finds(page, address: str, pictures
             assert mask.shape == expected.mask.shape
             union = (mask | expected.mask).sum()
             assert union == 0 or (mask & expected.mask).sum() / union >= 0.99
+            if expected.box and one["box"]:
+                np.testing.assert_allclose(one["box"], expected.box, atol=1)
             compared += union > 0
     assert compared >= 4
     assert page.foreign == []
@@ -217,12 +219,12 @@ def test_the_page_finds_the_masks_that_python_finds(page, address: str, pictures
 
 def test_words_have_maps_and_mistakes_are_said(page, pictures):
     file, texts = pictures[0]
-    answer = page.evaluate(
+    answer = page.wait_for_function(  # unlike evaluate, it has a timeout
         """async ([bytes, texts]) => {
             const backend = await import("./backend.js");
             const found = await backend.segment(new Blob([Uint8Array.from(bytes)]), texts);
             const said = [];
-            for (const [blob, text] of [[new Blob(["no picture"]), "red"], [new Blob([Uint8Array.from(bytes)]), " "]])
+            for (const [blob, text] of [[new Blob(["text"]), "red"], [new Blob([Uint8Array.from(bytes)]), "\\x1c"]])
                 await backend.segment(blob, [text]).catch((error) => said.push(error.message));
             for (const one of found.results) {
                 one.probability.data = Array.from(one.probability.data);
@@ -230,8 +232,8 @@ def test_words_have_maps_and_mistakes_are_said(page, pictures):
             }
             return { ...found, said };
         }""",
-        [list(file.read_bytes()), texts],
-    )
+        arg=[list(file.read_bytes()), texts],
+    ).json_value()
     assert answer["said"] == [
         "This file is not a picture that the browser can read.",
         "An empty sentence names no object: give at least one word.",

@@ -24,9 +24,9 @@ from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig,
 from cmmasksd.errors import UserError
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.pretraining.model import build_clip, save_clip
 from cmmasksd.training import loop
 from cmmasksd.training.checkpoint import CHECKSUM, STATE
-from cmmasksd.training.pretrain import build_clip, save_clip
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,9 @@ from cmmasksd.errors import UserError
 MAX_PIXELS = 64_000_000
 """Larger images are refused: a file of a few kilobytes can unpack to gigabytes."""
 
+MAX_SIDE, MAX_RATIO = 32_768, 100
+"""Longer sides, and images that are narrower than this share of their length, are refused: each line has its cost."""
+
 MAX_BYTES = 4 * MAX_PIXELS
 """A file object is not read any further."""
 
@@ -32,7 +35,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 class ImageTooLarge(UserError):
-    """More pixels than allowed."""
+    """More pixels than allowed, a side that is too long, or an image that is too narrow."""
 
 
 def read_image(source: str | Path | bytes, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -51,8 +54,8 @@ def read_image(source: str | Path | bytes, *, exif: bool = False, max_pixels: in
         (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing, is no image, is truncated, or has more than ``max_pixels`` pixels
-            (ImageTooLarge).
+        UserError: the file is missing, is no image, is truncated, or is too large (ImageTooLarge): more than
+            ``max_pixels`` pixels, a side above ``MAX_SIDE``, or sides of a ratio above ``MAX_RATIO``.
     """
     with _opened(source, _FORMATS, max_pixels) as (image, shown):
         return _rgb(image, shown, exif=exif)
@@ -138,16 +141,31 @@ def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]
         raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
 
 
+def can_be_path(name: str) -> bool:
+    """Whether text from a file can be the path of a file: not too long, no control characters.
+
+    Bytes of a name that is not UTF-8 are the characters U+DC80 to U+DCFF, as Python has it.
+    """
+    if re.search("[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]", name):
+        return False
+    parts = [len(part.encode("utf-8", "surrogateescape")) for part in re.split(r"[/\\]", name)]
+    return max(parts) <= 255 and sum(parts) <= 2000
+
+
 def require_file(file: Path, shown: str) -> None:
     """Refuse a path that is no file, or not there."""
-    if not file.is_file():
-        raise UserError(f"{shown} {'is not a file' if file.exists() else 'does not exist'}: check the path")
+    if not os.path.isfile(file):  # Path.is_file raises where a name is too long
+        raise UserError(f"{shown} {'is not a file' if os.path.exists(file) else 'does not exist'}: check the path")
 
 
 def require_bounded(width: int, height: int, shown: str, most: int = MAX_PIXELS) -> None:
-    """Refuse more pixels than `most` or ``MAX_PIXELS`` (ImageTooLarge)."""
+    """Refuse more pixels than `most` or ``MAX_PIXELS``, and sides or ratios beyond the limits (ImageTooLarge)."""
     if width * height > min(most, MAX_PIXELS):
         raise _too_large(f"{shown} of {width}x{height}", min(most, MAX_PIXELS))
+    if max(width, height) > MAX_SIDE:
+        raise ImageTooLarge(f"{shown} of {width}x{height} has a side above {MAX_SIDE} pixels: make it smaller first")
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageTooLarge(f"{shown} of {width}x{height} has sides of a ratio above {MAX_RATIO}: crop it first")
 
 
 def _too_large(shown: str, most: int) -> UserError:
@@ -169,7 +187,7 @@ def as_pixels(picture: Picture) -> np.ndarray:
         (H, W, 3) uint8.
 
     Raises:
-        UserError: it is none of these (a URL, for example), is damaged, or has more than ``MAX_PIXELS`` pixels.
+        UserError: it is none of these (a URL, for example), is damaged, or is too large (see `read_image`).
     """
     if isinstance(picture, str) and re.match(r"[a-z][a-z0-9+.-]+://|data:", picture, re.IGNORECASE):
         raise UserError(f"{picture[:60]} is a URL, and nothing is downloaded here: give a file, or its bytes")

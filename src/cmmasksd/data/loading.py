@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.scenes import STYLES, SceneDataset
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 if TYPE_CHECKING:
     from cmmasksd.model.clip import Tokens
@@ -48,7 +49,7 @@ def open_dataset(
     from cmmasksd.config import DATASETS
 
     if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown data set {shown(name)}: choose one of {', '.join(DATASETS)}")
     if name in STYLES:
         if root is not None:
             raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
@@ -273,7 +274,8 @@ class ScoringItem:
         frame: how it was laid there.
         tokens: of the K sentences.
         sentences: (ref_id, image_id, sent_id, text) of each.
-        masks: (R, H, W) bool at the original size.
+        masks: (R, ceil(H * W / 8)) uint8, the bits of the masks at the original size: a block of large photographs with
+            many objects would not fit into memory otherwise. See `mask`.
         mask_index: (K,) int64, the reference of each sentence.
     """
 
@@ -283,6 +285,12 @@ class ScoringItem:
     sentences: list[tuple[int, int, int, str]]
     masks: Tensor
     mask_index: Tensor
+
+    def mask(self, sentence: int) -> Tensor:
+        """The mask that the nth sentence names, (H, W) bool."""
+        height, width = self.frame.original
+        bits = np.unpackbits(self.masks[self.mask_index[sentence]].numpy(), count=height * width)
+        return torch.from_numpy(bits.view(bool).reshape(height, width))
 
 
 class ScoringItems(Dataset):
@@ -305,7 +313,7 @@ class ScoringItems(Dataset):
                     f"the mask of reference {reference.ref_id} is {mask.shape}, its image {frame.original}: "
                     "they must have one size"
                 )
-            masks.append(torch.from_numpy(mask))
+            masks.append(torch.from_numpy(np.packbits(mask)))
             for expression in reference.expressions:
                 sentences.append((reference.ref_id, reference.image_id, expression.sent_id, expression.text))
                 mask_index.append(nth)

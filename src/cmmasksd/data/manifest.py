@@ -13,7 +13,8 @@ A row has these keys; a CSV file has them as its header:
     id           optional and unique; ids that are all whole numbers become the ref_id of the results
 
 In a folder of labelme files every shape is an object and its label the sentence ("|" separates several). Shapes of one
-picture with the same group_id, or without one and with the same label, are one object.
+picture with the same group_id are one object. A sentence that names two objects of a picture is refused there, since
+the shapes may have been meant as one object; in a manifest, whose rows are objects, the log tells of it.
 
 Splits. A file called train, val or test gives its rows this split. If rows name splits, those that name none are for
 training. If none does, pictures are dealt out by their content, about 80 % train, 10 % val, 10 % test and at least one
@@ -30,7 +31,9 @@ import binascii
 import csv
 import hashlib
 import json
+import logging
 import math
+import os
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -41,16 +44,18 @@ from typing import Any
 
 import numpy as np
 
-from cmmasksd.data.images import image_size, read_image, read_mask
+from cmmasksd.data.images import can_be_path, image_size, read_image, read_mask
 from cmmasksd.data.masks import decode_segmentation, mask_to_rle
-from cmmasksd.data.samples import Expression, Reference
-from cmmasksd.errors import UserError
+from cmmasksd.data.samples import Expression, Reference, is_blank
+from cmmasksd.errors import UserError, shown
 
 SPLITS = ("train", "val", "test")
 ALL = "all"
 """The split that holds every row."""
 SUFFIXES = (".jsonl", ".csv")
 """Of manifests."""
+
+log = logging.getLogger(__name__)
 
 _MASKS = ("mask", "polygon", "rle")
 _KEYS = ("image", "expressions", "text", *_MASKS, "split", "id")
@@ -105,9 +110,10 @@ class ManifestDataset:
     def __init__(self, root: str | Path, split: str) -> None:
         self.split = split
         if split not in (*SPLITS, ALL):
-            raise UserError(f"a manifest has no split {split!r}: choose one of {', '.join(SPLITS)}, {ALL}")
+            raise UserError(f"a manifest has no split {shown(split)}: choose one of {', '.join(SPLITS)}, {ALL}")
         rows = _all_rows(Path(root))
         _check_ids(rows)
+        _tell_ambiguous(rows, Path(root))
         numbered = all(row.id is not None and re.fullmatch("0|[1-9][0-9]{0,17}", row.id) for row in rows)
         if split != ALL:
             rows = _with_splits(rows)
@@ -241,7 +247,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where} is not JSON ({error}): write one object {{...}} per line") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where} holds {_shown(record)}: write one object {{...}} per line")
+                raise UserError(f"{where} holds {shown(record)}: write one object {{...}} per line")
             yield where, record
 
 
@@ -259,7 +265,7 @@ def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not header:
                     header = [cell.strip() for cell in cells]
                     if len(set(header)) != len(header):
-                        raise UserError(f"{where} names a column twice: {', '.join(header)}")
+                        raise UserError(f"{where} names a column twice: {shown(header)}")
                     continue
                 if len(cells) != len(header):
                     raise UserError(
@@ -304,13 +310,13 @@ def _row(record: dict[str, Any], where: str, file: Path, masks: bool) -> Row:
             mask = _inside(file.parent, mask, f"{where}: mask")
         elif not isinstance(mask, list if given[0] == "polygon" else dict):
             form = "[[x0, y0, x1, y1, ...], ...]" if given[0] == "polygon" else '{"size": ..., "counts": ...}'
-            raise UserError(f"{where}: {given[0]} is {_shown(mask)}: expected {form}")
+            raise UserError(f"{where}: {given[0]} is {shown(mask)}: expected {form}")
     split = record.get("split", file.stem if file.stem in SPLITS else None)
     if split is not None and split not in SPLITS:
-        raise UserError(f"{where} has the split {_shown(split)}: choose one of {', '.join(SPLITS)}")
+        raise UserError(f"{where} has the split {shown(split)}: choose one of {', '.join(SPLITS)}")
     name = record.get("id")
     if name is not None and (isinstance(name, bool) or not isinstance(name, int | str)):
-        raise UserError(f"{where} has the id {_shown(name)}: give a whole number or text")
+        raise UserError(f"{where} has the id {shown(name)}: give a whole number or text")
     return Row(
         where,
         _inside(file.parent, record["image"], f"{where}: image"),
@@ -339,35 +345,47 @@ def _labelme_rows(file: Path, root: Path) -> Iterator[Row]:
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
             raise UserError(f"{file}, shape {number} has no label: give it a sentence")
         group = shape.get("group_id")
-        objects.setdefault(("label", shape["label"]) if group is None else str(group), []).append((number, shape))
+        if not isinstance(group, int | str | None) or len(str(group)) > 100:
+            raise UserError(f"{file}, shape {number} has the group_id {shown(group)}: expected a whole number or null")
+        objects.setdefault(("shape", number) if group is None else str(group), []).append((number, shape))
     size = content.get("imageHeight"), content.get("imageWidth")
+    named: dict[str, int] = {}  # by sentence, the shape that it names
     for parts in objects.values():
-        where = f"{file}, shape {parts[0][0]}"
-        texts = dict.fromkeys(text for _, shape in parts for text in shape["label"].split("|"))
-        yield Row(where, image, _sentences(list(texts), where), Shapes([shape for _, shape in parts], size))
+        first = parts[0][0]
+        where = f"{file}, shape {first}"
+        texts = _sentences([text for _, shape in parts for text in shape["label"].split("|")], where)
+        for text in texts:
+            if named.setdefault(text, first) != first:
+                raise UserError(
+                    f"{where}: the sentence {shown(text)} also names shape {named[text]}: give both the same group_id "
+                    "if they are parts of one object, else write sentences that tell the two objects apart"
+                )
+        yield Row(where, image, tuple(dict.fromkeys(texts)), Shapes([shape for _, shape in parts], size))
 
 
 def _inside(folder: Path, name: object, where: str) -> Path:
     """A path below the folder on any system: it comes from a file that others may have written."""
     if not isinstance(name, str):
-        raise UserError(f"{where} is {_shown(name)}: expected a path")
+        raise UserError(f"{where} is {shown(name)}: expected a path")
     plain = posixpath.normpath(name.replace("\\", "/"))
     leaves = plain.startswith("/") or PureWindowsPath(plain).anchor or plain.split("/")[0] == ".."
-    if leaves or plain == "." or not plain.isprintable():
-        raise UserError(f"{where} {name!r} is no path inside {folder}: put the file there and name it from there")
+    if leaves or plain == "." or not can_be_path(plain):
+        raise UserError(f"{where} {shown(name)} is no path inside {folder}: put the file there and name it from there")
+    if not Path(os.path.realpath(folder / plain)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"{where} {shown(name)} is a link to a place outside {folder}: put the file itself there")
     return folder / plain
 
 
 def _sentences(given: object, where: str) -> tuple[str, ...]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: the sentences are {_shown(given)}: expected a list of texts, or one text")
+        raise UserError(f"{where}: the sentences are {shown(given)}: expected a list of texts, or one text")
     texts = [" ".join(text.split()) for text in texts]
     for text in texts:
-        if not text:
+        if is_blank(text):
             raise UserError(f"{where} has an empty sentence: write at least one word or remove it")
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"{where} has a sentence that is no text ({text!r}): write it as UTF-8")
+            raise UserError(f"{where} has a sentence that is no text ({shown(text)}): write it as UTF-8")
     return tuple(texts)
 
 
@@ -375,16 +393,24 @@ def _check_ids(rows: Sequence[Row]) -> None:
     first: dict[str, str] = {}
     for row in rows:
         if row.id is not None and (other := first.setdefault(row.id, row.where)) is not row.where:
-            raise UserError(f"{row.where} has the id {row.id!r}, as {other} has: give every row an id of its own")
+            raise UserError(f"{row.where} has the id {shown(row.id)}, as {other} has: give every row an id of its own")
+
+
+def _tell_ambiguous(rows: Sequence[Row], root: Path) -> None:
+    """Say how many sentences name two objects of one picture."""
+    first: dict[tuple[Path, str], Row] = {}
+    texts = [(row, text) for row in rows for text in row.expressions]
+    again = [(row, text) for row, text in texts if first.setdefault((row.image, text), row) is not row]
+    if again:
+        row, text = again[0]
+        log.warning(
+            "%s: sentences that name more than one object of their picture: %d, such as %s in %s and %s",
+            *(root, len(again), shown(text), first[row.image, text].where, row.where),
+        )
 
 
 def _unknown(where: str, key: object) -> UserError:
-    return UserError(f"{where} has the unknown key {key!r}: expected some of {', '.join(_KEYS)}")
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return UserError(f"{where} has the unknown key {shown(key)}: expected some of {', '.join(_KEYS)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -442,10 +468,13 @@ def _checked_mask(
                 "one size"
             )
         return mask
-    if isinstance(mask, Shapes):
-        found = _labelme_mask(mask.shapes, mask.size, size)
-    else:
-        found = decode_segmentation(mask, *size)
+    found = (
+        _labelme_mask(mask.shapes, mask.size, size) if isinstance(mask, Shapes) else decode_segmentation(mask, *size)
+    )
+    if not isinstance(mask, dict) and not found.any():
+        raise UserError(
+            "its outline covers no pixel: draw the object again, or give an empty mask if the sentence names nothing"
+        )
     return mask_to_rle(found)
 
 
@@ -453,18 +482,15 @@ def _labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: t
     """The union of labelme shapes, (H, W) bool."""
     if None not in stated and stated != size:
         raise UserError(
-            f"it was labelled at {stated[1]}x{stated[0]} pixels and its picture has {size[1]}x{size[0]}: use the "
-            "picture that was labelled"
+            f"it was labelled at {shown(stated[1])}x{shown(stated[0])} pixels and its picture has {size[1]}x{size[0]}: "
+            "use the picture that was labelled"
         )
     union = np.zeros(size, dtype=bool)
     for shape in shapes:
         kind = shape.get("shape_type", "polygon")
-        try:
-            points: Any = np.array(shape.get("points"), dtype=np.float64)
-        except (ValueError, TypeError):
-            points = np.zeros(0)
-        if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
-            raise UserError(f"its points are {_shown(shape.get('points'))}: expected [[x, y], ...]")
+        points = _points(shape.get("points"))
+        if points is None:
+            raise UserError(f"its points are {shown(shape.get('points'))}: expected [[x, y], ...]")
         if kind in ("rectangle", "circle", "mask") and len(points) != 2:
             raise UserError(f"a {kind} has {len(points)} points: expected two")
         if kind == "mask":
@@ -477,11 +503,19 @@ def _labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: t
             angles = np.arange(0, 2 * math.pi, math.pi / 64)
             points = points[0] + math.dist(*points) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         elif kind != "polygon":
-            raise UserError(
-                f"a shape of the type {_shown(kind)} has no area: draw a polygon, rectangle, circle or mask"
-            )
+            raise UserError(f"a shape of the type {shown(kind)} has no area: draw a polygon, rectangle, circle or mask")
         union |= decode_segmentation([points.ravel().tolist()], *size)
     return union
+
+
+def _points(given: object) -> np.ndarray | None:
+    """labelme's points as (P, 2), or None where they are none."""
+    if not isinstance(given, list) or not all(isinstance(point, list) and len(point) == 2 for point in given):
+        return None
+    numbers = [number for point in given for number in point]
+    if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers):  # also false for NaN
+        return None
+    return np.array(numbers, dtype=np.float64).reshape(-1, 2)
 
 
 def _pasted(encoded: object, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
-_FAR = 10  # coordinates beyond this many image sides are refused: pycocotools' memory grows with them
+# pycocotools' memory grows with the length of an outline, by some 50 bytes per pixel
+_FAR = 10  # coordinates beyond this many image sides are refused
+_LONG = 10_000_000  # as are outlines of more pixels
 
 
 def decode_segmentation(segmentation: object, height: int, width: int) -> np.ndarray:
@@ -37,16 +39,44 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> np.nda
         UserError: the segmentation is empty or malformed, or its size is not the image's.
     """
     if isinstance(segmentation, dict):
-        return _decode_rle(segmentation, height, width)
+        return _runs_to_mask(_checked_rle(segmentation, height, width), height, width)
     if not isinstance(segmentation, (list, tuple)):
-        raise UserError(f"segmentation is {_shown(segmentation)}: expected a list of polygons or an RLE dict")
+        raise UserError(f"segmentation is {shown(segmentation)}: expected a list of polygons or an RLE dict")
     if not segmentation:
         raise UserError("segmentation is empty: expected at least one polygon, or an RLE dict for an empty mask")
     from pycocotools import mask as coco
 
-    polygons: Any = [_checked_polygon(polygon, height, width) for polygon in segmentation]
+    polygons: Any = [_checked_polygon(polygon, _polygon_points(polygon), height, width) for polygon in segmentation]
     union: Any = coco.merge(coco.frPyObjects(polygons, height, width))
-    return _runs_to_mask(_unpacked_counts(union["counts"]), height, width)
+    return _runs_to_mask(_checked_runs(_unpacked_counts(union["counts"]), height, width), height, width)
+
+
+def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[Any, int]:
+    """Check a COCO ``segmentation`` without drawing it, and leave out the polygons that have no area.
+
+    Such polygons (a click, a line; fewer than three corners) come out of labelling tools beside good ones.
+
+    Args:
+        segmentation, height, width: as for ``decode_segmentation``.
+
+    Returns:
+        The segmentation that ``decode_segmentation`` takes, an empty list where no polygon is left; and the number of
+        polygons that were left out.
+
+    Raises:
+        UserError: the segmentation is malformed.
+    """
+    if isinstance(segmentation, dict):
+        _checked_rle(segmentation, height, width)
+        return segmentation, 0
+    if not isinstance(segmentation, (list, tuple)):
+        raise UserError(f"segmentation is {shown(segmentation)}: expected a list of polygons or an RLE dict")
+    usable = []
+    for polygon in segmentation:
+        points = _polygon_points(polygon)
+        if len(points) >= 6 and _has_area(_checked_polygon(polygon, points, height, width)):
+            usable.append(polygon)
+    return usable, len(segmentation) - len(usable)
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -154,23 +184,23 @@ def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
     return np.concatenate([start, np.array(bridge_starts, dtype=start.dtype)]), successor, outlines
 
 
-def _decode_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
-    """RLE dict -> (H, W) bool."""
+def _checked_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
+    """RLE dict -> its run lengths, (R,), which add up to the image."""
     if "size" not in rle or "counts" not in rle:
-        raise UserError(f"RLE {_shown(rle)} lacks 'size' or 'counts': expected both")
+        raise UserError(f"RLE {shown(rle)} lacks 'size' or 'counts': expected both")
     size, counts = rle["size"], rle["counts"]
     if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
         raise UserError(
-            f"RLE of size {_shown(size)} for an image of height {height} and width {width}: expected size "
+            f"RLE of size {shown(size)} for an image of height {height} and width {width}: expected size "
             f"[{height}, {width}] (height first)"
         )
     if isinstance(counts, (str, bytes)):
-        packed = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
-        return _runs_to_mask(_unpacked_counts(packed), height, width)
-    runs = _number_array(counts)
+        runs = _unpacked_counts(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
+    else:
+        runs = _number_array(counts)
     if runs is None or runs.dtype.kind not in "iu":
-        raise UserError(f"RLE counts are {_shown(counts)}: expected a list of whole numbers, or a string")
-    return _runs_to_mask(runs, height, width)
+        raise UserError(f"RLE counts are {shown(counts)}: expected a list of whole numbers, or a string")
+    return _checked_runs(runs, height, width)
 
 
 def _unpacked_counts(packed: bytes) -> np.ndarray:
@@ -182,11 +212,11 @@ def _unpacked_counts(packed: bytes) -> np.ndarray:
     digits = np.frombuffer(packed, dtype=np.uint8).astype(np.int64) - 48
     last = np.flatnonzero(digits & 0x20 == 0)
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or not len(last) or last[-1] != len(digits) - 1:
-        raise UserError(f"RLE counts {_shown(packed)} are cut short or not COCO's compressed string: write them again")
+        raise UserError(f"RLE counts {shown(packed)} are cut short or not COCO's compressed string: write them again")
     first = np.concatenate([[0], last[:-1] + 1])
     length = last - first + 1
     if length.max() > 8:  # 40 bits: far more than an image can need, and nothing below overflows
-        raise UserError(f"RLE counts {_shown(packed)} hold a run too long for any image: write them again")
+        raise UserError(f"RLE counts {shown(packed)} hold a run too long for any image: write them again")
     place = 5 * (np.arange(len(digits)) - np.repeat(first, length))
     runs = np.add.reduceat((digits & 0x1F) << place, first)
     runs -= np.where(digits[last] & 0x10, 1 << (5 * length), 0)
@@ -195,40 +225,60 @@ def _unpacked_counts(packed: bytes) -> np.ndarray:
     return runs
 
 
-def _runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Alternating runs of background and object, down the columns, (R,) -> (H, W) bool."""
+def _checked_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The run lengths, (R,), if they add up to the image; else a UserError."""
     # Each run is checked before they are added up, so that no sum can wrap round.
     if not len(runs) or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
         raise UserError(
             f"RLE counts do not add up to the {height * width} pixels of an image of height {height} and width {width}"
             ": the segmentation is damaged or belongs to another image"
         )
+    return runs
+
+
+def _runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Alternating runs of background and object, down the columns, (R,) -> (H, W) bool."""
     return np.ascontiguousarray(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T)
 
 
-def _checked_polygon(polygon: object, height: int, width: int) -> np.ndarray:
-    """One polygon -> its (2P,) float64 coordinates, or a UserError."""
+def _polygon_points(polygon: object) -> np.ndarray:
+    """A polygon -> its (2P,) coordinates, or a UserError."""
     points = _number_array(polygon)
-    if points is None:
-        raise UserError(f"polygon is {_shown(polygon)}: expected a flat list of numbers [x0, y0, x1, y1, ...]")
+    if points is None and polygon != []:
+        raise UserError(f"polygon is {shown(polygon)}: expected a flat list of numbers [x0, y0, x1, y1, ...]")
+    return np.zeros(0) if points is None else points.astype(np.float64)
+
+
+def _checked_polygon(polygon: object, points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The (2P,) float64 coordinates of a polygon, if they can be drawn; else a UserError."""
     if len(points) < 6 or len(points) % 2:
         raise UserError(f"polygon of {len(points)} numbers: expected an even count, 6 or more (x and y of each corner)")
-    if not (np.abs(points) <= _FAR * max(height, width)).all():  # also false for NaN
+    far = _FAR * max(height, width)
+    if not (np.abs(points) <= far).all():  # also false for NaN
         raise UserError(
-            f"polygon {_shown(polygon)} lies far outside its image of height {height} and width {width}: expected "
+            f"polygon {shown(polygon)} lies far outside its image of height {height} and width {width}: expected "
             "pixel coordinates"
         )
-    return points.astype(np.float64)
+    if len(points) * far > _LONG and (length := np.abs(np.diff(points.reshape(-1, 2), axis=0)).sum()) > _LONG:
+        raise UserError(f"polygon {shown(polygon)} is {length:.0f} pixels long: expected the outline of an object")
+    return points
+
+
+def _has_area(points: np.ndarray) -> bool:
+    """Whether a polygon of (2P,) coordinates encloses anything."""
+    x, y = points[::2] - points[0], points[1::2] - points[1]
+    if abs(x[:-1] @ y[1:] - x[1:] @ y[:-1]) > 1e-6:
+        return True
+    return bool(np.abs(x[:-1] * y[1:] - x[1:] * y[:-1]).sum() > 1e-6)  # such as the two halves of a bow tie
 
 
 def _number_array(values: object) -> np.ndarray | None:
     """A flat sequence of numbers as an array; None where it is anything else."""
-    if not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, (str, bytes)):
-        return None
-    try:
-        array = np.asarray(values)
-    except ValueError:  # lists of unequal length
-        return None
+    if not isinstance(values, np.ndarray):  # whose elements are numbers; for text, an array could be vast
+        kinds = set(map(type, values)) if isinstance(values, Sequence) else {type(values)}
+        if not all(issubclass(kind, int | float | np.number) and kind is not bool for kind in kinds):
+            return None
+    array = np.asarray(values)
     return array if array.ndim == 1 and array.dtype.kind in "iuf" else None
 
 
@@ -237,8 +287,3 @@ def _checked_mask(mask: np.ndarray) -> np.ndarray:
     if mask.ndim != 2 or mask.dtype != bool:
         raise TypeError(f"mask of shape {mask.shape} and dtype {mask.dtype}: expected (H, W) bool")
     return mask
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

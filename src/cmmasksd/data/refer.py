@@ -16,20 +16,22 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from cmmasksd.data.images import MAX_PIXELS, read_image
-from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
-from cmmasksd.data.samples import Expression, Reference, ReferringDataset
-from cmmasksd.errors import UserError
+from cmmasksd.data.images import MAX_PIXELS, can_be_path, read_image
+from cmmasksd.data.masks import decode_segmentation, mask_to_polygons, usable_segmentation
+from cmmasksd.data.plain_pickle import load_plain_pickle
+from cmmasksd.data.samples import Expression, Reference, ReferringDataset, is_blank
+from cmmasksd.errors import UserError, shown
 
 _SOURCES = {  # name: (folder, who made the splits)
     "refcoco": ("refcoco", "unc"),
@@ -40,8 +42,10 @@ _SOURCES = {  # name: (folder, who made the splits)
 NAMES = tuple(_SOURCES)
 """The names ``ReferDataset`` knows."""
 
-MAX_REFS_BYTES = 512 * 1024 * 1024
+MAX_REFS_BYTES = 128 * 1024 * 1024
 """Refs files beyond this are refused; the largest of the release has some 30 MB."""
+
+log = logging.getLogger(__name__)
 
 # Where the images lie under the root: our documentation's place, and that of the original toolbox.
 _IMAGE_FOLDERS = (Path("images/train2014"), Path("images/mscoco/images/train2014"))
@@ -51,7 +55,9 @@ class ReferDataset:
     """One split of RefCOCO, RefCOCO+ or RefCOCOg; implements ``ReferringDataset``.
 
     Everything is checked on construction except the pixels: a file that is missing should stop a run before it starts.
-    Masks are decoded and images read on demand.
+    What releases hold and nobody can learn from is left out then, and one line of the log says how much of it: empty
+    sentences, polygons without area, and the references that have nothing else. Masks are decoded and images read on
+    demand.
 
     Args:
         name: one of ``NAMES``.
@@ -70,9 +76,16 @@ class ReferDataset:
         refs = _read_refs(refs_path)
         chosen = [ref for ref in refs if ref["split"] == split]
         if not chosen:
-            raise UserError(f"{name} has no split {split!r}: {refs_path} holds {_shown_splits(refs)}")
-        self._references = tuple(_reference(ref, refs_path) for ref in chosen)
-        self._images, self._segmentations = _read_instances(self._instances_path, self._references)
+            raise UserError(f"{name} has no split {shown(split)}: {refs_path} holds {_shown_splits(refs)}")
+        left_out: Counter[str] = Counter()
+        references = _references(chosen, refs_path, left_out)
+        self._images, self._segmentations = _read_instances(self._instances_path, references, left_out)
+        self._references = tuple(ref for ref in references if self._segmentations.keys() >= set(ref.ann_ids))
+        if left_out:
+            counts = ", ".join(f"{what} ({count})" for what, count in left_out.items())
+            if not self._references:
+                raise UserError(f"{name} {split} of {refs_path.parent} has nothing else than {counts}: check the files")
+            log.warning("%s %s of %s: left out %s", name, split, refs_path.parent, counts)
         self._image_folder = _image_folder(Path(root), images)
         missing = [file for file, *_ in self._images.values() if not (self._image_folder / file).is_file()]
         if missing:
@@ -104,18 +117,11 @@ class ReferDataset:
         return image
 
     def mask(self, reference: Reference) -> np.ndarray:
-        """The reference's object, (H, W) bool: the union of its annotations and of their parts.
-
-        Raises:
-            UserError: an annotation's segmentation is malformed.
-        """
+        """The reference's object, (H, W) bool: the union of its annotations and of their parts."""
         _, height, width = self._images[reference.image_id]
         mask = np.zeros((height, width), dtype=bool)
         for ann_id in reference.ann_ids:
-            try:
-                mask |= decode_segmentation(json.loads(self._segmentations[ann_id]), height, width)
-            except ValueError as error:  # our own UserError, or JSON's
-                raise UserError(f"annotation {ann_id} of {self._instances_path}: {error}") from None
+            mask |= decode_segmentation(json.loads(self._segmentations[ann_id]), height, width)
         return mask
 
     def groups(self) -> list[list[int]]:
@@ -232,63 +238,21 @@ def write_refer_release(
 
 # ---------------------------------------------------------------------------------------------------------- refs file
 
-# Every instruction of a pickle that makes plain values, by the size of its argument. Narrower than pickle's own are r
-# and p, which give the index of a memo entry: Python allocates up to it, and 5 bytes can ask for 64 GB, so it has 24
-# bits or 7 digits.
-_FIXED_SIZE = re.compile(
-    rb"""(?:
-        [(.012Nldtaesu\])}\x85-\x89\x8f-\x91\x94]   # no argument: marks, containers, None, True, False, STOP
-        | [Kqh]. | \x80[\x00-\x05] | M.. | [Jj].... | r...\x00 | [G\x95].{8}
-        | [ILFSVg][^\n]*\n | p[0-9]{1,7}\n
-    )*+""",
-    re.VERBOSE | re.DOTALL,
-)
-# Strings, bytes and long integers: the number of bytes in which they say how many bytes follow.
-_COUNTED = {ord(code): n for codes, n in (("UC\x8c\x8a", 1), ("XTB\x8b", 4), ("\x8d\x8e", 8)) for code in codes}
-_GLOBAL = b"ci\x93"  # look up a class or function by its name
 
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads containers, strings and numbers. A class or function is what makes a pickle dangerous: none is admitted."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise UserError(f"it asks for {module_name}.{global_name}, which could run any code and no refs file needs")
-
-
-def _load_plain_pickle(path: Path) -> object:
-    """The plain value in a pickle of any protocol, Python 2's included; a UserError for whatever else it holds."""
+def _load_refs(path: Path) -> object:
+    """The plain value in a refs file; a UserError for whatever else it holds."""
     size = path.stat().st_size
     if size > MAX_REFS_BYTES:
         raise UserError(f"{path} has {size} bytes, more than the {MAX_REFS_BYTES} allowed: it is not a plain refs file")
-    data = path.read_bytes()
     try:
-        _check_instructions(data)
-        try:  # Python 2's str holds bytes: ASCII in the release, UTF-8 or Latin-1 in copies
-            return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
-        except UnicodeDecodeError:
-            return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
-    except Exception as error:  # a damaged pickle raises nearly anything
+        return load_plain_pickle(path.read_bytes())
+    except UserError as error:
         raise UserError(f"{path} is not a plain refs file: {error}; download it again from its release") from None
-
-
-def _check_instructions(data: bytes) -> None:
-    """Refuse a pickle with any instruction that plain values do not need, before Python follows the first of them."""
-    at = 0
-    while True:
-        match = _FIXED_SIZE.match(data, at)
-        at = match.end() if match else at
-        if at >= len(data) or data[at] in _GLOBAL:  # reading ends there, in find_class, which says what was asked for
-            return
-        length_bytes = _COUNTED.get(data[at])
-        if length_bytes is None:
-            raise UserError(f"unexpected instruction {data[at : at + 1]!r} at byte {at}")
-        at += 1 + length_bytes
-        at += int.from_bytes(data[at - length_bytes : at], "little")
 
 
 def _read_refs(path: Path) -> list[dict[str, Any]]:
     """All refs of a file, with their ids and splits checked."""
-    refs = _load_plain_pickle(path)
+    refs = _load_refs(path)
     if not isinstance(refs, list) or not refs or not all(isinstance(ref, dict) for ref in refs):
         raise UserError(f"{path} is not a refs file: expected a pickled list of dicts, one per reference")
     seen: set[int] = set()
@@ -301,25 +265,32 @@ def _read_refs(path: Path) -> list[dict[str, Any]]:
     return refs
 
 
-def _reference(ref: dict[str, Any], path: Path) -> Reference:
-    where = f"{path}: reference {ref['ref_id']}"
-    sentences = ref.get("sentences")
-    if not isinstance(sentences, list) or not sentences or not all(isinstance(item, dict) for item in sentences):
-        raise UserError(f"{where} has 'sentences' {_shown(sentences)}: expected a list of at least one dict")
-    expressions = []
-    for sentence in sentences:
-        sent_id = _whole_number(sentence, "sent_id", f"{where}: a sentence")
-        text = " ".join(_text(sentence, "sent", f"{where}: sentence {sent_id}").split())
-        if not text:
-            raise UserError(f"{where}: sentence {sent_id} (sent_id) is empty: remove it or write at least one word")
-        expressions.append(Expression(sent_id, text))
-    return Reference(
-        ref_id=ref["ref_id"],
-        image_id=_whole_number(ref, "image_id", where),
-        ann_ids=(_whole_number(ref, "ann_id", where),),
-        split=ref["split"],
-        expressions=tuple(expressions),
-    )
+def _references(refs: Sequence[dict[str, Any]], path: Path, left_out: Counter[str]) -> list[Reference]:
+    """The references of a split, without those that have no sentence; what is left out is counted."""
+    references = []
+    sent_ids: set[int] = set()
+    for ref in refs:
+        where = f"{path}: reference {ref['ref_id']}"
+        sentences = ref.get("sentences")
+        if not isinstance(sentences, list) or not all(isinstance(item, dict) for item in sentences):
+            raise UserError(f"{where} has 'sentences' {_shown(sentences)}: expected a list of dicts")
+        expressions = []
+        for sentence in sentences:
+            sent_id = _whole_number(sentence, "sent_id", f"{where}: a sentence")
+            if sent_id in sent_ids:
+                raise UserError(f"{where}: sent_id {sent_id} appears twice: remove one of the sentences or renumber it")
+            sent_ids.add(sent_id)
+            text = " ".join(_text(sentence, "sent", f"{where}: sentence {sent_id}").split())
+            if is_blank(text):
+                left_out["empty sentences"] += 1
+            else:
+                expressions.append(Expression(sent_id, text))
+        ids = _whole_number(ref, "image_id", where), _whole_number(ref, "ann_id", where)
+        if expressions:
+            references.append(Reference(ref["ref_id"], ids[0], (ids[1],), ref["split"], tuple(expressions)))
+        else:
+            left_out["references without a sentence"] += 1
+    return references
 
 
 # ----------------------------------------------------------------------------------------------------- instances.json
@@ -329,11 +300,30 @@ def _reference(ref: dict[str, Any], path: Path) -> Reference:
 # by [[start, end]], its place in the file: a sixth of the time and less than half the memory.
 _POLYGONS = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[[-+0-9.eE,\s\[\]]*\]\s*\])')
 
+# Most polygons are known to be sound without parsing them, which would double the time: not too many corners, whose
+# coordinates are below 1,000 (never far from an image of 100 pixels), the first three not on one line.
+_NUMBER = rb"((?:0|[1-9][0-9]{0,2})(?:\.[0-9]{1,9})?)"
+_SOUND = re.compile(
+    rb"\[\["
+    + rb", ?".join([_NUMBER] * 6)
+    + rb"(?:, ?N, ?N){0,2000}+\]\]".replace(b"N", _NUMBER.replace(b"(", b"(?:", 1))
+)
+
+
+def _is_sound(polygons: bytes, height: int, width: int) -> bool:
+    """Whether it takes no closer look to know that ``usable_segmentation`` takes the polygons as they are."""
+    if max(height, width) < 100 or not (match := _SOUND.fullmatch(polygons)):
+        return False
+    x0, y0, x1, y1, x2, y2 = map(float, match.groups())
+    return abs((x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)) > 1e-3
+
 
 def _read_instances(
-    path: Path, references: Sequence[Reference]
+    path: Path, references: Sequence[Reference], left_out: Counter[str]
 ) -> tuple[dict[int, tuple[str, int, int]], dict[int, bytes]]:
     """What the references need of instances.json: (file, height, width) by image id, segmentation by annotation id.
+
+    Annotations without any area have none; they, and polygons like that of others, are counted in `left_out`.
 
     Segmentations stay JSON text until a mask is asked for. As lists of floats they would take ten times the memory, in
     every worker of a data loader.
@@ -354,32 +344,34 @@ def _read_instances(
     wanted_annotations = {ann_id for reference in references for ann_id in reference.ann_ids}
     images: dict[int, tuple[str, int, int]] = {}
     for record in parts[0]:
-        image_id = record.get("id")
+        image_id = _whole_number(record, "id", f"{path}: an image")
         if image_id not in wanted_images:
             continue
         where = f"{path}: image {image_id}"
         height, width = _whole_number(record, "height", where), _whole_number(record, "width", where)
         if height < 1 or width < 1 or height * width > MAX_PIXELS:
             raise UserError(f"{where} is {width}x{height} pixels: expected 1 to {MAX_PIXELS} pixels")
-        images[image_id] = (_checked_file_name(_text(record, "file_name", where), where), height, width)
+        found = _checked_file_name(_text(record, "file_name", where), where), height, width
+        if images.setdefault(image_id, found) != found:
+            raise UserError(f"{where} appears twice, with different files or sizes: remove one of them")
 
     image_of: dict[int, int] = {}
-    segmentations: dict[int, bytes] = {}
+    segmentations: dict[int, Any] = {}
     for record in parts[1]:
-        ann_id = record.get("id")
+        ann_id = _whole_number(record, "id", f"{path}: an annotation")
         if ann_id not in wanted_annotations:
             continue
         where = f"{path}: annotation {ann_id}"
         if ann_id in segmentations:
             raise UserError(f"{where} appears twice: remove one of them")
-        if not record.get("segmentation"):
+        if record.get("segmentation") is None:
             raise UserError(f"{where} has no segmentation: only a box cannot be learnt from, add its polygons or RLE")
         image_of[ann_id] = _whole_number(record, "image_id", where)
         match record["segmentation"]:
             case [[int(start), int(end)]]:
                 segmentations[ann_id] = text[start:end]
-            case other:  # RLE
-                segmentations[ann_id] = json.dumps(other).encode()
+            case other:  # RLE, or something wrong
+                segmentations[ann_id] = other
 
     for kind, needed, found in (("image", wanted_images, images), ("annotation", wanted_annotations, image_of)):
         absent = sorted(needed - found.keys())
@@ -395,6 +387,24 @@ def _read_instances(
                     f"{path}: annotation {ann_id} lies in image {image_of[ann_id]}, but reference {reference.ref_id}, "
                     f"which names it, in image {reference.image_id}: the two files are not of the same release"
                 )
+    for ann_id, given in list(segmentations.items()):
+        size = images[image_of[ann_id]][1:]
+        if isinstance(given, bytes) and _is_sound(given, *size):
+            continue
+        try:
+            parsed = json.loads(given) if isinstance(given, bytes) else given
+            usable, without_area = usable_segmentation(parsed, *size)
+            if without_area or parsed is given:
+                segmentations[ann_id] = json.dumps(usable).encode()
+        except (ValueError, RecursionError) as error:  # our own UserError, or JSON's
+            raise UserError(f"annotation {ann_id} of {path}: {error}; download the file again") from None
+        if without_area:
+            left_out["polygons without area"] += without_area
+        if not usable:
+            del segmentations[ann_id]
+    unusable = sum(not segmentations.keys() >= set(reference.ann_ids) for reference in references)
+    if unusable:
+        left_out["references to annotations without area"] = unusable
     return images, segmentations
 
 
@@ -404,7 +414,7 @@ def _read_instances(
 def _release_files(name: str, root: Path) -> tuple[Path, Path]:
     """The paths of the refs file and of instances.json, which both exist."""
     if name not in _SOURCES:
-        raise UserError(f"unknown data set {name!r}: expected one of {', '.join(NAMES)}")
+        raise UserError(f"unknown data set {shown(name)}: expected one of {', '.join(NAMES)}")
     folder, by = _SOURCES[name]
     layout = (
         f"expected <root>/{folder}/refs({by}).p, <root>/{folder}/instances.json and <root>/{_IMAGE_FOLDERS[0]}/*.jpg, "
@@ -436,15 +446,15 @@ def _checked_file_name(file_name: str, where: str) -> str:
     """A file name that stays inside its folder on any system, or a UserError: the name comes from a downloaded file."""
     posix, windows = PurePosixPath(file_name), PureWindowsPath(file_name)
     leaves = posix.is_absolute() or windows.anchor or ".." in windows.parts
-    if leaves or not posix.name or not file_name.isprintable():
-        raise UserError(f"{where} has file_name {file_name!r}: expected a path inside the image folder")
+    if leaves or not posix.name or not can_be_path(file_name):
+        raise UserError(f"{where} has file_name {shown(file_name)}: expected a path inside the image folder")
     return file_name
 
 
 def _whole_number(record: dict[str, Any], key: str, where: str) -> int:
     value = record.get(key)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{where} has {key!r} {_shown(value)}: expected a whole number")
+    if type(value) is not int or value.bit_length() > 63:
+        raise UserError(f"{where} has {key!r} {_shown(value)}: expected a whole number of at most 63 bits")
     return value
 
 
@@ -456,12 +466,13 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = "missing" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return "missing" if value is None else shown(value)
 
 
 def _shown_splits(refs: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{split} ({count})" for split, count in Counter(ref["split"] for ref in refs).items())
+    counts = Counter(ref["split"] for ref in refs)
+    some = ", ".join(f"{shown(split).strip(chr(39))} ({count})" for split, count in list(counts.items())[:8])
+    return f"{some} and {len(counts) - 8} more" if len(counts) > 8 else some
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

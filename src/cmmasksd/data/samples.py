@@ -6,6 +6,7 @@ one image; it carries one or more *expressions* (sentences) that each name it. A
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,11 @@ from typing import Protocol
 import numpy as np
 
 from cmmasksd.errors import UserError
+
+
+def is_blank(text: str) -> bool:
+    """Whether text says nothing: white space and invisible characters (control, format) only, or nothing at all."""
+    return not any(not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf") for char in text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +29,7 @@ class Expression:
     text: str
 
     def __post_init__(self) -> None:
-        if not self.text.strip():
+        if is_blank(self.text):
             raise UserError(f"expression {self.sent_id} is empty: every expression needs at least one word")
 
 

@@ -13,6 +13,7 @@ network. The one parameter it adds, the mask token, lives here and not in the mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -132,6 +133,7 @@ class MaskedSelfDistillation(nn.Module):
             return replace(image, patches=seen.patches, context=seen.context, pixels=seen.pixels)
         if image.pixels is not None:
             image = replace(image, pixels=image.pixels.masked_fill(hidden[..., None], 0.0))
+        whole = image.patches
         token = self.mask_token.to(image.patches.dtype)
         if how.vision_level == "feature":
             patches = torch.where(hidden[..., None], token, image.patches)
@@ -142,7 +144,7 @@ class MaskedSelfDistillation(nn.Module):
             index = kept[..., None].expand_as(seen.patches)
             image = replace(image, context=seen.context)  # the first pass's would give away what is dropped
             patches = token.expand_as(image.patches).scatter(1, index, seen.patches)
-        return replace(image, patches=patches)
+        return replace(image, patches=patches, hidden=hidden, whole=whole)
 
     def mask_words(self, tokens: Tokens, text: TextFeatures, hidden: Tensor) -> TextFeatures:
         """VMLSD's view of the sentences: the hidden words are gone, from the text tower on or for the decoder only."""
@@ -237,6 +239,7 @@ class MaskedSelfDistillation(nn.Module):
             images[0].grid,
             context=_cat([i.context for i in images]),
             pixels=_cat([i.pixels for i in images]),
+            **_hidden(images),
         )
         text = TextFeatures(
             torch.cat([t.words for t in texts]),
@@ -251,3 +254,15 @@ def _cat(parts: list[Tensor | None]) -> Tensor | None:
     """What a network's features do not have stays None."""
     there = [part for part in parts if part is not None]
     return torch.cat(there) if there else None
+
+
+def _hidden(images: Sequence[ImageFeatures]) -> dict[str, Tensor]:
+    """`hidden` and `whole` of views that are decoded together; nothing where no view hides a patch."""
+    masked = [i for i in images if i.hidden is not None]
+    if not masked:
+        return {}
+    none = torch.zeros_like(masked[0].hidden)  # pyright: ignore (not None)
+    return {
+        "hidden": torch.cat([none if i.hidden is None else i.hidden for i in images]),
+        "whole": torch.cat([i.patches if i.whole is None else i.whole for i in images]),
+    }

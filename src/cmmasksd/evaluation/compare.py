@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from cmmasksd.data.scenes import names_held_out
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES, PRECISION_TENTHS, ScoringProtocol
 from cmmasksd.evaluation.results import ExpressionScore
 
@@ -157,8 +157,8 @@ def _paired(
     for one, same in zip(a, b, strict=True):
         if (one.sentence, one.image_id, one.target) != (same.sentence, same.image_id, same.target):
             raise UserError(
-                f"expression {one.sent_id} differs between the two files ({one.sentence!r} of {one.target} pixels,"
-                f" {same.sentence!r} of {same.target}): score both models on the same data"
+                f"expression {one.sent_id} differs between the two files ({shown(one.sentence)} of {one.target}"
+                f" pixels, {shown(same.sentence)} of {same.target}): score both models on the same data"
             )
     return a, b
 

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 BLOCK = 8
 """Images that are encoded together."""
+SENTENCES = 64
+"""Sentences about one image that are encoded and decoded in one call; bounds the memory."""
+RESTORE_PIXELS = 1 << 24
+"""Pixels of masks that are restored to the image's own size together; bounds the memory. At least one mask is."""
 
 
 def make_accelerator(precision: str | None = None) -> Accelerator:
@@ -131,17 +135,25 @@ def evaluate(
 def _score_block(
     model: CMMaskSDModel, processor: CMMaskSDProcessor, block: list[ScoringItem], protocol: ScoringProtocol
 ) -> Iterator[ExpressionScore]:
-    """Encode the block's images once, decode every sentence, count pixels at the original size."""
+    """Encode the block's images once, decode every sentence, count pixels at the original size.
+
+    How sentences are taken together depends on their image alone, so that the digits do not depend on the processes.
+    """
     device = model.device
     images = model.encode_image(processor.pixel_values(torch.stack([item.image for item in block]).to(device)))
     for nth, item in enumerate(block):
-        count = len(item.sentences)
-        index = torch.full((count,), nth, device=device)
-        logits = model.decode(images.select(index), model.encode_text(item.tokens.to(device)))
-        predicted = processor.masks(logits, item.frame, protocol.threshold)  # (K, H, W)
-        truth = item.masks.to(device)[item.mask_index.to(device)]
-        intersections = (predicted & truth).sum((1, 2)).tolist()
-        unions = (predicted | truth).sum((1, 2)).tolist()
-        targets = truth.sum((1, 2)).tolist()
-        for said, i, u, pixels in zip(item.sentences, intersections, unions, targets, strict=True):
-            yield ExpressionScore(*said, i, u, pixels, protocol.iou(i, u))
+        height, width = item.frame.original
+        together = max(1, RESTORE_PIXELS // (height * width))
+        for start in range(0, len(item.sentences), SENTENCES):
+            tokens = item.tokens.select(slice(start, start + SENTENCES)).to(device)
+            index = torch.full((len(tokens),), nth, device=device)
+            logits = model.decode(images.select(index), model.encode_text(tokens))
+            for at in range(0, len(tokens), together):
+                part = slice(start + at, start + min(at + together, len(tokens)))
+                predicted = processor.masks(logits[at : at + together], item.frame, protocol.threshold)  # (k, H, W)
+                truth = torch.stack([item.mask(which) for which in range(part.start, part.stop)]).to(device)
+                intersections = (predicted & truth).sum((1, 2)).tolist()
+                unions = (predicted | truth).sum((1, 2)).tolist()
+                targets = truth.sum((1, 2)).tolist()
+                for said, i, u, pixels in zip(item.sentences[part], intersections, unions, targets, strict=True):
+                    yield ExpressionScore(*said, i, u, pixels, protocol.iou(i, u))

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 PRECISION_TENTHS = (5, 6, 7, 8, 9)
 """The X of P@X in tenths: integers, so that the comparison is exact."""
@@ -52,12 +52,18 @@ class ScoringProtocol:
     expressions: Literal["all"] = "all"
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.threshold < 1.0:
-            raise UserError(f"threshold is {self.threshold}: give a probability between 0 and 1, such as 0.5")
+        if not isinstance(self.name, str) or not self.name.isprintable():
+            raise UserError(f"the protocol's name is {shown(self.name)}: give a short text")
+        if not _is_number(self.threshold) or not 0.0 < self.threshold < 1.0:
+            raise UserError(f"threshold is {shown(self.threshold)}: give a probability between 0 and 1, such as 0.5")
         if self.comparison not in (">=", ">"):
-            raise UserError(f"comparison is {self.comparison!r}: P@X compares with '>=' or '>'")
-        if self.empty_iou not in (0.0, 1.0):
-            raise UserError(f"empty_iou is {self.empty_iou}: an empty pair is wrong (0) or correct (1)")
+            raise UserError(f"comparison is {shown(self.comparison)}: P@X compares with '>=' or '>'")
+        if self.frame != "original":
+            raise UserError(f"frame is {shown(self.frame)}: masks are compared at the image's own size, 'original'")
+        if not _is_number(self.empty_iou) or self.empty_iou not in (0.0, 1.0):
+            raise UserError(f"empty_iou is {shown(self.empty_iou)}: an empty pair is wrong (0) or correct (1)")
+        if self.expressions != "all":
+            raise UserError(f"expressions is {shown(self.expressions)}: every sentence is scored, 'all'")
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, for the result file."""
@@ -101,6 +107,10 @@ class ScoringProtocol:
             reached = sum(self.reaches(intersection, union, tenths) for intersection, union in counts)
             scores[f"P@0.{tenths}"] = reached / len(counts)
         return scores
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 ORIGINAL = ScoringProtocol(name="original")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
 from cmmasksd.evaluation.results import ExpressionScore, percentages, protocol_lines, row_name, write_atomically
 from cmmasksd.inference.visualize import PREDICTION_COLOR, TRUTH_COLOR, check_sizes, comparison
@@ -48,6 +50,7 @@ SECTIONS = {
 
 _MAX_POINTS = 200  # per curve: more than the chart has room for only makes the page heavy
 _MAX_SIDE = 512  # pixels of an embedded image's long side
+_MAX_VALUE = 1e100  # beyond it a logged value counts as infinite, so that no sum or difference of two overflows
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,26 @@ def choose_examples(rows: Sequence[ExpressionScore], n: int, seed: int = 0) -> d
     return {kind: [row.sent_id for row in ordered[:n]] for kind, ordered in chosen.items()}
 
 
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`, for `write_report`.
+
+    Raises:
+        UserError: the file is missing, or a line is not a JSON object.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no log {file}: leave out --metrics, or give the metrics.jsonl of a run")
+    rows = []
+    try:
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            if line.strip():
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"a line is {shown(rows[-1])}")
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not JSON
+        raise UserError(f"{file} is not the log of a run ({error}): give the metrics.jsonl of a run") from None
+    return rows
+
+
 def collect_examples(
     data: ReferringDataset, segmenter: Segmenter, chosen: Mapping[str, Sequence[int]]
 ) -> dict[str, list[Example]]:
@@ -104,6 +127,9 @@ def collect_examples(
         data: the split they are from.
         segmenter: the model that was scored, with the same threshold.
         chosen: kind -> sent_ids, see `choose_examples`.
+
+    Raises:
+        UserError: an expression is not in the split.
     """
     wanted = {sent_id for sent_ids in chosen.values() for sent_id in sent_ids}
     made: dict[int, Example] = {}
@@ -118,6 +144,8 @@ def collect_examples(
             made[expression.sent_id] = Example(
                 image, expression.text, truth, found.mask, iou, expression.sent_id, reference.image_id
             )
+    if lost := wanted - made.keys():
+        raise UserError(f"{data.name} {data.split} has no expression {min(lost)}: score the model on this data first")
     return {kind: [made[sent_id] for sent_id in sent_ids] for kind, sent_ids in chosen.items()}
 
 
@@ -224,9 +252,10 @@ def _curves_section(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """The (step, value) points of one key, values that are no finite number included."""
+    """The (step, value) points of one key; values that are not finite are included, steps that are not are left out."""
     pairs = [(row.get("step"), row.get(key)) for row in rows]
-    return [(float(x), float(y)) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
+    numbers = [(x, y) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
+    return [(float(x), float(y) if abs(y) < _MAX_VALUE else math.nan) for x, y in numbers if abs(x) < _MAX_VALUE]
 
 
 def _thinned(points: list[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
@@ -238,7 +267,7 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[list[tuple[float, float
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten) that cover low to high."""
-    span = (high - low) or abs(high) or 1.0
+    span = max((high - low) or abs(high) or 1.0, 1e-9 * max(abs(low), abs(high)), 1e-99)
     raw = span / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
@@ -264,7 +293,7 @@ def _chart(title: str, curves: Mapping[str, list[tuple[float, float]]]) -> str:
     every = [point for points in finite.values() for point in points]
     xs, ys = [x for x, _ in every], [y for _, y in every]
     x_ticks, y_ticks = _ticks(min(xs), max(xs), 5), _ticks(min(0.0, *ys), max(ys), 5)
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9 * max(1.0, abs(min(xs))))
     width, height, left, right, top, bottom = 480, 270, 50, 14, 10, 40
 
     def at_x(x: float) -> float:

@@ -12,17 +12,21 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ScoringProtocol
 
 RESULTS_FILE = "results.json"
 EXPRESSIONS_FILE = "expressions.jsonl"
 _OWN_KEYS = ("split", *METRIC_NAMES, "expressions", "protocol")
+_COUNTS = ("expressions", "references", "scene_size")
+_MAX_BYTES = 1 << 28
+"""A result file is not read any further: RefCOCO's largest split needs three megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +100,33 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read a `results.json`, given the file or its folder.
 
     Raises:
-        UserError: the file is missing, is not JSON, or lacks a score.
+        UserError: the file is missing, is not JSON, lacks a score, or holds a value that no scoring writes.
     """
     if path.is_dir():
         path = path / RESULTS_FILE
     results = _parse(_read(path), str(path))
     if missing := [key for key in _OWN_KEYS if key not in results]:
         raise UserError(f"{path} lacks {missing}: it was not written by `cmmasksd evaluate`; score the split again")
+    for key, value in results.items():
+        if key in METRIC_NAMES:
+            sound = _is_share(value)
+        elif key in ("split", "data"):
+            sound = isinstance(value, str) and value.isprintable() and len(value) < 100
+        elif key in ("model", "weights"):
+            sound = isinstance(value, str)
+        elif key in _COUNTS:
+            sound = _is_int(value) and value > 0
+        else:
+            sound = key != "scene_seed" or _is_int(value)
+        if not sound:
+            raise UserError(f"{path}: {key} is {shown(value)}, which no scoring writes: score the split again")
+    try:
+        ScoringProtocol(**results["protocol"])
+    except (TypeError, UserError) as error:  # TypeError: not a mapping, or a rule that we do not know
+        reason = f": {error}" if isinstance(error, UserError) else ""
+        raise UserError(
+            f"{path} has the protocol {shown(results['protocol'])}, which is none of ours{reason}"
+        ) from None
     return results
 
 
@@ -110,20 +134,45 @@ def read_expressions(path: Path) -> list[ExpressionScore]:
     """Read an `expressions.jsonl`, or one packed by gzip (`.jsonl.gz`), given the file or its folder.
 
     Raises:
-        UserError: the file is missing, or a line is not an expression's row.
+        UserError: the file is missing, a line is not an expression's row, or an expression is there twice.
     """
     if path.is_dir():
         path = path / EXPRESSIONS_FILE
-    rows = []
+    rows: list[ExpressionScore] = []
+    seen: set[int] = set()
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line:
             continue
         row = _parse(line, f"{path}, line {number},")
-        try:
-            rows.append(ExpressionScore(iou=row.pop("IoU"), **row))
-        except (KeyError, TypeError):
-            raise UserError(f"{path}, line {number}, is not an expression's row: score the split again") from None
+        row["iou"] = row.pop("IoU", None)
+        if not _is_row(row):
+            raise UserError(f"{path}, line {number}, is not an expression's row: score the split again")
+        rows.append(ExpressionScore(**row))
+        if rows[-1].sent_id in seen:
+            raise UserError(f"{path}, line {number}, has sent_id {rows[-1].sent_id} again: score the split again")
+        seen.add(rows[-1].sent_id)
     return rows
+
+
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether these are the fields of an ExpressionScore, of the right kinds."""
+    return (
+        row.keys() == {field.name for field in fields(ExpressionScore)}
+        and all(_is_int(value) for key, value in row.items() if key not in ("sentence", "iou"))
+        and isinstance(row["sentence"], str)
+        and 0 <= row["intersection"] <= row["union"]
+        and 0 <= row["target"] <= row["union"]
+        and _is_share(row["iou"])
+    )
+
+
+def _is_int(value: object) -> bool:
+    """A whole number that numpy holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(1 << 63) <= value < 1 << 63
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def format_table(results: Iterable[Mapping[str, Any]]) -> str:
@@ -190,20 +239,24 @@ def _line(row: ExpressionScore) -> str:
 
 def _read(path: Path) -> str:
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                return file.read()
-        return path.read_text(encoding="utf-8")
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}): score the split again") from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: `cmmasksd evaluate` writes it") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({error}): score the split again") from None
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{path} has more than {_MAX_BYTES >> 20} MB: it is not a result file of ours")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: score the split again") from None
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
         raise UserError(f"{where} is not JSON ({error}): score the split again") from None
     if not isinstance(value, dict):
         raise UserError(f"{where} holds a {type(value).__name__}, not an object: score the split again")

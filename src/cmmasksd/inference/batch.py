@@ -5,24 +5,26 @@ The loop itself is in `cli.py`.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from cmmasksd.data.images import read_bytes
 from cmmasksd.data.manifest import SUFFIXES, read_rows
-from cmmasksd.errors import UserError
+from cmmasksd.data.samples import is_blank
+from cmmasksd.errors import UserError, shown
 from cmmasksd.inference.visualize import PALETTE
 
 if TYPE_CHECKING:
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """What is taken for an image in a folder."""
+
+
+_MAX_PATH = 4096
+_MAX_TEXTS = 64_000_000  # bytes of a file of sentences
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +60,17 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
     "-": an image on standard input.
 
     Raises:
-        UserError: there is no image, or no sentence, or sentences from two sides.
+        UserError: there is no image, or no sentence, or sentences from two sides; or it is a URL.
     """
+    refuse_url(where)
     if where.suffix.lower() in SUFFIXES:
         if texts:
             raise UserError(f"{where} has a sentence in every row: leave out --text and --texts")
         rows = read_rows(where)
         if not rows:
             raise UserError(f"{where} has no row: give it at least one image with a sentence")
+        if row := next((row for row in rows if len(str(row.image)) > _MAX_PATH), None):
+            raise UserError(f"{row.where}: image {shown(str(row.image))} is too long for a path: check the row")
         return [Source(str(row.image), row.image, row.expressions, row.id) for row in rows]
     if not texts:
         raise UserError("no sentence given: say what to look for with --text, or --texts FILE with one per line")
@@ -75,26 +84,42 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
     return [Source(str(file), file, tuple(texts)) for file in files]
 
 
+def refuse_url(where: Path) -> None:
+    """Refuse what only looks like a path (a UserError). In a path, "//" has become "/"."""
+    if re.match(r"[a-z][a-z0-9+.-]+:[/\\]|data:", str(where), re.IGNORECASE) and not os.path.exists(where):
+        raise UserError(f"{shown(str(where))} is a URL, and URLs are not fetched: download the image and give its file")
+
+
 class FileNames:
-    """Names for output files that any system takes and of which none comes twice, on systems that ignore case too."""
+    """Names for output files that any system takes and of which none comes twice, on systems that ignore case too.
 
-    def __init__(self) -> None:
+    They depend on the sources alone and not on which of them can be read, so that a resumed run gives the same names.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._stems: list[str] = []
         self._taken: set[str] = set()
-        self._last: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for source in sources:
+            file = source.image if isinstance(source.image, Path) else Path("stdin")
+            plain = unicodedata.normalize("NFC", file.stem)
+            plain = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "-", plain)
+            plain = plain.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
+            stem, last[plain] = self._free(plain, last.get(plain, 1))
+            self._stems.append(stem)
+            self._taken.add(stem.casefold())
 
-    def stem(self, source: Source, frame: int | None) -> str:
-        """The start of the names of one image's files."""
-        file = source.image if isinstance(source.image, Path) else Path("stdin")
-        plain = unicodedata.normalize("NFC", file.stem if frame is None else f"{file.stem}_f{frame:04}")
-        plain = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "-", plain)
-        plain = plain.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
-        stem, nth = plain, self._last.get(plain, 1)
+    def stem(self, index: int, frame: int | None) -> str:
+        """The start of the names of the files of a source, by its index, and a frame of it."""
+        stem = self._stems[index]
+        return stem if frame is None else self._free(f"{stem}_f{frame:04}", 1)[0]
+
+    def _free(self, plain: str, nth: int) -> tuple[str, int]:
+        stem = plain
         while stem.casefold() in self._taken:
             nth += 1
             stem = f"{plain}_{nth}"
-        self._taken.add(stem.casefold())
-        self._last[plain] = nth
-        return stem
+        return stem, nth
 
 
 def slug(text: str) -> str:
@@ -143,32 +168,109 @@ def save_pictures(one: Segmentation, nth: int, stem: str, folder: Path | None) -
     return f" -> {files[0]}, {files[1]}"
 
 
-@contextmanager
-def json_lines(target: Path | None) -> Iterator[Callable[[dict[str, Any]], object]]:
-    """A function that writes a row to a file (None: nowhere; "-": standard output).
+Unit = tuple[int, int | None]
+"""What is written at once: a group of neighbouring sources about one image, by its number, and the frame of it."""
 
-    A file that is there is replaced when all is done; an interrupt leaves it the rows there are.
+
+def require_free(target: Path, resume: bool) -> None:
+    """Refuse to write rows to what is not a file, or to a file that has some without `resume` (a UserError)."""
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target} is not a file: give --json a file, or - for standard output")
+    if not resume and target.is_file() and target.stat().st_size:
+        raise UserError(f"{target} holds rows already: continue their run with --resume, or give --json another file")
+
+
+@contextmanager
+def json_rows(
+    target: Path | None, run: Mapping[str, Any] | None = None, *, resume: bool = False
+) -> Iterator[tuple[set[Unit], Callable[[Unit, list[dict[str, Any]]], None]]]:
+    """Write rows to a file (None: nowhere; "-": standard output), each unit's as soon as they are there.
+
+    FILE.resume beside the file holds `run` in its first line and then, for every unit, a line [group, frame, size of
+    the file after it]. It is written after the rows, so that whatever kills the process, the rows of the units in it
+    are whole, and what stands behind them in the file is cut off on resuming.
+
+    Args:
+        target: the file.
+        run: what the rows are made from, as JSON values.
+        resume: continue the file.
+
+    Yields:
+        The units that the file holds, and a function that adds a unit with its rows.
+
+    Raises:
+        UserError: the file cannot be continued, or not with this `run`.
     """
-    if target is None:
-        yield lambda row: None
-    elif str(target) == "-":
-        yield lambda row: print(json.dumps(row), flush=True)
-    else:
-        interrupt = None
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _whole(target) as part, part.open("w", encoding="utf-8", newline="\n") as file:
-            try:
-                yield lambda row: file.write(json.dumps(row) + "\n")
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+    if target is None or str(target) == "-":
+        yield set(), lambda unit, rows: None if target is None else print(*map(json.dumps, rows), sep="\n", flush=True)
+        return
+    require_free(target, resume)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    state = target.with_name(f"{target.name}.resume")
+    going_on = resume and target.is_file() and target.stat().st_size > 0
+    kept = _read_state(state, target, run or {}) if going_on else []
+    with ExitStack() as stack:
+        opened: list[BinaryIO] = []
+
+        def begin() -> None:
+            with _whole(state) as part:
+                part.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in [run or {}, *kept]))
+            opened.extend(stack.enter_context(file.open("ab")) for file in (target, state))
+            opened[0].truncate(kept[-1][-1] if kept else 0)
+
+        def write(unit: Unit, rows: list[dict[str, Any]]) -> None:
+            if not opened:
+                begin()
+            file, log = opened
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+            file.flush()
+            log.write(json.dumps([*unit, file.tell()]).encode() + b"\n")
+            log.flush()
+
+        if going_on:
+            begin()
+        yield {(group, frame) for group, frame, _ in kept}, write
+
+
+def _read_state(state: Path, target: Path, run: Mapping[str, Any]) -> list[tuple[int, int | None, int]]:
+    """The units of a file of rows that are whole, with the size of the file after each."""
+    if not state.is_file():
+        raise UserError(f"{target} cannot be continued without {state.name} beside it: give --json another file")
+    try:
+        first, *lines = (json.loads(line) for line in state.read_bytes().split(b"\n")[:-1])  # the last may be cut short
+        changed = [key for key, value in run.items() if first[key] != value]
+        units = [(int(group), frame, int(size)) for group, frame, size in lines]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{state} is damaged: give --json another file") from None
+    if changed:
+        raise UserError(
+            f"{target} was begun with another {' and '.join(changed)}: continue it with the same, or give --json "
+            "another file"
+        )
+    size = target.stat().st_size  # smaller where the machine itself went down
+    return [unit for unit in units if unit[-1] <= size]
+
+
+def digest_of_model(folder: Path) -> str:
+    """SHA-256 of the files of a model's folder, trained or exported, that decide what it predicts."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".onnx", ".data"):
+            with file.open("rb") as content:
+                digest.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def digest_of_sources(sources: Sequence[Source]) -> str:
+    """SHA-256 of names and sentences in their order (not of the images' content)."""
+    named = [[source.name, source.texts, source.id] for source in sources]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 @contextmanager
 def _whole(file: Path) -> Iterator[Path]:
     """A path to write to that takes the file's place when all went well."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part = file.with_name(f".{file.name}.part")  # always the same: a resumed run replaces what a killed one left
     try:
         yield part
         os.replace(part, file)
@@ -180,14 +282,17 @@ def read_sentences(file: Path) -> list[str]:
     """The sentences of a text file, one in every line.
 
     Raises:
-        UserError: it is not there, is not UTF-8, or has none.
+        UserError: it is not there, is too large, is not UTF-8, or has none.
     """
     if not file.is_file():
         raise UserError(f"{file} does not exist: give a text file with a sentence in every line")
+    if file.stat().st_size > _MAX_TEXTS:
+        raise UserError(f"{file} has more than {_MAX_TEXTS / 1e6:.0f} MB: give fewer sentences at a time")
     try:
-        texts = [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{file} is not UTF-8 text: save it with this encoding") from None
+    texts = [line.strip() for line in lines if not is_blank(line)]
     if not texts:
         raise UserError(f"{file} has no sentence: write one in every line")
     return texts

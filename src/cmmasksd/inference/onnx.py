@@ -8,18 +8,19 @@ with weights of 16 bits, and done so here too, so that both see the same pixels 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from cmmasksd.data.images import Picture, as_pixels
-from cmmasksd.errors import UserError
+from cmmasksd.data.samples import is_blank
+from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, Segments
-from cmmasksd.model.frame import Frame, inside, lay, level
+from cmmasksd.model.frame import MAX_SIDE, Frame, canvas_of, columns_first, inside, lay, level, mean_and_std, whole
+from cmmasksd.model.hub import TOKENIZER_BYTES, no_panic, read_json, small
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
 EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
 GRAPHS = ("image", "text", "decoder")
 FORMAT_VERSION = 1
-_MAX_SIDE = 4096
+_TOKEN = (0, 1 << 20)
+_BOUNDS = {
+    "patch_size": (1, MAX_SIDE),
+    "max_tokens": (3, 4096),
+    "start_token": _TOKEN,
+    "end_token": _TOKEN,
+    "pad_token": _TOKEN,
+}
 
 
 @dataclass(frozen=True)
@@ -82,28 +90,30 @@ class ExportSettings:
         file = folder / EXPORT_FILE
         if not file.is_file():
             raise UserError(f"no {EXPORT_FILE} in {folder}: give a folder that `cmmasksd export` wrote")
+        found = read_json(file)
+        if (version := found.get("version")) is True or version != FORMAT_VERSION:
+            raise UserError(f"{file} has version {shown(version)}, this package reads {FORMAT_VERSION}: export again")
+        if wrong := found.keys() ^ {field.name for field in fields(cls)}:
+            raise UserError(f"{file}: {shown(sorted(wrong)[0])} is missing or unknown: export again")
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if found["version"] != FORMAT_VERSION:
-                raise UserError(
-                    f"{file} has version {found['version']}, this package reads {FORMAT_VERSION}: export again"
-                )
-            found |= {key: tuple(found[key]) for key in ("size", "mean", "std")}
-            read = cls(**found)
-            sound = (
-                len(read.size) == 2
-                and all(0 < side <= _MAX_SIDE and side % read.patch_size == 0 for side in read.size)
-                and len(read.mean) == len(read.std) == 3
-                and all(math.isfinite(number) for number in read.mean)
-                and all(number > 0 for number in read.std)
-                and read.resize in ("warp", "letterbox")
-                and read.max_tokens >= 3
-            )
-        except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-            raise UserError(f"{file} is not an export's ({type(error).__name__}: {error}): export again") from None
-        if not sound:
-            raise UserError(f"{file} holds values that no export writes: export again")
-        return read
+            found |= {key: whole(key, found[key], *bounds) for key, bounds in _BOUNDS.items()}
+            found["size"] = canvas_of(found["size"], found["patch_size"])
+            found["mean"], found["std"] = mean_and_std(found["mean"], found["std"])
+        except UserError as error:
+            raise UserError(f"{file}: {error}; export again") from None
+        sound = {
+            "format": found["format"] in ("onnx", "pt2"),
+            "int8": isinstance(found["int8"], bool),
+            "stride": isinstance(found["stride"], int | float) and 0 < found["stride"] <= MAX_SIDE,
+            "resize": found["resize"] in ("warp", "letterbox"),
+            "parity": isinstance(found["parity"], dict),
+            "source": isinstance(found["source"], str),
+            "package": isinstance(found["package"], str),
+        }
+        for key, good in sound.items():
+            if not good:
+                raise UserError(f"{file}: {key} is {shown(found[key])}, which no export writes: export again")
+        return cls(**found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +181,23 @@ class OnnxSegmenter(Segments):
             from tokenizers import Tokenizer
         except ImportError:
             raise UserError("exported models need tokenizers: pip install 'cmmasksd[export]'") from None
+        file = small(folder / TOKENIZER_FILE, TOKENIZER_BYTES)
         try:
-            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            with no_panic():
+                tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
-            raise UserError(f"{folder / TOKENIZER_FILE} cannot be read ({error}): export again") from None
-        return cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
+            raise UserError(f"{file} cannot be read ({reason(error)}): export again") from None
+        found = cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
+        ids = found.tokens(["a"])[0][0].tolist()
+        try:
+            largest = max(tokenizer.get_vocab().values())
+            probe = np.array([[settings.start_token, largest, settings.end_token, settings.pad_token]])
+            found.sessions["text"].run(None, {"input_ids": probe, "attention_mask": np.ones_like(probe)})
+        except Exception as error:  # the library's exceptions have no common class
+            raise UserError(f"{file} does not fit the text encoder beside it ({reason(error)}): export again") from None
+        if len(ids) < 3 or [ids[0], ids[-1]] != [settings.start_token, settings.end_token]:
+            raise UserError(f"{file} does not fit {EXPORT_FILE} beside it ('a' is {shown(ids)}): export again")
+        return found
 
     def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> EncodedArrays:
         """See `Segments.encode`."""
@@ -237,11 +259,17 @@ class OnnxSegmenter(Segments):
         """K sentences to ids (K, L) int64, attention mask (K, L) int64, and which tokens are words (K, L) bool.
 
         Raises:
-            UserError: for an empty sentence.
+            UserError: for an empty sentence, or a tokenizer that is damaged.
         """
-        if any(not text.strip() for text in texts):
+        if any(map(is_blank, texts)):
             raise UserError("an empty sentence names no object: give at least one word")
-        read = self.tokenizer.encode_batch(list(texts))
+        try:
+            with no_panic():
+                read = self.tokenizer.encode_batch(list(texts))
+        except Exception as error:  # the library raises nothing narrower
+            raise UserError(
+                f"the tokenizer of the model cannot read a sentence ({reason(error)}): export again"
+            ) from None
         ids, attention = (np.array([getattr(one, key) for one in read], np.int64) for key in ("ids", "attention_mask"))
         return ids, attention, np.array([[word is not None for word in one.word_ids] for one in read])
 
@@ -264,13 +292,14 @@ def open_sessions(folder: Path) -> dict[str, InferenceSession]:
         try:
             sessions[name] = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's exceptions have no common class
-            raise UserError(f"{file} cannot be read ({str(error).splitlines()[0]}): export again") from None
+            raise UserError(f"{file} cannot be read ({reason(error)}): export again") from None
     return sessions
 
 
 def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W, 3) uint8 to (height, width, 3) uint8, equal to torch's antialiased bicubic on bytes."""
-    for axis, target in ((1, width), (0, height)):
+    steps = [(1, width), (0, height)]
+    for axis, target in reversed(steps) if columns_first(image.shape[:2], (height, width)) else steps:
         source = image.shape[axis]
         if source == target:
             continue

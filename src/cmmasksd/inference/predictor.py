@@ -17,11 +17,13 @@ import numpy as np
 
 from cmmasksd.data.images import Picture, as_pixels
 from cmmasksd.data.masks import mask_to_polygons, mask_to_rle
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 from cmmasksd.inference.formats import box_of
 from cmmasksd.inference.visualize import PALETTE, Color, overlay
 
 if TYPE_CHECKING:
+    import torch
+
     from cmmasksd.inference.onnx import OnnxSegmenter
     from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
     from cmmasksd.model.frame import Frame
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 DECODE_TOGETHER = 32
 """Sentences that are decoded in one call; bounds the memory."""
+ENCODE_TOGETHER = 128
+"""Sentences that are encoded in one call; bounds the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,17 +176,11 @@ class Segmenter(Segments):
         device: str | None = None,
         threshold: float = 0.5,
     ) -> None:
-        import torch
-
         if not 0 < threshold < 1:
             raise UserError(f"a threshold of {threshold} is no probability: choose one between 0 and 1")
-        try:
-            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            self.model = model.eval()
-            self.model.to(self.device)  # pyright: ignore (its decorator hides the method)
-        except (RuntimeError, AssertionError) as error:  # an unknown device; one that this torch was not built for
-            reason = str(error).splitlines()[0]
-            raise UserError(f"cannot use the device {device!r} ({reason}): leave it out or say cpu") from None
+        self.device = _device(device)
+        self.model = model.eval()
+        self.model.to(self.device)  # pyright: ignore (its decorator hides the method)
         self.processor, self.threshold = processor, threshold
 
     @classmethod
@@ -218,7 +216,11 @@ class Segmenter(Segments):
         values = self.processor.pixel_values(torch.stack(canvases))
         with torch.inference_mode():
             features = self.model.encode_image(values.to(self.device))
-            sentences = self.model.encode_text(tokens.to(self.device))
+            parts = [
+                self.model.encode_text(tokens.select(slice(start, start + ENCODE_TOGETHER)).to(self.device))
+                for start in range(0, len(tokens), ENCODE_TOGETHER)
+            ]
+            sentences = type(parts[0]).cat(parts)
         return Encoded(images, texts, owner, frames, tokens, features, sentences)
 
     def decode(self, encoded: Encoded, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
@@ -239,6 +241,24 @@ class Segmenter(Segments):
                     mask, probability = restored > above[owner], restored.sigmoid()
                     score = float(probability[mask].mean()) if mask.any() else 0.0
                 yield Segmentation(text, mask.cpu().numpy(), score, encoded.images[owner], probability.cpu().numpy())
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of a name, or the best one; a UserError where it is not there."""
+    import torch
+
+    there = ["cpu"]
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        there += [f"{accelerator.type}:{nth}" for nth in range(torch.accelerator.device_count())]
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no device that torch knows
+        device = None
+    if device is None or f"{device.type}:{device.index or 0}" not in ("cpu:0", *there):
+        raise UserError(f"there is no device {shown(name)}: say cuda or cpu, or nothing (found: {', '.join(there)})")
+    return device
 
 
 def load_segmenter(name: str | Path, *, device: str | None = None, threshold: float = 0.5) -> Segmenter | OnnxSegmenter:

@@ -5,12 +5,14 @@ the sentence. We send *every* token through the tower's own final layer norm and
 so that a patch-word cosine means something. The towers are transformers' `CLIPModel`; nothing of theirs is copied, and
 the tests hold our outputs to theirs.
 
-Unusual here: the image tower runs from its parts (embeddings, blocks, norm), because masked self-distillation at the
-input drops patches between the embeddings and the blocks. The text tower hides words through its attention mask.
+Unusual here: both towers run from their parts (embeddings, blocks, norm). Masked self-distillation at the input drops
+patches between the embeddings and the blocks of the image tower; the decoder also reads what enters the text tower,
+which hides words through its attention mask. No forward hooks: threads may share a model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +48,10 @@ class Tokens:
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
+    def select(self, part: slice) -> Tokens:
+        """Some of the sentences, padded as before."""
+        return Tokens(*(getattr(self, field.name)[part] for field in fields(self)))
+
     def hide(self, hidden: Tensor) -> Tokens:
         """The same sentences with some tokens hidden from the text tower.
 
@@ -75,6 +81,9 @@ class ImageFeatures:
             Ours needs none.
         pixels: (B, N, 192) each patch's own pixels, 8 x 8 of them whatever its size: what outlines are made from. None:
             a network whose decoder does not use them.
+        hidden: (B, N) bool, patches that a masked view replaced by its mask token. None: no patch is hidden.
+        whole: (B, N, D) `patches` of the same images before any was hidden, where `hidden` is given: a decoder that
+            compares a patch with all others takes their mean and deviation from here.
     """
 
     patches: Tensor
@@ -82,14 +91,16 @@ class ImageFeatures:
     dense: Tensor | None = None
     context: Tensor | None = None
     pixels: Tensor | None = None
+    hidden: Tensor | None = None
+    whole: Tensor | None = None
 
     def __len__(self) -> int:
         return self.patches.shape[0]
 
     def select(self, index: Tensor) -> ImageFeatures:
         """The features of images `index` (K,) int64, in that order: one image repeated for each of its expressions."""
-        rest = (None if part is None else part[index] for part in (self.dense, self.context, self.pixels))
-        return ImageFeatures(self.patches[index], self.grid, *rest)
+        parts = (self.dense, self.context, self.pixels, self.hidden, self.whole)
+        return ImageFeatures(self.patches[index], self.grid, *(None if part is None else part[index] for part in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +128,13 @@ class TextFeatures:
         embedded = None if self.embedded is None else self.embedded[index]
         return TextFeatures(self.words[index], self.sentence[index], self.word_mask[index], embedded)
 
+    @staticmethod
+    def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
+        """The sentences of several records of the same length L, one after the other."""
+        columns: list[list[Any]] = [[getattr(part, field.name) for part in parts] for field in fields(TextFeatures)]
+        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
+        return TextFeatures(*joined)
+
 
 def encode_image(
     clip: CLIPModel, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
@@ -140,18 +158,14 @@ def encode_image(
     if keep is not None:
         index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
         hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-    hidden, entering = vision.pre_layrnorm(hidden), []
-    last = vision.encoder.layers[-1]
-    hooks = [last.layer_norm1.register_forward_hook(lambda *call: entering.append(call[-1]))] if value_path else []
-    try:
-        hidden = vision.encoder(inputs_embeds=hidden).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hidden, last = vision.pre_layrnorm(hidden), vision.encoder.layers[-1]
+    for layer in vision.encoder.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None)
+    entering, hidden = hidden, last(hidden, attention_mask=None)
     projected = clip.visual_projection(vision.post_layernorm(hidden))  # (B, 1 + n, D)
     dense = None
     if value_path:
-        values = last.self_attn.out_proj(last.self_attn.v_proj(entering[0][:, 1:]))
+        values = last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(entering[:, 1:])))
         dense = clip.visual_projection(vision.post_layernorm(values))
     fine = F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1]))
     pixels = F.pixel_unshuffle(fine, 8).flatten(2).transpose(1, 2)  # (B, N, 192)
@@ -161,13 +175,24 @@ def encode_image(
 
 
 def encode_text(clip: CLIPModel, tokens: Tokens) -> TextFeatures:
-    """Run the text tower; every token goes through the final norm and the projection."""
-    embedded: list[Tensor] = []  # looked up once: the gradient of every look-up is as large as the whole vocabulary
-    table: Any = clip.text_model.embeddings.token_embedding
-    hook = table.register_forward_hook(lambda *call: embedded.append(call[-1]))
-    try:
-        out = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-    finally:
-        hook.remove()
-    words = clip.text_projection(out.last_hidden_state)
-    return TextFeatures(words, clip.text_projection(out.pooler_output), tokens.word_ids >= 0, embedded[0])
+    """Run the text tower; every token goes through the final norm and the projection.
+
+    The tower runs from its parts, so that the tokens are looked up once: the gradient of every look-up is as large as
+    the whole vocabulary.
+    """
+    tower: Any = clip.text_model
+    embedded = tower.embeddings.token_embedding(tokens.input_ids)
+    length = embedded.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=embedded.device).tril()
+    visible = earlier & tokens.attention_mask.bool()[:, None, None]  # (B, 1, L, L), queries by keys
+    hidden = tower.encoder(tower.embeddings(inputs_embeds=embedded), visible).last_hidden_state
+    words = clip.text_projection(tower.final_layer_norm(hidden))
+    end = words[torch.arange(words.shape[0], device=words.device), _end(tower.config.eos_token_id, tokens.input_ids)]
+    return TextFeatures(words, end, tokens.word_ids >= 0, embedded)
+
+
+def _end(eos_token_id: int, input_ids: Tensor) -> Tensor:
+    """(B,) where each sentence ends. Old configurations say 2, which no tokenizer of CLIP has: there the end is the
+    highest id."""
+    ids = input_ids.int()  # ONNX has no argmax of int64
+    return (ids if eos_token_id == 2 else (ids == eos_token_id).int()).argmax(-1)

@@ -2,15 +2,48 @@
 
 Nothing of the distillation is here: the masked branches are a matter of training, so a saved model carries no trace of
 them.
+
+A config.json may be a stranger's. Only the sizes named here are taken from it, each within bounds, before anything is
+built; whatever else transformers would act on (attention kernels or quantisers to fetch, code to run) is left out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
+from cmmasksd.model.hub import read_json
+
+# The largest public CLIPs have 48 layers of width 5,120 and 15,360 hidden channels.
+_OURS = {
+    "decoder_width": (1, 8192),
+    "decoder_layers": (1, 128),
+    "decoder_heads": (1, 256),
+    "decoder_mlp": (1, 65_536),
+    "head_width": (1, 8192),
+    "dropout": (0.0, 0.999),
+}
+_CLIP = {"projection_dim": (1, 16_384), "logit_scale_init_value": (-100.0, 100.0), "initializer_factor": (0.0, 1e4)}
+_TOWER = {
+    "hidden_size": (1, 16_384),
+    "intermediate_size": (1, 65_536),
+    "num_hidden_layers": (1, 128),
+    "num_attention_heads": (1, 256),
+    "projection_dim": (1, 16_384),
+    "layer_norm_eps": (1e-12, 0.1),
+    "attention_dropout": (0.0, 0.999),
+    "initializer_range": (0.0, 1e4),
+    "initializer_factor": (0.0, 1e4),
+}
+_IDS = {f"{name}_token_id": (0, 1 << 20) for name in ("bos", "eos", "pad")}
+_TEXT = _TOWER | _IDS | {"vocab_size": (1, 1 << 20), "max_position_embeddings": (3, 4096)}
+_VISION = _TOWER | {"num_channels": (3, 3), "image_size": (1, 4096), "patch_size": (1, 1024)}
+_MAY_BE_NULL = ("bos_token_id", "pad_token_id")  # neither is used
+_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu")
 
 
 class CMMaskSDConfig(PreTrainedConfig):
@@ -26,7 +59,7 @@ class CMMaskSDConfig(PreTrainedConfig):
         dropout: in the decoder, while training.
 
     Raises:
-        UserError: for sizes that do not fit together.
+        UserError: for sizes that are out of bounds or do not fit together.
     """
 
     model_type = "cmmasksd"
@@ -41,13 +74,7 @@ class CMMaskSDConfig(PreTrainedConfig):
     dropout: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.clip_config is None:
-            self.clip_config = CLIPConfig()
-        elif isinstance(self.clip_config, dict):
-            self.clip_config = CLIPConfig(**self.clip_config)
-        for name in ("decoder_width", "decoder_layers", "decoder_heads", "decoder_mlp", "head_width"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)!r}: it must be a whole number of at least 1")
+        _bounded(vars(self), _OURS, "")
         if self.decoder_width % self.decoder_heads:
             raise UserError(
                 f"decoder_width {self.decoder_width} cannot be split among {self.decoder_heads} heads: "
@@ -57,4 +84,100 @@ class CMMaskSDConfig(PreTrainedConfig):
             raise UserError(
                 f"head_width {self.head_width} is not a multiple of 16: use {max(16, self.head_width // 16 * 16)}"
             )
+        if self.clip_config is None:
+            self.clip_config = CLIPConfig()
+        elif not isinstance(self.clip_config, CLIPConfig):
+            self.clip_config = clip_config(self.clip_config)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a config.json's content, from which only the sizes are taken."""
+        known = (*_OURS, "clip_config")
+        return super().from_dict({key: config_dict[key] for key in known if key in config_dict}, **kwargs)
+
+
+def read_config(folder: Path, **sizes: Any) -> CMMaskSDConfig:
+    """The configuration of a trained model in a folder; `sizes` take the place of the file's.
+
+    Raises:
+        UserError: when config.json is not one of ours, or a size is out of bounds.
+    """
+    expected = "a 'cmmasksd': give the folder or hub id of a trained model"
+    found = _of_type(folder, CMMaskSDConfig.model_type, expected)
+    return _in_file(folder, lambda: CMMaskSDConfig.from_dict(found | sizes))
+
+
+def read_clip_config(folder: Path) -> CLIPConfig:
+    """The configuration of a CLIP in a folder.
+
+    Raises:
+        UserError: when config.json is not a CLIP's, or a size is out of bounds.
+    """
+    found = _of_type(folder, CLIPConfig.model_type, "a CLIP: choose a CLIP in transformers' format")
+    return _in_file(folder, lambda: clip_config(found))
+
+
+def _of_type(folder: Path, model_type: str, expected: str) -> dict[str, Any]:
+    """The content of config.json; asked before any weight is read, so that a wrong folder is one short error."""
+    found = read_json(folder / "config.json")
+    if (kind := found.get("model_type")) != model_type:
+        raise UserError(f"{folder} is a {shown(kind)} model, not {expected}")
+    return found
+
+
+def _in_file(folder: Path, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+
+
+def clip_config(found: object) -> CLIPConfig:
+    """A CLIPConfig from the content of a config.json.
+
+    Raises:
+        UserError: when it is not a CLIP's, or a size is out of bounds.
+    """
+    clip = _section(found, "clip_config")
+    sections: Any = (("text_config", CLIPTextConfig, _TEXT), ("vision_config", CLIPVisionConfig, _VISION))
+    towers = {}
+    for name, kind, bounds in sections:
+        # the first CLIPs in transformers' format have a second section, which is the one that holds
+        tower = _section(clip.get(name), name) | _section(clip.get(f"{name}_dict"), f"{name}_dict")
+        tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
+        towers[name] = taken = _bounded(tower, bounds, f"{name}.")
+        taken["hidden_act"] = tower.get("hidden_act", kind.hidden_act)
+        if taken["hidden_act"] not in _ACTIVATIONS:
+            raise UserError(f"{name}.hidden_act is {shown(taken['hidden_act'])}: expected {' or '.join(_ACTIVATIONS)}")
+        width, heads = (taken.get(key, getattr(kind, key)) for key in ("hidden_size", "num_attention_heads"))
+        if width % heads:
+            raise UserError(f"{name}.hidden_size {width} cannot be split among {heads} heads: expected a multiple")
+    config = CLIPConfig(**_bounded(clip, _CLIP, ""), **towers)
+    vision: Any = config.vision_config
+    if vision.image_size < vision.patch_size:
+        raise UserError(
+            f"vision_config.patch_size is {vision.patch_size}: expected at most its image_size {vision.image_size}"
+        )
+    return config
+
+
+def _section(found: object, name: str) -> dict[str, Any]:
+    """A copy of a part of config.json; null is an empty one."""
+    if not isinstance(found, Mapping | None):
+        raise UserError(f"{name} is {shown(found)}: expected an object of sizes")
+    return dict(found or {})
+
+
+def _bounded(found: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]], where: str) -> dict[str, Any]:
+    """The known keys of a part of config.json; each must be a number of the bounds' type and within them."""
+    taken = {name: found[name] for name in bounds if name in found}
+    for name, value in taken.items():
+        low, high = bounds[name]
+        whole = isinstance(low, int)
+        kind = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            said = "a whole number" if whole else "a number"
+            raise UserError(f"{where}{name} is {shown(value)}: expected {said} from {low} to {high}")
+        taken[name] = value if whole else float(value)  # transformers takes no 0 for 0.0
+    return taken

@@ -73,6 +73,25 @@ class DecoderLayer(nn.Module):
         return patches + self.dropout(self.mlp(self.norm3(patches)))
 
 
+def _match(patches: Tensor, sentence: Tensor, hidden: Tensor | None, whole: Tensor | None) -> Tensor:
+    """How well each patch matches the sentence compared with the image's other patches: (B, N), standardised cosines.
+
+    A mask token's cosine says nothing and would shift the mean and the deviation, so that a visible patch would seem to
+    match better than it does: both come from the whole image, and hidden patches get 0, the mean.
+    """
+    cosine = _cosine(patches, sentence)
+    if whole is None:
+        return F.layer_norm(cosine, cosine.shape[1:])
+    variance, mean = torch.var_mean(_cosine(whole, sentence), dim=1, correction=0, keepdim=True)
+    match = (cosine - mean) * (variance + 1e-5).rsqrt()  # as layer_norm
+    return match if hidden is None else match.masked_fill(hidden, 0.0)
+
+
+def _cosine(patches: Tensor, sentence: Tensor) -> Tensor:
+    # in float32 under autocast too: in bfloat16 the cosines of many patches are equal
+    return (F.normalize(patches.float(), dim=-1) * F.normalize(sentence.float(), dim=-1)[:, None]).sum(-1)
+
+
 class FusionDecoder(nn.Module):
     """Patches and words to fused features.
 
@@ -107,19 +126,21 @@ class FusionDecoder(nn.Module):
         sentence: Tensor,
         word_mask: Tensor,
         grid: tuple[int, int],
+        hidden: Tensor | None = None,
+        whole: Tensor | None = None,
     ) -> Tensor:
         """Fuse.
 
         Args:
             patches: (B, N, D). words: (B, L, D). embedded: (B, L, E). sentence: (B, D). word_mask: (B, L) bool.
             grid: (h, w), h * w = N.
+            hidden: (B, N) bool, patches that are a mask token; whole: (B, N, D), `patches` without it. None: no patch
+                is hidden.
 
         Returns:
             (B, N, width).
         """
-        # in float32 under autocast too: in bfloat16 the cosines of many patches are equal
-        match = F.normalize(patches.float(), dim=-1) * F.normalize(sentence.float(), dim=-1)[:, None]
-        match = F.layer_norm(match.sum(-1), match.shape[1:2])[..., None]  # (B, N, 1)
+        match = _match(patches, sentence, hidden, whole)[..., None]  # (B, N, 1)
         # CLIP's features are normed, so that positions (and words that CLIP ignores) are not drowned
         patches, words, embedded, sentence = (
             F.layer_norm(x, x.shape[-1:]) for x in (patches, words, embedded, sentence)

@@ -7,10 +7,15 @@ two ways.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
+
+MAX_SIDE = 4096
+"""The longest side of a canvas in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,66 @@ def lay(height: int, width: int, canvas: tuple[int, int], resize: Literal["warp"
     scale = min(canvas[0] / height, canvas[1] / width)
     h, w = (min(c, max(1, round(side * scale))) for c, side in zip(canvas, (height, width), strict=True))
     return Frame((height, width), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2, h, w))
+
+
+def whole(name: str, value: object, low: int, high: int) -> int:
+    """A whole number within bounds.
+
+    Raises:
+        UserError: for anything else.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
+        raise UserError(f"{name} is {shown(value)}: expected a whole number from {low} to {high}")
+    return int(value)
+
+
+def per_channel(name: str, value: object, low: float, high: float) -> tuple[float, float, float]:
+    """A mean or a standard deviation of red, green and blue.
+
+    Raises:
+        UserError: for anything but three numbers within bounds.
+    """
+    if isinstance(value, list | tuple) and len(value) == 3:
+        numbers = [one for one in value if isinstance(one, int | float) and not isinstance(one, bool)]
+        numbers = [float(one) for one in numbers if low <= one <= high]
+        if len(numbers) == 3:
+            return numbers[0], numbers[1], numbers[2]
+    raise UserError(f"{name} is {shown(value)}: expected three numbers from {low} to {high}")
+
+
+def mean_and_std(mean: object, std: object, prefix: str = "") -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the standard deviation of pixel values in [0, 1].
+
+    Raises:
+        UserError: when they are no such numbers.
+    """
+    return per_channel(f"{prefix}mean", mean, 0.0, 1.0), per_channel(f"{prefix}std", std, 0.001, 1.0)
+
+
+def columns_first(source: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether to resize (H, W) to another (H, W) along the columns first; otherwise it is done along the rows first.
+
+    Only where the intermediate image would have over four times the pixels of both: a narrow and long source.
+    """
+    return source[0] * target[1] > 4 * max(source[0] * source[1], target[0] * target[1])
+
+
+def canvas_of(size: object, patch_size: int) -> tuple[int, int]:
+    """(height, width) of a canvas in pixels.
+
+    Raises:
+        UserError: when these are not two multiples of the patch size within bounds.
+    """
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise UserError(f"size is {shown(size)}: expected a height and a width in pixels")
+    height, width = (whole(name, side, 0, MAX_SIDE) for name, side in zip(("height", "width"), size, strict=True))
+    if any(side < patch_size or side % patch_size for side in (height, width)):
+        good = [max(1, round(side / patch_size)) * patch_size for side in (height, width)]
+        raise UserError(
+            f"an input of {height}x{width} pixels is not a multiple of the patch size {patch_size}: "
+            f"use {good[0]}x{good[1]}"
+        )
+    return height, width
 
 
 def inside(cells: int, canvas: int, start: int, length: int) -> tuple[int, int]:

@@ -11,17 +11,28 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from cmmasksd.assets import located
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.model.auto import MODEL_TYPE
 
 REQUIRED = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 FILES = (*REQUIRED, "config.yaml", "distillation.safetensors")
 CARD = "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 32 << 20
+"""How large a JSON file of a model may be, and one of its tokenizer. CLIP's tokenizer.json has 2 MB."""
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -49,6 +60,22 @@ def model_folder(
     Raises:
         UserError: when there is no such folder, or the hub does not give the files.
     """
+    hub = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    return files_of(name, FILES, **hub)
+
+
+def files_of(name: str | Path, patterns: Iterable[str], **hub: Any) -> Path:
+    """The folder of any model: a shipped one, a local folder, or the download of these files of a hub id.
+
+    Raises:
+        UserError: when there is no such folder, or the hub does not give the files.
+    """
     name = located(name)
     if Path(name).is_dir():
         return Path(name)
@@ -57,20 +84,70 @@ def model_folder(
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(
-            str(name),
-            allow_patterns=list(FILES),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns), **hub))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot load {name}: there is no such folder, and the hub does not give it ({error})"
+            f"cannot load {name}: there is no such folder, and the hub does not give it ({reason(error)})"
         ) from error
-    return Path(found)
+
+
+def require(
+    folder: Path,
+    files: Iterable[str] = REQUIRED,
+    remedy: str = "give the folder of a trained model, such as runs/…/best",
+) -> None:
+    """Stop where a folder lacks files that its model needs.
+
+    Raises:
+        UserError: with their names.
+    """
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing[:5])}: {remedy}")
+
+
+def small(file: Path, limit: int) -> Path:
+    """The file, if it is there and has at most `limit` bytes.
+
+    Raises:
+        UserError: otherwise.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no {file}: get it again, or give another folder")
+    if (size := file.stat().st_size) > limit:
+        raise UserError(f"{file} has {size} bytes, expected at most {limit}: get it again, or give another folder")
+    return file
+
+
+def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file that may be a stranger's.
+
+    Args:
+        file: to be read.
+        limit: the most bytes it may have.
+
+    Raises:
+        UserError: when there is no such file, it is too large, nested too deep, not UTF-8, or no JSON object.
+    """
+    remedy = "get it again, or give another folder"
+    small(file, limit)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({reason(error)}): {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds {shown(found)}, expected a JSON object: {remedy}")
+    return found
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """A panic of the tokenizers library, which damaged files cause, as an Exception: it is none by itself."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library broke off: {error}") from None
 
 
 def weights_digest(folder: Path) -> str:
@@ -204,10 +281,9 @@ def model_card(folder: Path, name: str, results: Sequence[Mapping[str, Any]] = (
 
 
 def _check(folder: Path) -> None:
-    if missing := [name for name in REQUIRED if not (folder / name).is_file()]:
-        raise UserError(f"{folder} lacks {', '.join(missing)}: give the folder of a trained model, such as runs/…/best")
-    if (kind := _json(folder / "config.json").get("model_type")) != MODEL_TYPE:
-        raise UserError(f"{folder} is a {kind!r} model, not a {MODEL_TYPE!r}: give the folder of a trained model")
+    require(folder)
+    if (kind := read_json(folder / "config.json").get("model_type")) != MODEL_TYPE:
+        raise UserError(f"{folder} is a {shown(kind)} model, not a {MODEL_TYPE!r}: give the folder of a trained model")
 
 
 def _metrics(result: Mapping[str, Any]) -> list[str]:
@@ -262,18 +338,21 @@ def _data(settings: Mapping[str, Any]) -> str:
 def _configuration(folder: Path, settings: Mapping[str, Any]) -> Iterable[str]:
     from safetensors import safe_open
 
-    config, processor = _json(folder / "config.json"), _json(folder / "processor_config.json")
+    from cmmasksd.model.configuration import read_config
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+    config, processor = read_config(folder), CMMaskSDProcessor.from_pretrained(folder)
     with safe_open(folder / "model.safetensors", "pt") as file:
         slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 (no mapping)
         kinds = sorted({one.get_dtype() for one in slices})
         count = sum(math.prod(one.get_shape()) for one in slices)
-    height, width = processor["size"]
+    height, width = processor.size
     yield "| | |\n|---|---|"
     yield f"| weights | {count / 1e6:.1f} M, {', '.join(kinds)} |"
-    yield f"| input | {height}×{width} pixels (`{processor['resize']}`), at most {processor['max_tokens']} tokens |"
-    joint = config["clip_config"]["projection_dim"]
-    yield f"| CLIP | patches of {processor['patch_size']} pixels, joint width {joint} |"
-    yield f"| decoder | {config['decoder_layers']} layers of width {config['decoder_width']} |"
+    yield f"| input | {height}×{width} pixels (`{processor.resize}`), at most {processor.max_tokens} tokens |"
+    joint = config.clip_config.projection_dim
+    yield f"| CLIP | patches of {processor.patch_size} pixels, joint width {joint} |"
+    yield f"| decoder | {config.decoder_layers} layers of width {config.decoder_width} |"
     if how := settings.get("distillation"):
         on = [name for key, name in (("vision", "LMVSD"), ("language", "VMLSD")) if how.get(key)]
         said = f"{' and '.join(on)}, loss `{how.get('loss')}`" if on else "none"
@@ -286,7 +365,7 @@ def _limits(folder: Path, scenes: bool) -> Iterable[str]:
         yield "- It knows generated scenes of coloured shapes and is of no use on photographs."
     yield "- A sentence that names nothing in the picture may still get a mask."
     yield "- A score is the mean probability inside the mask, not a calibrated confidence."
-    longest = _json(folder / "processor_config.json")["max_tokens"]
+    longest = read_json(folder / "processor_config.json")["max_tokens"]
     yield f"- A sentence is cut after {longest} tokens. Words that its training did not have are guesses.\n"
 
 
@@ -297,18 +376,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "config.yaml"
     try:
         read = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): give a folder that training wrote") from None
-    if not isinstance(read, dict):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({reason(error)}): give a folder that training wrote") from None
+    if not isinstance(read, dict) or not all(isinstance(read.get(key, {}), dict) for key in ("data", "distillation")):
         raise UserError(f"{file} holds no settings: give a folder that training wrote")
     return read
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): give the folder of a trained model") from None
 
 
 def _without_paths(value: Any) -> Any:

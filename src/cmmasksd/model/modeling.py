@@ -8,6 +8,7 @@ image encoding. The masked branches of CM-MaskSD are not here: they exist only w
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +17,24 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import ModelOutput
 
-from cmmasksd.assets import located
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.model import clip as towers
 from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
-from cmmasksd.model.configuration import CMMaskSDConfig
+from cmmasksd.model.configuration import CMMaskSDConfig, read_clip_config, read_config
 from cmmasksd.model.decoder import Attention, FusionDecoder
-from cmmasksd.model.hub import contents, is_hub_id, model_card, model_folder, upload
+from cmmasksd.model.hub import contents, files_of, model_card, model_folder, read_json, require, upload
 from cmmasksd.model.mask_head import MaskHead
 
 if TYPE_CHECKING:
     from cmmasksd.model.processing import CMMaskSDProcessor
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -53,7 +55,16 @@ class Decoder(nn.Module):
         """Features of K images and K sentences to logits (K, 4h, 4w)."""
         assert text.embedded is not None  # `encode_text` and `encode_image` give them
         assert image.pixels is not None
-        fused = self.fusion(image.patches, text.words, text.embedded, text.sentence, text.word_mask, image.grid)
+        fused = self.fusion(
+            image.patches,
+            text.words,
+            text.embedded,
+            text.sentence,
+            text.word_mask,
+            image.grid,
+            hidden=image.hidden,
+            whole=image.whole,
+        )
         return self.head(fused, image.pixels, text.sentence, image.grid)
 
 
@@ -191,15 +202,15 @@ class CMMaskSDModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> CMMaskSDModel:  # pyright: ignore
-        """As in transformers, but missing, unexpected or misshapen weights stop the load (they would be random)."""
+        """As in transformers, but missing, unexpected, misshapen or non-finite weights stop the load (the masks would
+        be wrong), and of the folder only config.json and model.safetensors are read."""
         kwargs.setdefault("dtype", torch.float32)
         hub = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         folder = model_folder(name, **{key: kwargs.pop(key) for key in hub if kwargs.get(key) is not None})
-        if (kind := _model_type(folder)) != CMMaskSDConfig.model_type:
-            raise UserError(
-                f"{name} is a {kind!r} model, not a 'cmmasksd': give the folder or hub id of a trained model"
-            )
-        return _load_whole(super().from_pretrained, folder, *args, use_safetensors=True, **kwargs)
+        require(folder, ("config.json", WEIGHTS))
+        sizes = {key: kwargs.pop(key) for key in CMMaskSDConfig.__annotations__ if key in kwargs}
+        config = kwargs.pop("config", None) or read_config(folder, **sizes)
+        return _built(cls, super().from_pretrained, config, _read(folder / WEIGHTS), folder, *args, **kwargs)
 
     def push_to_hub(  # pyright: ignore (the processor must travel with the model)
         self,
@@ -241,56 +252,104 @@ def load_clip(name: str | Path) -> CLIPModel:
     Raises:
         UserError: when there is none, or weights are missing.
     """
-    if (kind := _model_type(name)) != "clip":
-        raise UserError(f"{name} is a {kind!r} model, not a CLIP: choose a CLIP in transformers' format")
-    return _load_whole(CLIPModel.from_pretrained, name, dtype=torch.float32)
+    folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
+    if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
+        folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
+    require(folder, ("config.json",), "choose a CLIP in transformers' format")
+    config, weights = read_clip_config(folder), {}
+    for file in _files_of_weights(folder):
+        weights |= _read(file)
+    return _built(CLIPModel, CLIPModel.from_pretrained, config, weights, folder, dtype=torch.float32)
 
 
-def _model_type(name: str | Path, **where: Any) -> str | None:
-    """What config.json says it is; asked before any weight is read, so that a wrong folder is one short error."""
-    return _load(PreTrainedConfig.get_config_dict, name, **where)[0].get("model_type")
+def _files_of_weights(folder: Path) -> list[Path]:
+    """The weights of a CLIP: one file, or those that an index names, which must lie beside it."""
+    names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
+    name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
+    if not name.endswith(".json"):
+        require(folder, (name,), "choose a CLIP in transformers' format")
+        return [folder / name]
+    index = read_json(folder / name).get("weight_map")
+    shards: list[Any] = list(index.values()) if isinstance(index, dict) else [index]
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard, re.ASCII):
+            raise UserError(f"{folder / name} names {shown(shard)}: expected files of weights in its own folder")
+    shards = sorted(set(shards))
+    require(folder, shards, "get the missing files too")
+    for shard in shards:
+        if (folder / shard).resolve().parent not in homes:
+            raise UserError(f"{folder / shard} is a link out of its folder: copy the file to where the link is")
+    return [folder / shard for shard in shards]
 
 
-def _load_whole(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """Load a model; weights that are missing, unexpected or misshapen stop it (else random ones would be evaluated)."""
+def _read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights. Pickled code is never run."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"the pickled weights in {file} hold more than tensors: get them in safetensors format"
+        ) from error
+    except Exception as error:  # what the two libraries raise for a damaged file has no common class
+        raise UserError(f"cannot load {file}: {reason(error)}") from error
+    # a tensor that repeats its numbers (expanded) would need more memory than its file
+    if not isinstance(found, dict) or not all(
+        isinstance(one, Tensor) and one.numel() * one.element_size() <= one.untyped_storage().nbytes()
+        for one in found.values()
+    ):
+        raise UserError(f"{file} holds more than plain tensors: get the weights in safetensors format")
+    return found
+
+
+def _built(
+    kind: Any, load: Any, config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path, *args: Any, **kwargs: Any
+) -> Any:
+    """A model of these weights; some that are missing, unexpected, misshapen or not finite stop it (else random ones
+    would be evaluated). transformers gets no folder: it would read more from it than config.json and the weights."""
+    stored = sum(value.numel() for value in weights.values())
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in kind(config).parameters())
+    if needed > 2 * stored:  # twice: where only some are missing, the names of these say more
+        raise UserError(
+            f"config.json in {folder} describes {needed} weights and the files hold {stored}: they belong to different "
+            "models"
+        )
+    for key, value in weights.items():
+        if not _is_finite(value):
+            raise UserError(f"{shown(key)} in {folder} holds values that are not finite: train again, or get it again")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of the weights is a table of hundreds of lines; ours is the error
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = _load(call, name, *args, **kwargs)
+    try:
+        model, info = load(None, *args, config=config, state_dict=weights, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load a model from {folder}: {reason(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     gaps = {
         "of another shape": {key[0] for key in info["mismatched_keys"]},
         "missing": info["missing_keys"],
         # Old CLIP checkpoints also store the position indices, which are no weights.
         "unexpected": {key for key in info["unexpected_keys"] if not key.endswith("position_ids")},
     }
-    for kind, keys in gaps.items():
+    for said, keys in gaps.items():
         if keys:
-            shown = ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
+            few = ", ".join(shown(key) for key in sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
             raise UserError(
-                f"{len(keys)} weights of {name} are {kind} ({shown}): the file does not fit its config.json"
+                f"{len(keys)} weights of {folder} are {said} ({few}): the file does not fit its config.json"
             )
     return model
 
 
-def _load(call: Any, name: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """Call transformers safely (no pickled code, no remote code) and quietly; what it raises becomes one line."""
-    name = located(name)
-    path = Path(name)
-    if not path.is_dir() and not is_hub_id(name):
-        raise UserError(f"there is no model folder {name}: give the folder of a trained model or a hub id")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{name} holds no config.json: it is not a model folder")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report of the weights is a table of hundreds of lines; ours is the error
-    kwargs |= {"weights_only": True, "trust_remote_code": False}
-    try:
-        return call(str(name), *args, **kwargs)
-    except UnpicklingError as error:
-        raise UserError(
-            f"the pickled weights of {name} hold more than tensors: get them in safetensors format"
-        ) from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"cannot load a model from {name}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    # a sum is several times as quick as a look at every number, and overflows rarely
+    return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())

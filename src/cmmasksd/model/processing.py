@@ -8,8 +8,10 @@ it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,11 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmmasksd.assets import located
-from cmmasksd.errors import UserError
+from cmmasksd.data.samples import is_blank
+from cmmasksd.errors import UserError, reason, shown
+from cmmasksd.model.auto import MODEL_TYPE
 from cmmasksd.model.clip import Tokens
-from cmmasksd.model.frame import Frame, inside, lay, level
-from cmmasksd.model.hub import model_folder
+from cmmasksd.model.frame import MAX_SIDE, Frame, canvas_of, columns_first, inside, lay, level, mean_and_std, whole
+from cmmasksd.model.hub import (
+    TOKENIZER_BYTES,
+    TOKENIZER_FILES,
+    files_of,
+    model_folder,
+    no_panic,
+    read_json,
+    require,
+    small,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +41,9 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FILE_NAME = "processor_config.json"
+MAX_TOKENS = 4096
+_PREPROCESSING = ("preprocessor_config.json", FILE_NAME)
+_TOKENIZER_SETTINGS = ("bos_token", "eos_token", "unk_token", "pad_token", "added_tokens_decoder", "model_max_length")
 
 
 def normalize(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
@@ -51,7 +66,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
         UserError: for an empty sentence.
     """
     for text in texts:
-        if not text.strip():
+        if is_blank(text):
             raise UserError("an empty sentence names no object: give at least one word")
     encoded = tokenizer(
         list(texts),
@@ -70,6 +85,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
     return Tokens(encoded["input_ids"], mask, word_ids, truncated)
 
 
+def _resized(images: Tensor, height: int, width: int, mode: str) -> Tensor:
+    """(B, C, H, W) to (B, C, height, width), antialiased.
+
+    torch resizes along the rows first, which costs too much for a long and narrow image (`columns_first`), and it fills
+    a single column of floats with its first value (2.13). Such images are therefore resized on their side.
+    """
+    if images.shape[-1] == 1 or columns_first(images.shape[-2:], (height, width)):
+        return F.interpolate(images.mT, (width, height), mode=mode, antialias=True).mT
+    return F.interpolate(images, (height, width), mode=mode, antialias=True)
+
+
 class CMMaskSDProcessor:
     """Turns images and sentences into the model's input and logits into masks.
 
@@ -82,7 +108,8 @@ class CMMaskSDProcessor:
         mean, std: of the pixel values in [0, 1].
 
     Raises:
-        UserError: when a size is not a multiple of the patch size, or `max_tokens` holds no word.
+        UserError: when a size is out of bounds or not a multiple of the patch size, `max_tokens` holds no word, or
+            `mean` and `std` are not of pixel values in [0, 1].
     """
 
     def __init__(
@@ -97,33 +124,24 @@ class CMMaskSDProcessor:
         std: Sequence[float] = CLIP_STD,
     ) -> None:
         if resize not in ("warp", "letterbox"):
-            raise UserError(f"unknown resize {resize!r}: choose warp or letterbox")
+            raise UserError(f"unknown resize {shown(resize)}: choose warp or letterbox")
         if not tokenizer.is_fast:
             raise UserError(
                 f"the tokenizer {type(tokenizer).__name__} cannot say which word a piece belongs to: use a fast one"
             )
-        if max_tokens < 3:
-            raise UserError(f"max_tokens {max_tokens} leaves no room for a word between start and end: use at least 3")
-        self.tokenizer, self.patch_size = tokenizer, patch_size
+        # 3: start, a word, end
+        most = min(whole("max_tokens", max_tokens, 3, MAX_TOKENS), tokenizer.model_max_length)
+        self.tokenizer, self.max_tokens = tokenizer, most  # the text tower has no more positions
+        self.patch_size = whole("patch_size", patch_size, 1, MAX_SIDE)
         self.resize: Literal["warp", "letterbox"] = resize
-        self.max_tokens = min(max_tokens, tokenizer.model_max_length)  # the text tower has no more positions
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.size = self._checked((int(size[0]), int(size[1])))
-
-    def _checked(self, size: tuple[int, int]) -> tuple[int, int]:
-        if any(side < self.patch_size or side % self.patch_size for side in size):
-            good = [max(1, round(side / self.patch_size)) * self.patch_size for side in size]
-            raise UserError(
-                f"an input of {size[0]}x{size[1]} pixels is not a multiple of the patch size {self.patch_size}: "
-                f"use {good[0]}x{good[1]}"
-            )
-        return size
+        self.mean, self.std = mean_and_std(mean, std)
+        self.size = canvas_of(size, self.patch_size)
 
     # -- to tensors
 
     def frame(self, height: int, width: int, size: tuple[int, int] | None = None) -> Frame:
         """Where an image of the given size goes on the canvas."""
-        canvas = self.size if size is None else self._checked(size)
+        canvas = self.size if size is None else canvas_of(size, self.patch_size)
         return lay(height, width, canvas, self.resize)
 
     def image(self, image: np.ndarray, size: tuple[int, int] | None = None) -> tuple[Tensor, Frame]:
@@ -142,7 +160,7 @@ class CMMaskSDProcessor:
         top, left, h, w = frame.content
         tensor = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
         if (h, w) != frame.original:
-            tensor = F.interpolate(tensor, (h, w), mode="bicubic", antialias=True)
+            tensor = _resized(tensor, h, w, "bicubic")
         if (h, w) == frame.canvas:
             return tensor[0], frame
         canvas = torch.tensor([round(255 * m) for m in self.mean], dtype=torch.uint8)[:, None, None]
@@ -175,11 +193,11 @@ class CMMaskSDProcessor:
         top, left, h, w = frame.content
         value = torch.from_numpy(np.require(mask, requirements=["C", "W"]))[None, None].float()
         if (h, w) != frame.canvas:
-            value = F.interpolate(value, (h, w), mode="bilinear", antialias=True)
+            value = _resized(value, h, w, "bilinear")
             value = F.pad(value, (left, frame.canvas[1] - left - w, top, frame.canvas[0] - top - h))
         cells = (round(frame.canvas[0] / stride), round(frame.canvas[1] / stride))
         if value.shape[-2:] != cells:
-            value = F.interpolate(value, cells, mode="bilinear", antialias=True)
+            value = _resized(value, *cells, "bilinear")
         return value[0, 0].clamp(0, 1)
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
@@ -252,17 +270,28 @@ class CMMaskSDProcessor:
         """
         folder = model_folder(name, **hub)
         file = folder / FILE_NAME
-        if not file.is_file():
-            raise UserError(f"no {FILE_NAME} in {name}: give the folder or hub id of a trained model")
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-            settings.pop("processor_class", None)
-            size = tuple(settings.pop("size"))
-            return cls(load_tokenizer(folder), size, **settings)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        require(folder, (FILE_NAME, "tokenizer.json", "tokenizer_config.json"))
+        settings = read_json(file)
+        settings.pop("processor_class", None)
+        if wrong := settings.keys() ^ {"size", "patch_size", "resize", "max_tokens", "mean", "std"}:
             raise UserError(
-                f"{file} is not a processor of ours ({error}): save it again with save_pretrained"
-            ) from error
+                f"{file} is not a processor of ours ({shown(sorted(wrong)[0])} is missing or unknown): save it again "
+                "with save_pretrained"
+            )
+        tokenizer = load_tokenizer(folder)
+        try:
+            processor = cls(tokenizer, **settings)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        if (clip := _clip_config(folder)) is not None:
+            _check_tokenizer(processor.tokenizer, clip, folder)
+            context, patch = clip.text_config.max_position_embeddings, clip.vision_config.patch_size
+            if processor.max_tokens > context or processor.patch_size != patch:
+                raise UserError(
+                    f"{file} has max_tokens {processor.max_tokens} and patch_size {processor.patch_size}, the model in "
+                    f"its folder {context} and {patch}: they belong to different models"
+                )
+        return processor
 
     @classmethod
     def from_backbone(
@@ -274,15 +303,102 @@ class CMMaskSDProcessor:
         resize: Literal["warp", "letterbox"],
         max_tokens: int,
     ) -> CMMaskSDProcessor:
-        """A processor for a new model on a CLIP (or another model with a tokenizer) given by folder or hub id."""
-        return cls(load_tokenizer(name), size, patch_size=patch_size, resize=resize, max_tokens=max_tokens)
+        """A processor for a new model on a CLIP (or another model with a tokenizer) given by folder or hub id. The mean
+        and the standard deviation of its pixels are those of the backbone, or CLIP's own where it names none.
+
+        Raises:
+            UserError: when the tokenizer or these values cannot be read, or the tokenizer does not fit the CLIP.
+        """
+        folder = files_of(name, (*TOKENIZER_FILES, "config.json", *_PREPROCESSING))
+        tokenizer, (mean, std) = load_tokenizer(folder), _mean_and_std(folder)
+        if (clip := _clip_config(folder)) is not None:
+            _check_tokenizer(tokenizer, clip, folder)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, clip.text_config.max_position_embeddings)
+        return cls(tokenizer, size, patch_size=patch_size, resize=resize, max_tokens=max_tokens, mean=mean, std=std)
+
+
+def _mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Those of a backbone's pixels. transformers 5 writes them into a section of the second file."""
+    file = next((folder / one for one in _PREPROCESSING if (folder / one).is_file()), None)
+    if file is None:
+        return CLIP_MEAN, CLIP_STD
+    found = read_json(file)
+    if file.name == FILE_NAME:
+        found = found.get("image_processor", {})
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: image_processor is {shown(found)}, expected an object")
+    try:
+        return mean_and_std(found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD), "image_")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _clip_config(folder: Path) -> Any:
+    """The CLIPConfig of the model in a folder; None where there is no model, or one of another kind."""
+    from cmmasksd.model.configuration import read_clip_config, read_config
+
+    if not (folder / "config.json").is_file():
+        return None
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind == "clip":
+        return read_clip_config(folder)
+    return read_config(folder).clip_config if kind == MODEL_TYPE else None
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, clip: Any, folder: Path) -> None:
+    """Another model's tokenizer would give wrong masks without an error."""
+    text, last = clip.text_config, max(tokenizer.get_vocab().values())
+    # the first CLIPs in transformers' format say 2, and mean the last id
+    end = last if text.eos_token_id == 2 else text.eos_token_id
+    if last >= text.vocab_size or tokenizer.eos_token_id != end:
+        raise UserError(
+            f"the tokenizer in {folder} has ids up to {last} and the end token {tokenizer.eos_token_id}, its model has "
+            f"{text.vocab_size} ids and the end token {end}: get the tokenizer of this model"
+        )
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a CLIP, by folder or hub id."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a CLIP, by folder or hub id.
 
-    try:
-        return AutoTokenizer.from_pretrained(str(located(name)), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer can be read from {name}: {error}") from error
+    Only its vocabulary, its special tokens and its limit are read; transformers would also act on other settings of a
+    stranger's files.
+
+    Raises:
+        UserError: when the files are missing or damaged, or sentences get no start and end token.
+    """
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
+
+    folder = files_of(name, TOKENIZER_FILES)
+    if not all((folder / one).is_file() for one in ("vocab.json", "merges.txt")):  # the files of old CLIPs
+        require(folder, ("tokenizer.json",), "get the tokenizer's files too")
+    settings = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        settings |= read_json(folder / file) if (folder / file).is_file() else {}
+    clips = settings.get("tokenizer_class", "CLIPTokenizer") in ("CLIPTokenizer", "CLIPTokenizerFast")
+    kind: Any = CLIPTokenizer if clips else PreTrainedTokenizerFast
+    with TemporaryDirectory() as clean:
+        for file in ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json"):
+            if (folder / file).is_file():
+                shutil.copyfile(small(folder / file, TOKENIZER_BYTES), Path(clean) / file)
+        kept = {key: settings[key] for key in _TOKENIZER_SETTINGS if key in settings}
+        (Path(clean) / "tokenizer_config.json").write_text(json.dumps(kept), encoding="utf-8")
+        try:
+            with no_panic():
+                tokenizer = kind.from_pretrained(clean, local_files_only=True)
+                limit = tokenizer.model_max_length
+                if not isinstance(limit, int | float) or not limit >= 3:
+                    raise UserError(f"model_max_length is {shown(limit)}, expected at least 3")
+                tokenizer.model_max_length = int(min(limit, MAX_TOKENS))
+                tokenizer.padding_side = tokenizer.truncation_side = "right"
+                ids = tokenizer("a red é 1", padding=True, truncation=True)["input_ids"]
+        except Exception as error:  # what the two libraries raise for damaged files has no common class
+            raise UserError(
+                f"the tokenizer in {folder} cannot be read ({reason(error)}): get its files again"
+            ) from None
+    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    if len(ids) < 3 or [ids[0], ids[-1]] != ends or ends[1] in ids[1:-1]:
+        raise UserError(
+            f"the tokenizer in {folder} gives {shown(ids)} for a sentence, expected its start, pieces and its "
+            "end: get its files again"
+        )
+    return tokenizer

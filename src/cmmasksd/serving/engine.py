@@ -150,6 +150,8 @@ class Engine:
     def _compute(self, jobs: Sequence[Job]) -> None:
         ready = []
         for job in jobs:
+            if job.answer.cancelled():  # while the images before it were read
+                continue
             try:
                 ready.append((job, read_image(job.image, exif=True, max_pixels=self.settings.max_pixels)))
             except Exception as error:
@@ -204,11 +206,7 @@ def _settle(job: Job, answer: dict[str, Any] | Exception) -> None:
 
 def describe(found: Segmentation, want: frozenset[str]) -> dict[str, Any]:
     """A segmentation as JSON can hold it: text, score, area, box, and what is wanted of rle, png and probability."""
-    box = found.box
-    if box is not None:
-        x0, y0, x1, y1 = box
-        box = [x0, y0, x1 - x0, y1 - y0]
-    shown: dict[str, Any] = {"text": found.text, "score": found.score, "area": found.area, "box": box}
+    shown: dict[str, Any] = {"text": found.text, "score": found.score, "area": found.area, "box": found.box}
     if "rle" in want:
         shown["rle"] = found.rle
     if "png" in want:

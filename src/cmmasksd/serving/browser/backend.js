@@ -6,7 +6,7 @@ import { fitted, lay, pixelValues, restore } from "./pixels.js";
 import { makeTokenizer } from "./tokenizer.js";
 
 const MAP_SIDE = 512, WORD_SIDE = 64; // the longer side of a probability map and of a word's map in pixels, at most
-const MAX_PIXELS = 64_000_000;
+const MAX_PIXELS = 64_000_000, MAX_SIDE = 32_768, MAX_RATIO = 100; // as Python's
 const GRAPHS = ["image", "text", "decoder"];
 
 ort.env.wasm.numThreads = 1; // several would need headers that a plain file server does not send
@@ -54,7 +54,7 @@ async function file(name, onProgress = () => {}) {
 export async function segment(blob, sentences, onProgress = () => {}, signal = undefined) {
   await load(onProgress);
   const { settings, tokenize, sessions } = await model;
-  if (sentences.some((sentence) => !sentence.trim())) throw new Error("An empty sentence names no object: give at least one word.");
+  if (sentences.some((sentence) => !/[^\s\p{Cc}\p{Cf}]/u.test(sentence))) throw new Error("An empty sentence names no object: give at least one word.");
   onProgress(0, "Reading the picture");
   const { width, height, data } = await decode(blob);
   const frame = lay(height, width, settings), [h, w] = frame.canvas;
@@ -95,6 +95,8 @@ async function decode(blob) {
   }
   const { width, height } = bitmap;
   if (width * height > MAX_PIXELS) throw new Error(`The picture has more than ${MAX_PIXELS / 1e6} megapixels: make it smaller first.`);
+  if (Math.max(width, height) > Math.min(MAX_SIDE, MAX_RATIO * Math.min(width, height)))
+    throw new Error(`The picture of ${width} × ${height} is too long or too narrow: crop it first.`);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true, alpha: false });
   context.fillStyle = "white";

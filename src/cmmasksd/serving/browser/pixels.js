@@ -26,6 +26,10 @@ export function pixelValues(rgba, frame, { mean, std }) {
 
 /** Antialiased bicubic on bytes with four channels, in the integers that torch computes with. */
 export function resizeBicubic(pixels, H, W, height, width) {
+  if (H * width > 4 * Math.max(H * W, height * width)) { // long and narrow: see columns_first in model/frame.py
+    pixels = resizeLines(pixels, W, H, height, 4, 4 * W, 4, 4 * W);
+    H = height;
+  }
   if (W !== width) pixels = resizeLines(pixels, H, W, width, 4 * W, 4, 4 * width, 4);
   if (H !== height) pixels = resizeLines(pixels, width, H, height, 4, 4 * width, 4, 4 * width);
   return pixels;

@@ -12,6 +12,8 @@ const HEAT = [[20, 20, 60], [0, 114, 178], [230, 159, 0], [250, 240, 130]];
 const SIDE = 960; // of the drawn picture's longer side, in pixels
 const SHOWN = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/avif"];
 
+const VISIBLE = /[^\s\p{Cc}\p{Cf}]/u; // what a sentence has at least one of, as in Python
+
 let picture = null; // {blob, name, bitmap}
 let found = []; // {text, score, probability, words, big: Uint8ClampedArray at the drawn size, on}
 let size = { width: 0, height: 0 }; // as drawn
@@ -96,7 +98,7 @@ async function showExamples() {
 // ---- the job
 
 async function find() {
-  const sentences = $("sentences").value.split("\n").map((line) => line.trim()).filter(Boolean);
+  const sentences = $("sentences").value.split("\n").map((line) => line.trim()).filter((line) => VISIBLE.test(line));
   say("error", "");
   if (!picture) return complain("Choose a picture first, or click an example.", $("file"));
   if (!sentences.length) return complain("Type at least one sentence: what to look for in the picture.", $("sentences"));
@@ -407,8 +409,8 @@ $("save-rle").addEventListener("click", () => {
         left = Math.min(left, x); right = Math.max(right, x); top = Math.min(top, y); bottom = Math.max(bottom, y);
       }
     counts.push(run);
-    const bbox = area ? [left, top, right - left + 1, bottom - top + 1] : [0, 0, 0, 0];
-    return { text: one.text, score: Number(measure(one).score.toFixed(4)), area, bbox, segmentation: { size: [height, width], counts } };
+    const box = area ? [left, top, right + 1, bottom + 1] : null; // [x0, y0, x1, y1], half-open
+    return { text: one.text, score: Number(measure(one).score.toFixed(4)), area, box, segmentation: { size: [height, width], counts } };
   });
   const content = { image: { file_name: picture.name, width, height }, threshold: threshold(), annotations };
   download(new Blob([JSON.stringify(content)], { type: "application/json" }), `${stem()}_masks.json`);

@@ -45,8 +45,6 @@ function bytes(map) {
 }
 
 async function call(path, request, say = () => {}) {
-  const key = new URLSearchParams(location.hash.slice(1)).get("key");
-  if (key) request.headers = { "X-API-Key": key };
   for (let attempt = 0; ; attempt++) {
     let answer;
     try {
@@ -61,7 +59,7 @@ async function call(path, request, say = () => {}) {
       await pause(1000 * (Number(answer.headers.get("Retry-After")) || 1), request.signal);
       continue;
     }
-    if (answer.status === 401) throw new Error("This server asks for a key: open the page with #key=YOUR-KEY at the end of its address.");
+    if (answer.status === 401) throw new Error("This server asks for a key: load the page again and give the key as the password.");
     const said = await answer.json().catch(() => null);
     throw new Error(sentence(said?.error?.message ?? `the server refused with status ${answer.status}`));
   }

@@ -14,20 +14,12 @@ from cmmasksd.errors import UserError
 from cmmasksd.model.clip import encode_image, encode_text
 from cmmasksd.model.modeling import load_clip
 from cmmasksd.model.processing import load_tokenizer, normalize
-from cmmasksd.training import pretrain as module
-from cmmasksd.training.pretrain import (
-    CaptionedScenes,
-    _Collate,
-    build_clip,
-    changed_patches,
-    contrastive_losses,
-    lend_patches,
-    pretrain,
-    region_similarity,
-    retrieval,
-    train_tokenizer,
-    true_of,
-)
+from cmmasksd.pretraining import loop as module
+from cmmasksd.pretraining.captions import CaptionedScenes, Collate, true_of
+from cmmasksd.pretraining.loop import pretrain
+from cmmasksd.pretraining.losses import SHARPNESS, changed_patches, contrastive_losses, lend_patches, region_similarity
+from cmmasksd.pretraining.model import build_clip, train_tokenizer
+from cmmasksd.pretraining.retrieval import retrieval
 
 
 def micro(out="unused", **how):
@@ -140,7 +132,7 @@ def test_a_claim_is_true_of_an_image_with_one_object_that_has_it_all():
 def test_collate_knows_of_which_images_a_text_is_true(tokenizer):
     data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
     items = [data[i] for i in range(4)]
-    images, captions, phrases, caption_true, phrase_true = _Collate(tokenizer)(items)
+    images, captions, phrases, caption_true, phrase_true = Collate(tokenizer)(items)
     assert images.shape == (8, 64, 64, 3)
     assert (len(captions), len(phrases)) == (8, 16)
     assert caption_true.diagonal().all()
@@ -205,7 +197,7 @@ def by_hand(pooled, patches, captions, phrases, scale, caption_true=None, phrase
     def loss(right, wrong):
         return math.log(sum(math.exp(x - right) for x in [right, *wrong]))
 
-    count, each, sharp = len(pooled), len(phrases) // len(pooled), module.SHARPNESS
+    count, each, sharp = len(pooled), len(phrases) // len(pooled), SHARPNESS
     logit = [[scale * cosine(c, p) for p in pooled] for c in captions]
     of = range(count)
     rows = [loss(logit[i][i], [logit[i][j] for j in of if j != i and not caption_true[i][j]]) for i in of]
@@ -252,7 +244,7 @@ def test_the_losses_fall_on_a_batch(tokenizer):
     torch.manual_seed(0)
     clip = build_clip(micro(), tokenizer)
     data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
-    images, captions, phrases, caption_true, phrase_true = _Collate(tokenizer)([data[i] for i in range(4)])
+    images, captions, phrases, caption_true, phrase_true = Collate(tokenizer)([data[i] for i in range(4)])
     images = normalize(images.permute(0, 3, 1, 2))
     true = {"caption_true": caption_true, "phrase_true": phrase_true}
     optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-3)

@@ -1,6 +1,6 @@
 """Writes the mean of several models' weights: of trainings that went on from one model, it is often better than each.
 
-python benchmarks/mean.py runs/mean runs/a/last runs/b/last
+python tools/mean.py runs/mean runs/a/last runs/b/last
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Makes the model that ships as "scenes" out of a training's folder: float16 weights, scores of those, and its card.
 
-    python benchmarks/ship.py runs/scenes-model/last --branches runs/scenes-model-3/last
+    python tools/ship.py runs/scenes-model/last --branches runs/scenes-model-3/last
 
 The scores in the card are those of the stored file, on scenes that no training has drawn. How the weights came about is
 told in `scenes-model.md.in` beside this file: edit that, not the card.

@@ -1,0 +1,41 @@
+"""Generated scenes with true referring expressions: the data set that needs no download.
+
+A scene is a textured, noisy background with 3 to 10 overlapping objects (8 shapes × 8 colours × 3 sizes × 3 fills),
+made so that objects share attributes with each other and every word of a sentence matters. Three styles follow the
+three benchmarks: ``scenes`` (short, with location words, as RefCOCO), ``scenes+`` (no location words, as RefCOCO+) and
+``scenesg`` (long, with relations to other objects, as G-Ref).
+
+``HELD_OUT`` lists eight colour-shape pairs. No object of train, val or testA has one; every target of testB has one.
+
+    vocabulary.py   words, attributes, and the records SceneObject and Scene
+    drawing.py      scene to pixels
+    layout.py       where objects lie
+    meaning.py      what is true of which objects
+    language.py     sentences that name one object
+    captions.py     captions and their claims (for contrastive training)
+    dataset.py      make_scene, SceneDataset
+"""
+
+from cmmasksd.data.scenes.captions import Phrase as Phrase
+from cmmasksd.data.scenes.captions import caption as caption
+from cmmasksd.data.scenes.captions import describe as describe
+from cmmasksd.data.scenes.captions import facts as facts
+from cmmasksd.data.scenes.captions import referring as referring
+from cmmasksd.data.scenes.captions import twin as twin
+from cmmasksd.data.scenes.dataset import SceneDataset as SceneDataset
+from cmmasksd.data.scenes.dataset import make_scene as make_scene
+from cmmasksd.data.scenes.drawing import render as render
+from cmmasksd.data.scenes.drawing import stencil as stencil
+from cmmasksd.data.scenes.meaning import RELATIONS as RELATIONS
+from cmmasksd.data.scenes.vocabulary import COLOURS as COLOURS
+from cmmasksd.data.scenes.vocabulary import FILLS as FILLS
+from cmmasksd.data.scenes.vocabulary import HELD_OUT as HELD_OUT
+from cmmasksd.data.scenes.vocabulary import MIN_VISIBLE as MIN_VISIBLE
+from cmmasksd.data.scenes.vocabulary import REFERENCES_PER_SCENE as REFERENCES_PER_SCENE
+from cmmasksd.data.scenes.vocabulary import SHAPES as SHAPES
+from cmmasksd.data.scenes.vocabulary import SIZES as SIZES
+from cmmasksd.data.scenes.vocabulary import SPLITS as SPLITS
+from cmmasksd.data.scenes.vocabulary import STYLES as STYLES
+from cmmasksd.data.scenes.vocabulary import Scene as Scene
+from cmmasksd.data.scenes.vocabulary import SceneObject as SceneObject
+from cmmasksd.data.scenes.vocabulary import names_held_out as names_held_out

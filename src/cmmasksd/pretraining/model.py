@@ -1,0 +1,87 @@
+"""The small CLIP that pretraining starts from: its tokenizer, its sizes, and how it is stored."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmmasksd.config import PretrainConfig
+from cmmasksd.data.scenes import STYLES, caption, make_scene
+from cmmasksd.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerBase
+
+
+def train_tokenizer(vocabulary: int, context: int, seed: int = 0) -> PreTrainedTokenizerBase:
+    """A small tokenizer of CLIP's kind (lower case, byte-level BPE: nothing is unknown), trained on scene sentences."""
+    from tokenizers.trainers import BpeTrainer
+    from transformers import CLIPTokenizer
+
+    if vocabulary < 514:
+        raise UserError(f"a vocabulary of {vocabulary} cannot hold every byte: use at least 514")
+    draw = random.Random(seed)
+    texts = []
+    for index in range(3000):
+        scene = make_scene(seed, "pretrain", index, style=STYLES[index % 3])
+        texts += [caption(scene, draw)[0], *(s for _, said in scene.references for s in said)]
+    alphabet = sorted(_byte_alphabet())
+    blank = CLIPTokenizer()
+    trainer = BpeTrainer(
+        vocab_size=vocabulary - 2 - len(alphabet),  # the ends of words that training did not see are added below
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        limit_alphabet=10**6,
+    )
+    blank.backend_tokenizer.train_from_iterator(texts, trainer)
+    trained = json.loads(blank.backend_tokenizer.to_str())["model"]["merges"]
+    merges: Any = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in trained]
+    # Numbered here: the trainer's own numbers differ from process to process. Every byte may end a word, seen or not.
+    pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *(a + b for a, b in merges)]
+    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={p: i for i, p in enumerate(pieces)},
+        merges=merges,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ByteLevel.alphabet()
+
+
+def build_clip(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
+    """A CLIP with fresh weights, in the sizes of the config."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": config.width, "intermediate_size": 4 * config.width, "hidden_act": "gelu"}
+    tower |= {"num_attention_heads": max(1, config.width // 64), "projection_dim": config.width}
+    text = tower | {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": config.text_layers,
+        "max_position_embeddings": config.context,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = tower | {
+        "num_hidden_layers": config.vision_layers,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=config.width))
+
+
+def save_clip(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a CLIP in transformers' format, weights in float16 (half the size; loading returns them to float32)."""
+    half: Any = copy.deepcopy(clip).half()
+    half.config.text_config.dtype = half.config.vision_config.dtype = None  # of a loaded CLIP they still say float32
+    half.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
