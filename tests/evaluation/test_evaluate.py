@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,10 +179,11 @@ def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
 # -- memory
 
 MEMORY = """
-import resource, sys
+import sys
 import numpy as np
 import torch
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
+from memory import peak_megabytes
 from test_evaluate import Boxes, Bright
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.evaluation.evaluate import evaluate
@@ -195,18 +197,18 @@ class Many(Boxes):  # one photograph, 40 objects with a sentence each
 
 processor = CMMaskSDProcessor(load_tokenizer("tiny"), (64, 64), patch_size=16)
 small = evaluate(Bright(), processor, Many(sizes=((40, 60),)), progress=False)  # what is imported only now
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_megabytes()
 rows, _, _ = evaluate(Bright(), processor, Many(sizes=((2000, 3000),)), progress=False)
 assert len(rows) == 40
-grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(grown // (2**20 if sys.platform == "darwin" else 2**10))  # bytes there, kilobytes here
+print(peak_megabytes() - before)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the memory of a process is read by POSIX's getrusage")
 def test_many_sentences_about_one_photograph_need_little_memory():
     """40 masks of 6 megapixels: 3 GB when restored together, and 240 MB of truth."""
-    command = [sys.executable, "-c", MEMORY, os.path.dirname(__file__)]
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", MEMORY, str(here), str(here.parent)]
     grown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
     assert float(grown) < 400, f"{grown} MB"
 
