@@ -20,10 +20,14 @@ from PIL import Image
 
 from cmmasksd import cli
 from cmmasksd.assets import located
+from cmmasksd.data.scenes.examples import write_examples
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "api.md"})]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted(set(DOCS.glob("*.md")) - {DOCS / "api.md"}),
+]
 FENCE = re.compile(r"^(?P<above>[^\n]*)\n+```(?P<language>\w*)(?P<title>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -116,6 +120,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Image.fromarray(rng.integers(0, 256, (180, 240, 3), dtype=np.uint8)).save(path)
 
     draw(Path("picture.jpg"))
+    write_examples(Path("examples"))
     # what a page may use without making it: a network of the reader's, a model's folder
     namespace: dict[str, object] = {"network": tiny_model, "scenes": located("scenes"), "__name__": "__page__"}
     for found in FENCE.finditer(text_of(page)):

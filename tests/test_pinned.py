@@ -14,6 +14,10 @@ import pytest
 
 PINNED = Path(__file__).parent / "pinned"
 MODELS = ("scenes", "tiny")
+COMMANDS = (
+    *("demo", "train", "evaluate", "compare", "predict", "export", "serve", "explain", "data", "data scenes"),
+    *("examples", "pretrain", "push", "report", "completion"),
+)
 
 
 def scenes() -> dict[str, dict[str, str]]:
@@ -65,11 +69,28 @@ def scoring() -> dict[str, Any]:
     return {"results": results, "expressions": rows}
 
 
+def options() -> dict[str, list[str]]:
+    """Command -> every option of its `--help`."""
+    import contextlib
+    import io
+    import re
+
+    from cmmasksd import cli
+
+    pinned = {}
+    for command in COMMANDS:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            cli.main([*command.split(), "--help"])
+        pinned[command] = sorted(set(re.findall(r"(?<![\w-])--[\w.]+(?<!\.)", text.getvalue())))
+    return pinned
+
+
 def read(name: str) -> Any:
     return json.loads((PINNED / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("pinned", [scenes, weights], ids=lambda pinned: pinned.__name__)
+@pytest.mark.parametrize("pinned", [scenes, weights, options], ids=lambda pinned: pinned.__name__)
 def test_nothing_has_moved(pinned: Callable[[], Any]):
     assert pinned() == read(pinned.__name__)
 
@@ -94,7 +115,7 @@ def test_a_fixed_run_scores_the_same():
 
 if __name__ == "__main__":
     PINNED.mkdir(exist_ok=True)
-    for make in (scenes, weights, scoring):
+    for make in (scenes, weights, options, scoring):
         text = json.dumps(make(), indent=1, ensure_ascii=False) + "\n"
         (PINNED / f"{make.__name__}.json").write_text(text, encoding="utf-8")
     sys.exit()

@@ -1,5 +1,5 @@
-"""The command line: demo | train | evaluate | compare | predict | export | serve | explain | data | pretrain | push |
-report.
+"""The command line: demo | train | evaluate | compare | predict | export | serve | explain | data | examples |
+pretrain | push | report.
 
 Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
 says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away, 143 when
@@ -204,6 +204,10 @@ def build_parser() -> ArgumentParser:
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes")
     scenes.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     kinds.add_subcommand("scenes", scenes, help="write generated scenes as a REFER release")
+
+    examples = ArgumentParser(description="Write example images, with sentences to try on them.")
+    examples.add_argument("--out", type=Path, default=Path("."), help="folder for the images")
+    commands.add_subcommand("examples", examples, help="write example images to try the commands on")
 
     pretrain = ArgumentParser(description="Train a small CLIP on generated scenes and their captions.")
     pretrain.add_argument("--config", action="config", help="YAML file of settings")
@@ -614,6 +618,13 @@ def _data(settings: Namespace) -> None:
     print(f"{sum(map(len, splits))} references in {how.out}; read them with --data refcoco --root {how.out}")
 
 
+def _examples(settings: Namespace) -> None:
+    from cmmasksd.data.scenes.examples import write_examples
+
+    for file, sentences in write_examples(settings.out):
+        print(f"{file}: {', '.join(map(repr, sentences))}")
+
+
 def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
     from cmmasksd.pretraining.loop import pretrain
 
@@ -720,6 +731,7 @@ def main(arguments: list[str] | None = None) -> int:
             "explain": lambda: _explain(chosen),
             "export": lambda: _export(chosen),
             "data": lambda: _data(chosen),
+            "examples": lambda: _examples(chosen),
             "pretrain": lambda: _pretrain(chosen, own),
             "push": lambda: _push(chosen),
             "report": lambda: _report(chosen),

@@ -1,0 +1,37 @@
+"""The example images: the shipped model finds what their sentences name."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cmmasksd.cli import main
+from cmmasksd.data.scenes.examples import write_examples
+from cmmasksd.errors import UserError
+from cmmasksd.inference.predictor import Segmenter
+
+
+def test_the_shipped_model_finds_something_for_every_sentence(tmp_path):
+    segmenter = Segmenter.from_pretrained("scenes")
+    written = write_examples(tmp_path)
+    assert [file.name for file, _ in written] == ["shapes-1.png", "shapes-2.png", "shapes-3.png"]
+    for file, sentences in written:
+        assert np.asarray(Image.open(file)).shape == (256, 256, 3)
+        for found in segmenter.segment(file, sentences):
+            assert found.score > 0.8, (file, found.text)
+            assert 0.005 < found.mask.mean() < 0.2, (file, found.text)
+
+
+def test_the_command_names_each_file_with_its_sentences(tmp_path, capsys):
+    assert main(["examples", "--out", str(tmp_path / "new")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[0] == f"{tmp_path / 'new' / 'shapes-1.png'}: 'left circle', 'circle top', 'plain yellow thing'"
+    assert main(["examples", "--out", str(tmp_path / "new")]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_no_file_is_overwritten(tmp_path):
+    (tmp_path / "shapes-2.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"shapes-2\.png is there already"):
+        write_examples(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["shapes-2.png"]
