@@ -539,6 +539,11 @@ def test_evaluate_and_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main("report", *given) == 0
     assert all(name in page.read_text() for name in ("<html", "oIoU", "mIoU", "testA"))
 
+    before = page.read_text()
+    assert main("report", "--model", "scenes", "--results", out, "--out", page) == 2
+    assert "holds the scores of another model" in capsys.readouterr().err
+    assert page.read_text() == before
+
 
 def test_compare(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for name, threshold in (("a", 0.5), ("b", 0.5), ("strict", 0.9)):

@@ -668,11 +668,14 @@ def _write_report(model: str, folders: list[Path], root: Path | None, metrics: P
     from cmmasksd.evaluation.report import choose_examples, collect_examples, read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results
     from cmmasksd.inference.predictor import Segmenter
+    from cmmasksd.model.hub import model_folder, weights_digest
 
     results = [read_results(folder) for folder in folders]
     first = results[0]
     if "data" not in first:
         raise UserError(f"{folders[0]} does not say which data set was scored: score it with `cmmasksd evaluate`")
+    if first.get("weights", digest := weights_digest(model_folder(model))) != digest:
+        raise UserError(f"{folders[0]} holds the scores of another model: score {model} with `cmmasksd evaluate`")
     rows = read_log(metrics) if metrics is not None else []
     data = open_dataset(
         first["data"],

@@ -275,6 +275,9 @@ def test_shapes_are_one_object_only_by_their_group(folder: Path, groups: tuple):
     labelme(file, label("cup|left cup", group_id=groups[0]), label("cup", group_id=groups[1], points=other))
     with pytest.raises(UserError, match="shape 2: the sentence 'cup' also names shape 1"):
         ManifestDataset(folder, "all")
+    labelme(file, label("Cup", group_id=groups[0]), label("cup", group_id=groups[1], points=other))
+    with pytest.raises(UserError, match="shape 2: the sentence 'cup' also names shape 1"):
+        ManifestDataset(folder, "all")
     labelme(file, label("left cup", group_id=groups[0]), label("right cup", group_id=groups[1], points=other))
     data = ManifestDataset(folder, "all")
     assert [data.mask(data[i]).sum() for i in range(2)] == [36, 18]

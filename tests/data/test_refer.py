@@ -553,6 +553,12 @@ def test_empty_sentences_are_left_out(tmp_path, caplog):
     assert "left out empty sentences (3), references without a sentence (2)" in caplog.text
 
 
+def test_a_sentence_that_is_not_text_is_refused_on_opening(tmp_path):
+    write_files(tmp_path, refs=[ref(1, 7, "train", "red \ud800 cup")], instances=instances_of(REFS))
+    with pytest.raises(UserError, match=r"expression 100 is not text \('red .*ud800 cup'\)"):
+        ReferDataset("refcoco", tmp_path, "train")
+
+
 def test_what_is_left_out_is_one_line_on_stderr(tmp_path):
     write_files(tmp_path, refs=[*REFS, ref(6, 7, "train", sentences=[])], instances=instances_of(REFS))
     code = "import sys; from cmmasksd.data.loading import open_dataset as o; o('refcoco', 'train', root=sys.argv[1])"

@@ -122,6 +122,22 @@ def test_unreadable_files_say_what_to_do(tmp_path):
         read_expressions(tmp_path)
 
 
+def test_an_iou_that_its_counts_contradict_is_refused(tmp_path):
+    write(tmp_path)
+    file = tmp_path / "expressions.jsonl"
+    file.write_text(file.read_text().replace('"IoU": 0.9', '"IoU": 0.99'))
+    with pytest.raises(UserError, match="line 1, is not an expression's row"):
+        read_expressions(tmp_path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("scene_size", 10**9), ("references", 2**62)])
+def test_sizes_that_no_scoring_has_are_refused(tmp_path, key, value):
+    """The report would generate the scenes again."""
+    write(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=f"{key} is {value}"):
+        read_results(tmp_path)
+
+
 def test_table_has_both_means_side_by_side(tmp_path):
     results = [read_results(write(tmp_path / split, split=split)) for split in ("val", "testA")]
     assert format_table(results).split("\n") == [

@@ -355,10 +355,10 @@ def _labelme_rows(file: Path, root: Path) -> Iterator[Row]:
         where = f"{file}, shape {first}"
         texts = _sentences([text for _, shape in parts for text in shape["label"].split("|")], where)
         for text in texts:
-            if named.setdefault(text, first) != first:
+            if named.setdefault(text.casefold(), first) != first:
                 raise UserError(
-                    f"{where}: the sentence {shown(text)} also names shape {named[text]}: give both the same group_id "
-                    "if they are parts of one object, else write sentences that tell the two objects apart"
+                    f"{where}: the sentence {shown(text)} also names shape {named[text.casefold()]}: give both the "
+                    "same group_id if they are parts of one object, else write sentences that tell the two objects apart"
                 )
         yield Row(where, image, tuple(dict.fromkeys(texts)), Shapes([shape for _, shape in parts], size))
 
@@ -399,7 +399,7 @@ def _check_ids(rows: Sequence[Row]) -> None:
 def _tell_ambiguous(rows: Sequence[Row], root: Path) -> None:
     """Say how many sentences name two objects of one picture."""
     first: dict[tuple[Path, str], Row] = {}
-    texts = [(row, text) for row in rows for text in row.expressions]
+    texts = [(row, text.casefold()) for row in rows for text in row.expressions]
     again = [(row, text) for row, text in texts if first.setdefault((row.image, text), row) is not row]
     if again:
         row, text = again[0]

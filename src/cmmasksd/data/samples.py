@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 
 def is_blank(text: str) -> bool:
@@ -31,6 +31,8 @@ class Expression:
     def __post_init__(self) -> None:
         if is_blank(self.text):
             raise UserError(f"expression {self.sent_id} is empty: every expression needs at least one word")
+        if not self.text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in self.text):
+            raise UserError(f"expression {self.sent_id} is not text ({shown(self.text)}): write it as UTF-8")
 
 
 @dataclass(frozen=True, slots=True)

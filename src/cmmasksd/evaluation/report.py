@@ -134,6 +134,8 @@ def collect_examples(
     wanted = {sent_id for sent_ids in chosen.values() for sent_id in sent_ids}
     made: dict[int, Example] = {}
     for index in range(len(data)):
+        if len(made) == len(wanted):
+            break
         reference = data[index]
         expressions = [e for e in reference.expressions if e.sent_id in wanted]
         if not expressions:

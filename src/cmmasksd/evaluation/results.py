@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,8 @@ from cmmasksd.evaluation.protocols import METRIC_NAMES, ScoringProtocol
 RESULTS_FILE = "results.json"
 EXPRESSIONS_FILE = "expressions.jsonl"
 _OWN_KEYS = ("split", *METRIC_NAMES, "expressions", "protocol")
-_COUNTS = ("expressions", "references", "scene_size")
+_COUNTS = {"expressions": 10**9, "references": 10_000_000, "scene_size": 4096}
+"""Whole numbers of a result file, and the largest that scoring writes."""
 _MAX_BYTES = 1 << 28
 """A result file is not read any further: RefCOCO's largest split needs three megabytes."""
 
@@ -115,7 +117,7 @@ def read_results(path: Path) -> dict[str, Any]:
         elif key in ("model", "weights"):
             sound = isinstance(value, str)
         elif key in _COUNTS:
-            sound = _is_int(value) and value > 0
+            sound = _is_int(value) and 0 < value <= _COUNTS[key]
         else:
             sound = key != "scene_seed" or _is_int(value)
         if not sound:
@@ -163,6 +165,7 @@ def _is_row(row: dict[str, Any]) -> bool:
         and 0 <= row["intersection"] <= row["union"]
         and 0 <= row["target"] <= row["union"]
         and _is_share(row["iou"])
+        and (not row["union"] or math.isclose(row["iou"], row["intersection"] / row["union"], abs_tol=1e-9))
     )
 
 
