@@ -170,6 +170,7 @@ def test_numbers_that_make_no_sense(kind: type, name: str, value: float):
         ({"warmup_steps": -1}, r"training\.warmup_steps is -1: it must be at least 0"),
         ({"save_every": -1}, r"training\.save_every is -1"),
         ({"seed": -1}, r"training\.seed is -1"),
+        ({"seed": 2**32}, r"training\.seed is 4294967296"),
         ({"batch_size": 16}, r"batch_size 16 only limits .*: give training\.batch too"),
     ],
 )

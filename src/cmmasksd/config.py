@@ -224,6 +224,8 @@ class TrainingConfig:
         for name in ("warmup_steps", "save_every", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 0")
+        if self.seed >= 2**31:
+            raise UserError(f"training.seed is {self.seed}: it must be below {2**31}")
         _require_positive(self, "training", "lr", "max_grad_norm")
         _require_positive(self, "training", "clip_lr_scale", "weight_decay", zero=True)
         if not 0 <= self.final_lr_scale <= 1:

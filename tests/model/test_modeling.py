@@ -411,6 +411,14 @@ def test_weights_that_are_not_finite(load, matching, refuse, value, dtype):
     refuse(load, matching(load), weight_of(load), "not finite")
 
 
+@LOADERS
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_weights_that_are_not_floats(load, matching, refuse, dtype):
+    key = weight_of(load)
+    change_weights(matching(load), lambda weights: weights.update({key: weights[key].to(dtype)}))
+    refuse(load, matching(load), weight_of(load), "expected floating-point numbers")
+
+
 def test_large_finite_weights_load(folder):
     """Their sum overflows."""
     change_weights(folder, lambda weights: weights["clip.visual_projection.weight"].fill_(3e38))

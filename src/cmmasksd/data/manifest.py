@@ -358,7 +358,7 @@ def _labelme_rows(file: Path, root: Path) -> Iterator[Row]:
             if named.setdefault(text.casefold(), first) != first:
                 raise UserError(
                     f"{where}: the sentence {shown(text)} also names shape {named[text.casefold()]}: give both the "
-                    "same group_id if they are parts of one object, else write sentences that tell the two objects apart"
+                    "same group_id if they are parts of one object, else write sentences that tell them apart"
                 )
         yield Row(where, image, tuple(dict.fromkeys(texts)), Shapes([shape for _, shape in parts], size))
 

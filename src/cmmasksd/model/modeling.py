@@ -319,6 +319,8 @@ def _built(
             "models"
         )
     for key, value in weights.items():
+        if not value.is_floating_point() and not key.endswith("position_ids"):
+            raise UserError(f"weight {shown(key)} of {folder} is {value.dtype}: expected floating-point numbers")
         if not _is_finite(value):
             raise UserError(f"{shown(key)} in {folder} holds values that are not finite: train again, or get it again")
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

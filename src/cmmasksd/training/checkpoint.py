@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -141,8 +141,7 @@ def read_state(file: Path, processes: int) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a foreign file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise refused(file, reason) from error
+        raise refused(file, reason(error)) from error
     if not isinstance(state, dict) or state.keys() != {"objective", "optimizer", "random", "progress"}:
         raise refused(file, "it does not hold objective, optimizer, random and progress")
     if not isinstance(state["random"], list):
@@ -194,9 +193,9 @@ def restore_state(
         raise refused(file, f"the random state of process {rank} cannot be restored") from None
 
 
-def refused(file: Path, reason: str) -> UserError:
+def refused(file: Path, why: str) -> UserError:
     """The error for a state that a run cannot resume from."""
-    return UserError(f"cannot resume from {file}: {reason}. Start afresh without --resume, in another folder")
+    return UserError(f"cannot resume from {file}: {why}. Start afresh without --resume, in another folder")
 
 
 def _sha256(file: Path) -> str:
@@ -208,7 +207,7 @@ def _misfit(expected: Any, found: Any, name: str) -> str | None:
     """Where nested states differ in keys, types, names or shapes; None: nowhere. Numbers may differ."""
     if isinstance(expected, Tensor):
         kind = (expected.shape, expected.dtype, expected.layout)
-        if isinstance(found, Tensor) and (found.shape, found.dtype, found.layout) == kind:
+        if isinstance(found, Tensor) and (found.shape, found.dtype, found.layout) == kind and not found.is_meta:
             return None
         return f"{name} is not a {expected.dtype} tensor of shape {tuple(expected.shape)}"
     if isinstance(expected, dict):

@@ -101,14 +101,16 @@ def _run(config: Config, stop: SimpleNamespace) -> dict[str, Any]:
         raise UserError(f"{batches.total} references are fewer than training.batch {how.batch}: lower it")
     total = per_epoch * how.epochs
     references = batches.batch_size * accumulate * world  # of one update
-    _say(f"{references} references per update = {_count(world)} × {batches.batch_size} × accumulate {accumulate}")
+    less = "" if references == how.batch else f" (training.batch is {how.batch}, the data has {batches.total})"
+    _say(f"{references} references per update{less} = {_count(world)} × {batches.batch_size} × accumulate {accumulate}")
 
     update, validated, best, validation, meter = 0, 0, -1.0, {}, Meter()
     synced = False  # whether own decoders have begun, see `share_weights`
     if state is not None and resume_from is not None:
         progress = state["progress"]
         update, validated, best = progress["update"], progress["validated"], progress["best"]
-        validation, synced = progress["validation"], progress["synced"]
+        validation = progress["validation"]
+        synced = progress["synced"] and distillation.ramp(update / total) > 0  # an extended run may wait again
         meter.sums, meter.counts = progress["sums"], progress["counts"]
         if progress["per_epoch"] != per_epoch:
             raise UserError(
@@ -378,6 +380,8 @@ def _require_same(config: Config, old: dict[str, Any], out: Path) -> None:
         raise UserError(
             f"training.allow_change names {reprlib.repr(unknown[0])}, which is not a setting: give such as training.lr"
         )
+    if fixed := sorted(key for key in allowed if _is_fixed(key)):
+        raise UserError(f"training.allow_change names {fixed[0]}, which decides what is trained: start a new run")
     if old.keys() != new.keys():
         raise UserError(
             f"the run in {out} was trained by another version, whose settings have other names: start afresh in "
@@ -385,11 +389,19 @@ def _require_same(config: Config, old: dict[str, Any], out: Path) -> None:
         )
     differ = [key for key in new if key not in allowed and old[key] != new[key]]
     if differ:
-        shown = ", ".join(f"{key} {reprlib.repr(old[key])} (now {new[key]!r})" for key in differ)
-        raise UserError(
-            f"the run in {out} has other settings: {shown}; resume with the same ones, or let them change with "
-            f"--training.allow_change {','.join(differ)}"
-        )
+        some = [f"{key} {reprlib.repr(old[key])} (now {reprlib.repr(new[key])})" for key in differ[:3]]
+        some += [f"and {len(differ) - 3} more"] if len(differ) > 3 else []
+        fixed = any(map(_is_fixed, differ))
+        allow = "" if fixed else f", or let them change with --training.allow_change {','.join(differ[:3])}"
+        raise UserError(f"the run in {out} has other settings: {', '.join(some)}; resume with the same ones{allow}")
+
+
+def _is_fixed(key: str) -> bool:
+    """Whether a setting decides which weights there are, or which of them are trained."""
+    sizes = ("decoder_width", "decoder_layers", "decoder_heads", "decoder_mlp", "head_width")
+    fixed = {"training.freeze_text", *(f"model.{name}" for name in ("backbone", "weights", *sizes))}
+    fixed |= {f"distillation.{name}" for name in ("vision", "vision_level", "joint", "share_weights")}
+    return key in fixed
 
 
 def _check_progress(progress: Any, file: Path) -> None:
@@ -407,6 +419,9 @@ def _check_progress(progress: Any, file: Path) -> None:
     good = good and progress["counts"].keys() == progress["sums"].keys()
     good = good and all(type(value) is int and value > 0 for value in progress["counts"].values())
     good = good and all(isinstance(key, str) for key in progress["config"])
+    good = good and not any(isinstance(value, Tensor) for value in progress["config"].values())
+    good = good and -1 <= progress["best"] <= 1 and progress["epochs"] < 2**31
+    good = good and all(value < 2**53 for value in progress["counts"].values())
     good = good and progress["validated"] >= 0 and progress["epochs"] > 0
     if good:
         in_epoch = progress["update"] - progress["validated"] * progress["per_epoch"]
