@@ -265,6 +265,11 @@ MISTAKES = [
     (PREDICT + " --image good.png --text x --json full.jsonl --resume", "without full.jsonl.resume beside it"),
     (PREDICT + " --image good.png --text x --json empty", "empty is not a file"),
     (PREDICT + " --image good.png --text x --resume", "name it with --json"),
+    (
+        "predict --model {model} --image . --text x",
+        "--out . is the folder of images, and would mix masks with them: use",
+    ),
+    ("predict --model {model} --image {tmp} --text x --out ./empty/.. --json new.jsonl", "use --out out"),
     (PREDICT + " --image good.png --text x --json - --resume", "name it with --json"),
     (PREDICT + " --image good.png --text=", "--text is empty"),
     (PREDICT + " --image good.png --text x --text=", "--text is empty"),
@@ -636,7 +641,7 @@ def test_predict_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_name_that_is_not_utf_8(tiny_model_folder: Path, tmp_path: Path):
     """Shown escaped, in a process of its own: here pytest has the standard output."""
-    folder, out = tmp_path / "in", tmp_path / "out"
+    folder = tmp_path / "in"
     folder.mkdir()
     photo(tmp_path / "a.png")
     name = os.fsdecode(b"caf\xe9.png")
@@ -644,13 +649,14 @@ def test_a_name_that_is_not_utf_8(tiny_model_folder: Path, tmp_path: Path):
         (tmp_path / "a.png").rename(folder / name)
     except OSError:
         pytest.skip("this file system has UTF-8 names only")
-    command = [sys.executable, "-m", "cmmasksd", "predict", "--model", tiny_model_folder, "--image", folder]
-    for target in (tmp_path / "rows.jsonl", "-"):
-        given = ["--text", "left one", "--out", out, "--json", target]
+    command = [sys.executable, "-m", "cmmasksd", "predict", "--model", tiny_model_folder]
+    out, rows_file = tmp_path / os.fsdecode(b"\xe9"), tmp_path / os.fsdecode(b"\xe9.jsonl")
+    for image, target in ((folder, rows_file), (folder / name, "-")):
+        given = ["--image", image, "--text", "left one", "--out", out, "--json", target]
         done = subprocess.run([*command, *given], capture_output=True, timeout=600, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
         done.stdout.decode("utf-8")
-        text = done.stdout if target == "-" else (tmp_path / "rows.jsonl").read_bytes()
+        text = done.stdout if target == "-" else rows_file.read_bytes()
         assert Path(json.loads(text)["image"]) == folder / name
         assert {file.name for file in out.iterdir()} == {f"caf-_1_left-one_{kind}.png" for kind in ("mask", "overlay")}
 
@@ -682,6 +688,27 @@ def test_predict_a_manifest(
     assert "absent.png does not exist" in said
     assert len(encoded) == 2  # the two rows about a.png share it
     assert {file.name for file in tmp_path.iterdir()} == {"a.png", "b.png", f"m.{kind}"}  # --json alone: no pictures
+
+
+def test_images_that_cannot_be_read_are_counted_and_named_once(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "a.png")
+    Path("m.csv").write_text("image,expressions\n" + "absent.png,x\na.png,x\n" * 12)
+    assert main("predict", "--model", run / "best", "--image", "m.csv", "--json", "rows.jsonl") == 2
+    said = capsys.readouterr().err
+    assert "1 of 2 images could not be read" in said
+    assert said.count("absent.png") == 1
+    assert len(lines(Path("rows.jsonl"))) == 12
+    names = [f"{'long' * 40}/{nth}.png" for nth in range(12)]
+    Path("m.csv").write_text("image,expressions\n" + "".join(f"{name},x\n" for name in names))
+    assert main("predict", "--model", run / "best", "--image", "m.csv", "--json", "new.jsonl") == 2
+    said = capsys.readouterr().err
+    assert "12 of 12 images" in said
+    assert "/2.png" in said
+    assert "and 9 more" in said
+    assert len(said) < 400
 
 
 def test_predict_from_standard_input_to_standard_output(
@@ -744,7 +771,7 @@ where, nth = sys.argv[1], int(sys.argv[2])
 class Dying:  # a file that dies with the process at its nth write, when half of it is on the disk
     def __init__(self, file):
         self.file = file
-        self.tell, self.flush, self.truncate, self.close = file.tell, file.flush, file.truncate, file.close
+    def __getattr__(self, name): return getattr(self.file, name)
     def __enter__(self): return self
     def __exit__(self, *given): self.file.close()
     def write(self, content):
@@ -758,7 +785,7 @@ class Dying:  # a file that dies with the process at its nth write, when half of
 path_open = batch.Path.open
 def opened(path, mode="r", *given, **named):
     file = path_open(path, mode, *given, **named)
-    return Dying(file) if mode == "ab" and path.name == where else file
+    return Dying(file) if mode in ("ab", "a+b") and path.name == where else file
 if where == "picture":
     save = batch.Image.Image.save
     def saved(*given, **named):
@@ -789,7 +816,7 @@ def test_a_killed_prediction_resumes_without_a_row_lost_or_doubled(
     given = ["predict", "--model", tiny_model_folder, "--image", "m.jsonl", "--device", "cpu"]
     assert main(*given, "--json", "whole.jsonl", "--out", "whole") == 2
     said = capsys.readouterr().err
-    assert "1 of 7 images could not be read" in said
+    assert "1 of 5 images could not be read" in said
 
     command = [*map(str, given), "--json", "rows.jsonl", "--out", "out", "--resume"]
     sizes = []

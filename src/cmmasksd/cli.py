@@ -45,9 +45,12 @@ MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
 
 def build_parser() -> ArgumentParser:
     """The parser of all commands."""
+    import yaml
     from jsonargparse import (
         ActionConfigFile,  # pyright: ignore (documented, but not in its __all__)
         ArgumentParser,
+        get_loader,
+        set_loader,
         set_parsing_settings,
     )
 
@@ -60,6 +63,8 @@ def build_parser() -> ArgumentParser:
             super().__call__(parser, cfg, _config_file(values), option_string)
 
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    # a file's name that is not UTF-8 is no YAML either, as which every value is tried first
+    set_loader("yaml", get_loader("yaml"), (yaml.YAMLError, UnicodeEncodeError))
     parser = ArgumentParser(
         prog="cmmasksd",
         description="Type a sentence, get the mask of the object it names.",
@@ -463,6 +468,8 @@ def _predict(settings: Namespace) -> None:
         raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
 
     folder = settings.out or (None if settings.json else Path("."))
+    if folder is not None and folder.is_dir() and settings.image.is_dir() and folder.samefile(settings.image):
+        raise UserError(f"--out {folder} is the folder of images, and would mix masks with them: use --out out")
     rows_file: Path | None = None if "--json" in to_stdout else settings.json
     if rows_file is not None:
         require_free(rows_file, settings.resume)
@@ -476,7 +483,8 @@ def _predict(settings: Namespace) -> None:
         run["--threshold"] = settings.threshold
         run["--out"] = folder and str(folder)
         run["list of images and sentences"] = digest_of_sources(sources)
-    names, failures, at = FileNames(sources), [], 0
+    failures: dict[Path | bytes, str] = {}  # what is wrong with an image, by its path
+    names, at = FileNames(sources), 0
     with (
         json_rows(settings.json, run, resume=settings.resume) as (done, write),
         tqdm(total=len(sources), unit="image", disable=len(sources) == 1 or None) as bar,
@@ -505,18 +513,23 @@ def _predict(settings: Namespace) -> None:
                             tqdm.write(f"{of}{one.text!r}: {share:.1f} % of the image, score {one.score:.2f}{files}")
                     write((number, frame), written)  # after the pictures: a row says that they are there
             except UserError as error:
-                failures.append(str(error))
+                failures.setdefault(rows[0].image, str(error))
             at += len(rows)
             bar.update(len(rows))
     if failures:
-        raise UserError(_failed(failures, len(sources)))
+        raise UserError(_failed(list(failures.values()), len({source.image for source in sources})))
 
 
 def _failed(failures: list[str], of: int) -> str:
+    """One line of less than 400 characters about all images that failed, if there are several images."""
     if of == 1:
         return failures[0]
-    more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
-    return f"{len(failures)} of {of} images could not be read, the others are done: {'; '.join(failures[:5])}{more}"
+    limit = 270 // min(3, len(failures))
+    # cut at the front, which is the path's folders
+    said = [text if len(text) <= limit else f"…{text[1 - limit :]}" for text in failures[:3]]
+    if len(failures) > 3:
+        said.append(f"and {len(failures) - 3} more")
+    return f"{len(failures)} of {of} images could not be read, the others are done: {'; '.join(said)}"
 
 
 def _serve(settings: Namespace) -> None:

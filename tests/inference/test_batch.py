@@ -1,6 +1,8 @@
 """Sources and file names of `cmmasksd predict`; the command itself is tested in test_cli.py."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,25 @@ def test_rows_of_another_run_are_refused(tmp_path: Path):
         b"[" * 99999 + b"\n",
         before[1] + b"[1]\n",
         b"null\n",
+        *(
+            before[1] + line + b"\n"
+            for line in (
+                b"[Infinity, null, 5]",
+                b"[0, null, 1e400]",
+                b"[0, [1], 5]",
+                b"[0, null, -5]",
+                b"[0, null, true]",
+                b"[true, null, 60]",
+                b"[2, -1, 60]",
+                b"[-1, null, 60]",
+                b"[2, null, 60.0]",
+                b'["2", null, 60]',
+                b"[2, null, 5]",
+                b"{}",
+                b"[2, null, " + b"9" * 5000 + b"]",
+            )
+        ),
+        before[1].splitlines(keepends=True)[0] + b"[0, null, 5]\n",  # within a row
     ):
         state.write_bytes(content)
         with pytest.raises(UserError, match="is damaged"):
@@ -156,6 +177,44 @@ def test_rows_of_another_run_are_refused(tmp_path: Path):
         begin(run, True)
     with pytest.raises(UserError, match="is not a file"):
         require_free(tmp_path, False)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from cmmasksd.inference.batch import json_rows
+with json_rows(Path(sys.argv[1]), {"model": "m"}) as (_, write):
+    if sys.argv[2] == "rows":
+        write((0, None), [{"a": 1}])
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("held", ["rows", "nothing"])
+def test_two_runs_at_once_do_not_write_one_file(tmp_path: Path, held: str):
+    """The second is refused, until the first is killed."""
+    file, state = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.resume"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, file, held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "open\n"
+            before = state.stat().st_size
+            with (
+                pytest.raises(UserError, match=r"another run is writing .*rows\.jsonl: wait for its end"),
+                json_rows(file, {"model": "m"}, resume=True),
+            ):
+                raise AssertionError("begun")
+            assert state.stat().st_size == before
+        finally:
+            first.kill()
+    for unit in (1, 2):
+        with json_rows(file, {"model": "m"}, resume=True) as (done, write):
+            write((unit, None), [{"a": unit}])
+        assert done == {(nth, None) for nth in range(held == "nothing", unit)}
+    assert file.read_text().splitlines()[-2:] == ['{"a": 1}', '{"a": 2}']
 
 
 def test_a_folder_without_images_and_no_sentence(tmp_path: Path):

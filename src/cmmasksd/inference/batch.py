@@ -5,6 +5,7 @@ The loop itself is in `cli.py`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -185,7 +186,8 @@ def json_rows(
 
     FILE.resume beside the file holds `run` in its first line and then, for every unit, a line [group, frame, size of
     the file after it]. It is written after the rows, so that whatever kills the process, the rows of the units in it
-    are whole, and what stands behind them in the file is cut off on resuming.
+    are whole, and what stands behind them in the file is cut off on resuming. The process holds a lock on it: two runs
+    would write each row twice.
 
     Args:
         target: the file.
@@ -196,47 +198,83 @@ def json_rows(
         The units that the file holds, and a function that adds a unit with its rows.
 
     Raises:
-        UserError: the file cannot be continued, or not with this `run`.
+        UserError: the file cannot be continued, or not with this `run`, or another process is writing it.
     """
     if target is None or str(target) == "-":
         yield set(), lambda unit, rows: None if target is None else print(*map(json.dumps, rows), sep="\n", flush=True)
         return
-    require_free(target, resume)
     target.parent.mkdir(parents=True, exist_ok=True)
     state = target.with_name(f"{target.name}.resume")
-    going_on = resume and target.is_file() and target.stat().st_size > 0
-    kept = _read_state(state, target, run or {}) if going_on else []
+    if resume and target.is_file() and target.stat().st_size and not state.is_file():
+        raise UserError(f"{target} cannot be continued without {state.name} beside it: give --json another file")
     with ExitStack() as stack:
+        log: BinaryIO = stack.enter_context(state.open("a+b"))
+        if not _locked(log):
+            raise UserError(f"another run is writing {target}: wait for its end or give --json another file")
+        require_free(target, resume)  # again, now that nobody else writes it
+        kept: list[tuple[int, int | None, int]] = []
         opened: list[BinaryIO] = []
-
-        def begin() -> None:
-            with _whole(state) as part:
-                part.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in [run or {}, *kept]))
-            opened.extend(stack.enter_context(file.open("ab")) for file in (target, state))
-            opened[0].truncate(kept[-1][-1] if kept else 0)
 
         def write(unit: Unit, rows: list[dict[str, Any]]) -> None:
             if not opened:
-                begin()
-            file, log = opened
+                opened.append(stack.enter_context(target.open("ab")))
+            file = opened[0]
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
             file.flush()
             log.write(json.dumps([*unit, file.tell()]).encode() + b"\n")
             log.flush()
 
-        if going_on:
-            begin()
+        if target.is_file() and target.stat().st_size:
+            kept, length = _read_state(log, state, target, run or {})
+            log.truncate(length)
+            opened.append(stack.enter_context(target.open("ab")))
+            opened[0].truncate(kept[-1][-1] if kept else 0)
+        else:
+            log.truncate(0)
+            log.write(json.dumps(run or {}).encode() + b"\n")
+            log.flush()
         yield {(group, frame) for group, frame, _ in kept}, write
 
 
-def _read_state(state: Path, target: Path, run: Mapping[str, Any]) -> list[tuple[int, int | None, int]]:
-    """The units of a file of rows that are whole, with the size of the file after each."""
-    if not state.is_file():
-        raise UserError(f"{target} cannot be continued without {state.name} beside it: give --json another file")
+def _locked(file: BinaryIO) -> bool:
+    """Lock a file until it is closed or the process ends, however it ends; false if another process holds the lock."""
     try:
-        first, *lines = (json.loads(line) for line in state.read_bytes().split(b"\n")[:-1])  # the last may be cut short
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 30)  # a byte that is never written: others cannot read or write the locked one
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # some network file systems have no locks
+        return error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    return True
+
+
+def _read_state(
+    log: BinaryIO, state: Path, target: Path, run: Mapping[str, Any]
+) -> tuple[list[tuple[int, int | None, int]], int]:
+    """The units of a file of rows that are whole, with the size of the file after each; and how long their log is."""
+    log.seek(0)
+    lines = log.read().split(b"\n")[:-1]  # the last may be cut short
+    try:
+        first, *units = map(json.loads, lines)
         changed = [key for key, value in run.items() if first[key] != value]
-        units = [(int(group), frame, int(size)) for group, frame, size in lines]
+        before = 0
+        for group, frame, size in units:
+            whole = [group, size] if frame is None else [group, frame, size]
+            if any(type(value) is not int or value < 0 for value in whole) or size < before:
+                raise ValueError
+            before = size
+        with target.open("rb") as rows:
+            there = rows.seek(0, os.SEEK_END)  # fewer bytes than were written where the machine itself went down
+            kept = [(group, frame, size) for group, frame, size in units if size <= there]
+            if kept and kept[-1][-1]:
+                rows.seek(kept[-1][-1] - 1)
+                if rows.read(1) != b"\n":  # it would cut a row in two
+                    raise ValueError
     except (ValueError, TypeError, KeyError, RecursionError):
         raise UserError(f"{state} is damaged: give --json another file") from None
     if changed:
@@ -244,8 +282,7 @@ def _read_state(state: Path, target: Path, run: Mapping[str, Any]) -> list[tuple
             f"{target} was begun with another {' and '.join(changed)}: continue it with the same, or give --json "
             "another file"
         )
-    size = target.stat().st_size  # smaller where the machine itself went down
-    return [unit for unit in units if unit[-1] <= size]
+    return kept, sum(len(line) + 1 for line in lines[: 1 + len(kept)])
 
 
 def digest_of_model(folder: Path) -> str:
