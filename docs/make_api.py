@@ -17,7 +17,7 @@ MODULES = {  # in the order of the page; all public classes and functions of eac
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.hub"),
     "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes.dataset", "data.masks", "data.images"),
     "Train": ("config", "training.loop", "pretraining.loop"),
-    "Distil": ("distillation.objective", "distillation.correlation", "distillation.masking", "distillation.losses"),
+    "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),
     "Score": ("evaluation.protocols", "evaluation.metrics", "evaluation.evaluate", "evaluation.results",
               "evaluation.compare"),
     "Mistakes": ("errors",),

@@ -24,9 +24,9 @@ from study import HERE, SCORED_SEED
 
 from cmmasksd.config import Config, DistillationConfig
 from cmmasksd.data.loading import TrainingBatches, TrainingItems, loaded, open_dataset, training_loader
-from cmmasksd.distillation.correlation import correlation, pointing, sentence_correlation
 from cmmasksd.distillation.masking import choose_patches, patch_scores
 from cmmasksd.explain import load_objective
+from cmmasksd.model.correlation import correlation, pointing, sentence_correlation
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training.loop import build

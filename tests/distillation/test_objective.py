@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import cmmasksd.distillation.objective as objective_module
 from cmmasksd.config import DistillationConfig
-from cmmasksd.distillation.correlation import correlation
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens, encode_image
+from cmmasksd.model.correlation import correlation
 from cmmasksd.model.modeling import CMMaskSDModel
 
 DIM = 40  # the tiny model's joint space
@@ -585,14 +585,17 @@ def imports(folder: Path) -> set[tuple[str, str]]:
 
 
 def test_the_objective_imports_nothing_of_our_network():
-    """Plug-in: of `cmmasksd.model` it may know the three data classes that pass between the parts, and no more."""
+    """Plug-in: of `cmmasksd.model` it may know the three data classes that pass between the parts, and their
+    correlation, and no more."""
     package = Path(objective_module.__file__).parent
     of_model = {pair for pair in imports(package) if pair[0].startswith("cmmasksd.model") or pair[0] == "cmmasksd"}
-    assert of_model == {("cmmasksd.model.clip", name) for name in ("ImageFeatures", "TextFeatures", "Tokens")}
+    expected = {("cmmasksd.model.clip", name) for name in ("ImageFeatures", "TextFeatures", "Tokens")}
+    expected |= {("cmmasksd.model.correlation", name) for name in ("correlation", "sentence_correlation")}
+    assert of_model == expected
 
 
 def test_the_network_knows_nothing_of_the_objective():
     source = Path(objective_module.__file__).parents[1]
-    for package in ("model", "inference", "evaluation"):
+    for package in ("model", "inference", "evaluation", "serving"):
         assert imports(source / package)
         assert not [pair for pair in imports(source / package) if "distillation" in pair[0]]

@@ -183,7 +183,7 @@ def test_what_is_not_wanted_is_left_out(serve):
 
 def test_words_are_spans_with_their_correlation(serve, segmenter: Segmenter):
     """A word's map follows the cosines of the patches with the word."""
-    from cmmasksd.distillation.correlation import correlation
+    from cmmasksd.model.correlation import correlation
 
     pixels = picture(64, 64)
     [answer] = ask(serve(), as_json(png(pixels), SENTENCES, want=["words"]))

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from cmmasksd.config import DistillationConfig
-from cmmasksd.distillation.correlation import correlation, sentence_correlation
 from cmmasksd.distillation.losses import distillation_loss, segmentation_loss
 from cmmasksd.distillation.masking import choose_patches, choose_words, masked_patches, patch_scores
 from cmmasksd.errors import UserError
 from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.correlation import correlation, sentence_correlation
 
 
 class Distillable(Protocol):

@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 
 from cmmasksd.data.images import read_image
-from cmmasksd.distillation.correlation import correlation
 from cmmasksd.inference.predictor import Encoded, Segmentation, Segmenter
+from cmmasksd.model.correlation import correlation
 from cmmasksd.serving.settings import ServeSettings
 
 MAP_SIDE, WORD_SIDE = 512, 64
