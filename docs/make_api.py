@@ -18,7 +18,7 @@ MODULES = {  # in the order of the page; all public classes and functions of eac
     "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes.dataset", "data.masks", "data.images"),
     "Train": ("config", "training.loop", "pretraining.loop"),
     "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),
-    "Score": ("evaluation.protocols", "evaluation.metrics", "evaluation.evaluate", "evaluation.results",
+    "Score": ("evaluation.protocols", "evaluation.evaluate", "evaluation.results",
               "evaluation.compare"),
     "Mistakes": ("errors",),
 }  # fmt: skip

@@ -176,6 +176,18 @@ def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
         evaluate(Bright(), processor, Boxes(mask_size=(8, 8)), progress=False, workers=workers)
 
 
+def test_a_sentence_that_is_scored_twice_is_refused(processor):
+    """As a sampler that pads would do: it would weigh double."""
+
+    class Repeated(Boxes):
+        def groups(self):
+            first, *others = super().groups()
+            return [first, *others, first]
+
+    with pytest.raises(UserError, match="was scored twice"):
+        evaluate(Bright(), processor, Repeated(), progress=False)
+
+
 # -- memory
 
 MEMORY = """

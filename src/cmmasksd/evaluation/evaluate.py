@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,12 +81,13 @@ def evaluate(
 
     Returns:
         rows: one per sentence, of all processes, sorted by sentence id.
-        scores: oIoU, mIoU, P@0.5 … P@0.9 as fractions of 1.
+        scores: oIoU, mIoU, P@0.5 … P@0.9 as fractions of 1, computed from the rows.
         truncated: sentences that lost words to the limit of tokens.
+
+    Raises:
+        UserError: the split is empty, or two sentences have one id.
     """
     from tqdm import tqdm
-
-    from cmmasksd.evaluation.metrics import ReferringMetric
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     groups = list(data.groups())
@@ -106,7 +108,6 @@ def evaluate(
         worker_init_fn=outlive_sigterm,
         generator=torch.Generator().manual_seed(0),
     )
-    metric = ReferringMetric(protocol).to(model.device)
     rows: list[ExpressionScore] = []
     truncated = 0
     was_training = model.training
@@ -114,21 +115,22 @@ def evaluate(
     shown = progress and rank == 0
     with tqdm(total=len(groups), desc=f"evaluate {data.name} {data.split}", unit="image", disable=not shown) as bar:
         for block in loaded(loader):
-            found = list(_score_block(model, processor, block, protocol))
-            metric.update([r.sent_id for r in found], [r.intersection for r in found], [r.union for r in found])
-            rows += found
+            rows += _score_block(model, processor, block, protocol)
             truncated += sum(int(item.tokens.truncated.sum()) for item in block)
             bar.update(min(len(block) * world, bar.total - bar.n))
             if shown:
                 bar.set_postfix(mIoU=f"{sum(r.iou for r in rows) / len(rows):.3f}")
     model.train(was_training)
-    scores = metric.compute()
     if world > 1:
         from accelerate.utils import gather_object
 
         rows = gather_object(rows)
         truncated = sum(gather_object([truncated]))
-    return sorted(rows, key=lambda row: row.sent_id), scores, truncated
+    rows.sort(key=lambda row: row.sent_id)
+    for row, following in pairwise(rows):
+        if row.sent_id == following.sent_id:
+            raise UserError(f"expression {row.sent_id} was scored twice: each needs an id of its own")
+    return rows, protocol.scores((row.intersection, row.union) for row in rows), truncated
 
 
 @torch.no_grad()

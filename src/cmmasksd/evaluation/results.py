@@ -70,7 +70,7 @@ def write_results(
         out: the folder; made if missing. One split per folder.
         split: "val", "testA", ...
         rows: every expression of the split, in any order; written sorted by reference and sentence.
-        scores: METRIC_NAMES -> fraction of 1, as `ReferringMetric.compute` gives them.
+        scores: METRIC_NAMES -> fraction of 1, as `ScoringProtocol.scores` gives them.
         protocol: the rules that gave the scores.
         extra: more JSON values for `results.json`, such as the data set, the model, the truncated expressions.
 
