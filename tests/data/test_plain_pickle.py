@@ -1,5 +1,6 @@
 """Plain pickles: NumPy's values are read, and no file of a stranger takes long, or much memory, or runs anything."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -186,3 +187,12 @@ def test_a_bomb_is_one_line_in_bounded_time_and_memory(tmp_path: Path, bomb: str
     assert "refs(unc).p" in message
     assert len(message) < 400 + len(str(tmp_path))
     assert int(megabytes) < 800
+
+
+def test_pythons_machine_looks_up_no_name_even_if_the_scan_lets_one_pass(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plain_pickle, "_is_simple", lambda data: True)
+    called = []
+    monkeypatch.setattr(os, "system", called.append)
+    with pytest.raises(UserError, match="could run any code"):
+        load_plain_pickle(b"cos\nsystem\n(S'x'\ntR.")
+    assert called == []
