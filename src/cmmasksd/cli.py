@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cmmasksd.config import (
     DATASETS,
+    MAX_REFERENCES,
+    MAX_SCENE_SIZE,
     Config,
     DataConfig,
     DistillationConfig,
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 SCENE_REFERENCES = 1500
 """References of a generated split, where a command is not told how many."""
 CONFIGS = Path(__file__).parent / "configs"
-MANY, MAX_WORKERS, MAX_SCENE_SIZE, MAX_SEED = 10_000_000, 256, 4096, 2**63 - 1
+MAX_RESAMPLES, MAX_WORKERS, MAX_SEED = 10_000_000, 256, 2**63 - 1
 """Bounds of numbers on the command line: what is beyond them is a slip, and would take all memory or for ever."""
 MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
 
@@ -340,7 +342,7 @@ def _train(settings: Namespace, parser: ArgumentParser) -> None:
 
 def _evaluate(settings: Namespace) -> None:
     _require_dataset(settings.data, "--data")
-    _require_between("--references", settings.references, 1, MANY)
+    _require_between("--references", settings.references, 1, MAX_REFERENCES)
     _require_between("--scene_size", settings.scene_size, 64, MAX_SCENE_SIZE)
     _require_between("--workers", settings.workers, 0, MAX_WORKERS)
     from cmmasksd.evaluation.results import format_table, read_results
@@ -369,7 +371,7 @@ def _compare(settings: Namespace) -> None:
     from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
     from cmmasksd.evaluation.results import RESULTS_FILE, read_expressions, read_results, write_atomically
 
-    _require_between("--resamples", settings.resamples, 100, MANY)
+    _require_between("--resamples", settings.resamples, 100, MAX_RESAMPLES)
     _require_between("--seed", settings.seed, 0, MAX_SEED)
     protocols = []
     for path in (settings.a, settings.b):
@@ -511,7 +513,7 @@ def _predict(settings: Namespace) -> None:
                             of = "" if len(sources) == 1 and frame is None else f"{stem}: "
                             share = 100 * float(one.mask.mean())
                             tqdm.write(f"{of}{one.text!r}: {share:.1f} % of the image, score {one.score:.2f}{files}")
-                    write((number, frame), written)  # after the pictures: a row says that they are there
+                    write((number, frame), written)  # last: a row implies its masks and overlays
             except UserError as error:
                 failures.setdefault(rows[0].image, str(error))
             at += len(rows)
@@ -605,19 +607,19 @@ def _explain(settings: Namespace) -> None:
 
 
 def _require_words(texts: list[str]) -> None:
-    from cmmasksd.data.samples import is_blank
+    from cmmasksd.data.samples import is_blank, is_text
 
     for text in texts:
         if is_blank(text):
             raise UserError("--text is empty: give a sentence of at least one word")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of the shell that are not UTF-8
+        if not is_text(text):
             raise UserError(f"--text {text!r} is not UTF-8 text: type it again")
 
 
 def _data(settings: Namespace) -> None:
     how = settings.scenes
-    _require_between("--train", how.train, 1, MANY)
-    _require_between("--test", how.test, 1, MANY)
+    _require_between("--train", how.train, 1, MAX_REFERENCES)
+    _require_between("--test", how.test, 1, MAX_REFERENCES)
     _require_between("--size", how.size, 64, MAX_SCENE_SIZE)
     from cmmasksd.data.loading import open_dataset
     from cmmasksd.data.refer import write_refer_release

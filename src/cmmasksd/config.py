@@ -15,6 +15,9 @@ from typing import Any, Literal
 from cmmasksd.errors import UserError
 
 DATASETS = ("scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "manifest")
+MAX_REFERENCES, MAX_SCENE_SIZE = 10_000_000, 4096
+"""Bounds of generated scenes: references per split, and the side of an image in pixels. More is a slip, and would take
+all memory or for ever."""
 
 
 @dataclass

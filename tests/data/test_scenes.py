@@ -793,3 +793,9 @@ def test_mistakes_are_named_with_their_remedy(wrong, value, remedy):
     assert value in message
     assert remedy in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("references", "canvas"), [(10**9, 64), (3, 10**9)])
+def test_a_data_set_that_would_take_all_memory_is_refused(references, canvas):
+    with pytest.raises(UserError, match="too large: "):
+        SceneDataset("scenes", "val", references, canvas=canvas)

@@ -13,8 +13,8 @@ A row has these keys; a CSV file has them as its header:
     id           optional and unique; ids that are all whole numbers become the ref_id of the results
 
 In a folder of labelme files every shape is an object and its label the sentence ("|" separates several). Shapes of one
-picture with the same group_id are one object. A sentence that names two objects of a picture is refused there, since
-the shapes may have been meant as one object; in a manifest, whose rows are objects, the log tells of it.
+image with the same group_id are one object. A sentence that names two objects of an image is refused there, since the
+shapes may have been meant as one object; in a manifest, whose rows are objects, the log counts such sentences.
 
 Splits. A file called train, val or test gives its rows this split. If rows name splits, those that name none are for
 training. If none does, pictures are dealt out by their content, about 80 % train, 10 % val, 10 % test and at least one
@@ -46,7 +46,7 @@ import numpy as np
 
 from cmmasksd.data.images import can_be_path, image_size, read_image, read_mask
 from cmmasksd.data.masks import decode_segmentation, mask_to_rle
-from cmmasksd.data.samples import Expression, Reference, is_blank
+from cmmasksd.data.samples import Expression, Reference, is_blank, is_text
 from cmmasksd.errors import UserError, shown
 
 SPLITS = ("train", "val", "test")
@@ -384,7 +384,7 @@ def _sentences(given: object, where: str) -> tuple[str, ...]:
     for text in texts:
         if is_blank(text):
             raise UserError(f"{where} has an empty sentence: write at least one word or remove it")
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not is_text(text):
             raise UserError(f"{where} has a sentence that is no text ({shown(text)}): write it as UTF-8")
     return tuple(texts)
 
@@ -397,7 +397,7 @@ def _check_ids(rows: Sequence[Row]) -> None:
 
 
 def _tell_ambiguous(rows: Sequence[Row], root: Path) -> None:
-    """Say how many sentences name two objects of one picture."""
+    """Log how many sentences name two objects of one image."""
     first: dict[tuple[Path, str], Row] = {}
     texts = [(row, text.casefold()) for row in rows for text in row.expressions]
     again = [(row, text) for row, text in texts if first.setdefault((row.image, text), row) is not row]

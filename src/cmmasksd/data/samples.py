@@ -21,6 +21,11 @@ def is_blank(text: str) -> bool:
     return not any(not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf") for char in text)
 
 
+def is_text(text: str) -> bool:
+    """Whether text can be written as UTF-8: bytes that are not, and broken JSON, leave lone surrogates."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 @dataclass(frozen=True, slots=True)
 class Expression:
     """One sentence that names the object of a reference."""
@@ -31,7 +36,7 @@ class Expression:
     def __post_init__(self) -> None:
         if is_blank(self.text):
             raise UserError(f"expression {self.sent_id} is empty: every expression needs at least one word")
-        if not self.text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in self.text):
+        if not is_text(self.text):
             raise UserError(f"expression {self.sent_id} is not text ({shown(self.text)}): write it as UTF-8")
 
 

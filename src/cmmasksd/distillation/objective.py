@@ -241,13 +241,8 @@ class MaskedSelfDistillation(nn.Module):
             pixels=_cat([i.pixels for i in images]),
             **_hidden(images),
         )
-        text = TextFeatures(
-            torch.cat([t.words for t in texts]),
-            torch.cat([t.sentence for t in texts]),
-            torch.cat([t.word_mask for t in texts]),
-            _cat([t.embedded for t in texts]),
-        )
-        return dict(zip(branches, self._model.decode(image, text).chunk(len(branches)), strict=True))
+        logits = self._model.decode(image, TextFeatures.cat(texts))
+        return dict(zip(branches, logits.chunk(len(branches)), strict=True))
 
 
 def _cat(parts: list[Tensor | None]) -> Tensor | None:

@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from cmmasksd.config import MAX_REFERENCES, MAX_SCENE_SIZE
 from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ScoringProtocol
 
 RESULTS_FILE = "results.json"
 EXPRESSIONS_FILE = "expressions.jsonl"
 _OWN_KEYS = ("split", *METRIC_NAMES, "expressions", "protocol")
-_COUNTS = {"expressions": 10**9, "references": 10_000_000, "scene_size": 4096}
+_COUNTS = {"expressions": 10**9, "references": MAX_REFERENCES, "scene_size": MAX_SCENE_SIZE}
 """Whole numbers of a result file, and the largest that scoring writes."""
 _MAX_BYTES = 1 << 28
 """A result file is not read any further: RefCOCO's largest split needs three megabytes."""
@@ -156,10 +157,13 @@ def read_expressions(path: Path) -> list[ExpressionScore]:
     return rows
 
 
+_ROW_KEYS = {field.name for field in fields(ExpressionScore)}
+
+
 def _is_row(row: dict[str, Any]) -> bool:
     """Whether these are the fields of an ExpressionScore, of the right kinds."""
     return (
-        row.keys() == {field.name for field in fields(ExpressionScore)}
+        row.keys() == _ROW_KEYS
         and all(_is_int(value) for key, value in row.items() if key not in ("sentence", "iou"))
         and isinstance(row["sentence"], str)
         and 0 <= row["intersection"] <= row["union"]

@@ -80,11 +80,10 @@ def _match(patches: Tensor, sentence: Tensor, hidden: Tensor | None, whole: Tens
     match better than it does: both come from the whole image, and hidden patches get 0, the mean.
     """
     cosine = _cosine(patches, sentence)
-    if whole is None:
+    if hidden is None or whole is None:
         return F.layer_norm(cosine, cosine.shape[1:])
     variance, mean = torch.var_mean(_cosine(whole, sentence), dim=1, correction=0, keepdim=True)
-    match = (cosine - mean) * (variance + 1e-5).rsqrt()  # as layer_norm
-    return match if hidden is None else match.masked_fill(hidden, 0.0)
+    return ((cosine - mean) * (variance + 1e-5).rsqrt()).masked_fill(hidden, 0.0)  # as layer_norm
 
 
 def _cosine(patches: Tensor, sentence: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ three benchmarks: ``scenes`` (short, with location words, as RefCOCO), ``scenes+
     language.py     sentences that name one object
     captions.py     captions and their claims (for contrastive training)
     dataset.py      make_scene, SceneDataset
+    examples.py     the images of `cmmasksd examples`
 """
 
 from cmmasksd.data.scenes.captions import Phrase as Phrase

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cmmasksd.config import MAX_REFERENCES, MAX_SCENE_SIZE
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.data.scenes.drawing import render
 from cmmasksd.data.scenes.language import make_sentence
@@ -35,6 +36,8 @@ def make_scene(seed: int, split: str, index: int, *, style: str = "scenes", canv
     if split not in SPLITS:
         known = ", ".join(one for one in SPLITS if one != "pretrain")
         raise UserError(f"scenes have no split {split!r}: choose one of {known}")
+    if canvas > MAX_SCENE_SIZE:
+        raise UserError(f"a canvas of {canvas} pixels is too large: use at most {MAX_SCENE_SIZE}")
     if canvas < 64:
         raise UserError(f"a canvas of {canvas} pixels is too small to tell the shapes apart: use at least 64")
     draw = random.Random(f"{seed}/{split}/{index}/{style}")
@@ -69,6 +72,8 @@ class SceneDataset:
     def __init__(self, name: str, split: str, references: int, *, seed: int = 0, canvas: int = 128) -> None:
         if references < 1:
             raise UserError(f"a data set of {references} references is empty: ask for at least 1")
+        if references > MAX_REFERENCES:
+            raise UserError(f"a data set of {references} references is too large: ask for at most {MAX_REFERENCES}")
         self.name, self.split, self.seed, self.canvas = name, split, seed, canvas
         self.scenes = math.ceil(references / REFERENCES_PER_SCENE)
         self._last: tuple[int, Scene] | None = None
