@@ -69,12 +69,8 @@ def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
 
     patch = model.config.clip_config.vision_config.patch_size
     # A grid of one row or column would be another program: the tracer tells h from h * w by their not being equal.
-    batch, h, w, tokens = (
-        Dim("batch", min=1),
-        Dim("h", min=2),
-        Dim("w", min=2),
-        Dim("tokens", min=3, max=positions(model)),
-    )
+    batch, h, w = Dim("batch", min=1), Dim("h", min=2), Dim("w", min=2)
+    tokens = Dim("tokens", min=3, max=positions(model))
     per_token = {0: batch, 1: tokens}
     return {
         "image": Graph(
