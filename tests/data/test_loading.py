@@ -1,6 +1,6 @@
 """Batches: every reference once per epoch, one order for any number of workers and processes, resumable anywhere."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,18 +11,17 @@ from hypothesis import strategies as st
 from cmmasksd.data.loading import (
     Batch,
     Draw,
-    ScoringItems,
     TrainingBatches,
     TrainingItems,
     fade,
-    loaded,
-    open_dataset,
     training_loader,
 )
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.data.scenes import SceneDataset
+from cmmasksd.data.workers import loaded
 from cmmasksd.errors import UserError
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from noise import Noise
 
 
 @pytest.fixture(scope="module")
@@ -33,36 +32,6 @@ def processor():
 @pytest.fixture(scope="module")
 def scenes():
     return SceneDataset("scenes", "train", 15, canvas=64)
-
-
-@dataclass
-class Noise:
-    """A data set of grey noise: `counts[i]` references for image i, three sentences each."""
-
-    counts: tuple[int, ...] = (3, 1, 2)
-    mask_size: tuple[int, int] = (20, 30)
-    name: str = "noise"
-    split: str = "val"
-
-    def __len__(self):
-        return sum(self.counts)
-
-    def __getitem__(self, index):
-        image = next(i for i, group in enumerate(self.groups()) if index in group)
-        sentences = tuple(Expression(10 * index + k, f"thing {index} word {k}") for k in range(3))
-        return Reference(100 + index, image, (index,), self.split, sentences)
-
-    def image(self, reference):
-        return np.random.default_rng(reference.image_id).integers(0, 256, (20, 30, 3), np.uint8)
-
-    def mask(self, reference):
-        mask = np.zeros(self.mask_size, bool)
-        mask[: 1 + reference.ref_id - 100] = True
-        return mask
-
-    def groups(self):
-        ends = np.cumsum(self.counts)
-        return [list(range(end - count, end)) for end, count in zip(ends, self.counts, strict=True)]
 
 
 def references(batch):
@@ -302,54 +271,3 @@ def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
         epoch_of(data, processor, workers)
     assert "Traceback" not in str(training.value)
     assert str(training.value).startswith("a mask of (30, 20)")
-
-
-# -- scoring
-
-
-def test_scoring_items_carry_every_sentence_of_every_reference(processor):
-    data = Noise((3, 1, 2))
-    items = ScoringItems(data, processor, data.groups())
-    assert len(items) == 3
-    item = items[0]
-    assert item.frame.original == (20, 30)
-    assert [item.mask(nth).shape for nth in range(9)] == [(20, 30)] * 9
-    assert item.masks.shape == (3, 75)  # bits
-    assert item.mask_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert item.sentences[4] == (101, 0, 11, "thing 1 word 1")
-    assert len(item.tokens) == 9
-    ids = [sentence[2] for i in range(3) for sentence in items[i].sentences]
-    assert sorted(ids) == sorted(e.sent_id for index in range(6) for e in data[index].expressions)
-    assert [int(items[2].mask(nth).sum()) for nth in (0, 3)] == [30 * 5, 30 * 6]
-
-
-def test_scoring_refuses_a_mask_of_another_size(processor):
-    data = Noise(mask_size=(30, 20))
-    with pytest.raises(UserError, match=r"mask of reference 100 is \(30, 20\), its image \(20, 30\)"):
-        ScoringItems(data, processor, data.groups())[0]
-
-
-# -- open_dataset
-
-
-def test_open_dataset_opens_scenes():
-    data = open_dataset("scenes+", "testB", references=9, seed=4, canvas=64)
-    assert (data.name, data.split, len(data)) == ("scenes+", "testB", 9)
-    same = SceneDataset("scenes+", "testB", 9, seed=4, canvas=64)
-    assert data[3] == same[3]
-    assert np.array_equal(data.image(data[3]), same.image(same[3]))
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "root", "said"),
-    [
-        ("refcocoo", "val", None, "unknown data set 'refcocoo': choose one of scenes, .*refcoco"),
-        ("scenes", "val", "here", "no folder: leave out --root"),
-        ("refcoco", "val", None, "--root"),
-        ("scenes", "pretrain", None, "captions only: choose one of train"),
-        ("scenes", "tset", None, "no split 'tset'"),
-    ],
-)
-def test_open_dataset_says_what_is_wrong(name, split, root, said, tmp_path):
-    with pytest.raises(UserError, match=said):
-        open_dataset(name, split, root=None if root is None else tmp_path)

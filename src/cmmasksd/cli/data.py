@@ -31,8 +31,8 @@ def run(settings: Namespace) -> None:
     require_between("--train", how.train, 1, MAX_REFERENCES)
     require_between("--test", how.test, 1, MAX_REFERENCES)
     require_between("--size", how.size, 64, MAX_SCENE_SIZE)
-    from cmmasksd.data.loading import open_dataset
-    from cmmasksd.data.refer import write_refer_release
+    from cmmasksd.data.datasets import open_dataset
+    from cmmasksd.data.readers.refer_release import write_refer_release
 
     counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
     splits = [

@@ -64,7 +64,7 @@ def score(
     """Score a split and write its result files; true in the process that wrote them."""
     from dataclasses import replace
 
-    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.data.datasets import open_dataset
     from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
     from cmmasksd.evaluation.protocols import ORIGINAL
     from cmmasksd.evaluation.results import write_results

@@ -25,7 +25,7 @@ def run(settings: Namespace) -> None:
 
 def write(model: str, folders: list[Path], root: Path | None, metrics: Path | None, out: Path) -> Path:
     """A page for the first folder's split (examples), with the scores of all folders."""
-    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.data.datasets import open_dataset
     from cmmasksd.evaluation.report import choose_examples, collect_examples, read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results
     from cmmasksd.inference.predictor import Segmenter

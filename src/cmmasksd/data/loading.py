@@ -12,67 +12,21 @@ from __future__ import annotations
 
 import random
 import re
-import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmmasksd.data.samples import ReferringDataset
-from cmmasksd.data.scenes import STYLES, SceneDataset
-from cmmasksd.errors import UserError, shown
+from cmmasksd.data.workers import outlive_sigterm
+from cmmasksd.errors import UserError
 
 if TYPE_CHECKING:
     from cmmasksd.model.clip import Tokens
-    from cmmasksd.model.processing import CMMaskSDProcessor, Frame
-
-
-def open_dataset(
-    name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, canvas: int = 128
-) -> ReferringDataset:
-    """Open one split of a data set by the name the command line uses.
-
-    Args:
-        name: see `cmmasksd.config.DATASETS`.
-        split: of the data set.
-        root: folder of the real data sets, or the file or folder of one's own (see `cmmasksd.data.manifest`).
-        references, seed, canvas: of generated scenes, see `SceneDataset`.
-
-    Raises:
-        UserError: for an unknown name, and whatever the reader finds wrong.
-    """
-    from cmmasksd.config import DATASETS
-
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {shown(name)}: choose one of {', '.join(DATASETS)}")
-    if name in STYLES:
-        if root is not None:
-            raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
-        if split == "pretrain":
-            raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
-        return SceneDataset(name, split, references or 1500, seed=seed, canvas=canvas)
-    if name == "manifest":
-        if root is None:
-            raise UserError(
-                "manifest is your own data: say with --root (when training: --data.root) which .jsonl or .csv file, or "
-                "which folder of labelme files"
-            )
-        from cmmasksd.data.manifest import ManifestDataset
-
-        return ManifestDataset(root, split)
-    if root is None:
-        raise UserError(
-            f"{name} is read from files: say with --root (when training: --data.root) which folder holds refcoco/… "
-            "and images/train2014/…"
-        )
-    from cmmasksd.data.refer import ReferDataset
-
-    return ReferDataset(name, root, split)
+    from cmmasksd.model.processing import CMMaskSDProcessor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,83 +193,3 @@ def training_loader(items: TrainingItems, batches: TrainingBatches, workers: int
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def outlive_sigterm(_worker: int) -> None:
-    """For a loader's workers: schedulers send SIGTERM to every process of a job, but the main one saves first, and
-    fails when a worker dies before. It ends them itself; the alarm is for one that is left alone."""
-    if hasattr(signal, "alarm"):  # Windows has none, nor such signals
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-
-
-def loaded(loader: DataLoader) -> Generator[Any]:
-    """What a loader yields; a mistake of the user that a worker finds arrives as it was said, without its traceback."""
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except UserError as error:  # torch sends the worker's traceback, whose last entry is the error
-            raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]) from None
-        yield batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@dataclass(frozen=True, slots=True)
-class ScoringItem:
-    """One image with all the sentences of some of its references. K sentences, R references.
-
-    Attributes:
-        image: (3, h, w) uint8 on the canvas.
-        frame: how it was laid there.
-        tokens: of the K sentences.
-        sentences: (ref_id, image_id, sent_id, text) of each.
-        masks: (R, ceil(H * W / 8)) uint8, the bits of the masks at the original size: a block of large photographs with
-            many objects would not fit into memory otherwise. See `mask`.
-        mask_index: (K,) int64, the reference of each sentence.
-    """
-
-    image: Tensor
-    frame: Frame
-    tokens: Tokens
-    sentences: list[tuple[int, int, int, str]]
-    masks: Tensor
-    mask_index: Tensor
-
-    def mask(self, sentence: int) -> Tensor:
-        """The mask that the nth sentence names, (H, W) bool."""
-        height, width = self.frame.original
-        bits = np.unpackbits(self.masks[self.mask_index[sentence]].numpy(), count=height * width)
-        return torch.from_numpy(bits.view(bool).reshape(height, width))
-
-
-class ScoringItems(Dataset):
-    """Loads an image with all sentences of all its references (never one per reference, as while training)."""
-
-    def __init__(self, data: ReferringDataset, processor: CMMaskSDProcessor, groups: Sequence[Sequence[int]]) -> None:
-        self.data, self.processor, self.groups = data, processor, groups
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> ScoringItem:
-        references = [self.data[i] for i in self.groups[index]]
-        image, frame = self.processor.image(self.data.image(references[0]))
-        sentences, masks, mask_index = [], [], []
-        for nth, reference in enumerate(references):
-            mask = self.data.mask(reference)
-            if mask.shape != frame.original:
-                raise UserError(
-                    f"the mask of reference {reference.ref_id} is {mask.shape}, its image {frame.original}: "
-                    "they must have one size"
-                )
-            masks.append(torch.from_numpy(np.packbits(mask)))
-            for expression in reference.expressions:
-                sentences.append((reference.ref_id, reference.image_id, expression.sent_id, expression.text))
-                mask_index.append(nth)
-        tokens = self.processor.tokens([sentence[-1] for sentence in sentences])
-        return ScoringItem(image, frame, tokens, sentences, torch.stack(masks), torch.tensor(mask_index))

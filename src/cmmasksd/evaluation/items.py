@@ -1,0 +1,75 @@
+"""What is scored: images with all the sentences of their references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.errors import UserError
+
+if TYPE_CHECKING:
+    from cmmasksd.model.clip import Tokens
+    from cmmasksd.model.processing import CMMaskSDProcessor, Frame
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringItem:
+    """One image with all the sentences of some of its references. K sentences, R references.
+
+    Attributes:
+        image: (3, h, w) uint8 on the canvas.
+        frame: how it was laid there.
+        tokens: of the K sentences.
+        sentences: (ref_id, image_id, sent_id, text) of each.
+        masks: (R, ceil(H * W / 8)) uint8, the bits of the masks at the original size: a block of large photographs with
+            many objects would not fit into memory otherwise. See `mask`.
+        mask_index: (K,) int64, the reference of each sentence.
+    """
+
+    image: Tensor
+    frame: Frame
+    tokens: Tokens
+    sentences: list[tuple[int, int, int, str]]
+    masks: Tensor
+    mask_index: Tensor
+
+    def mask(self, sentence: int) -> Tensor:
+        """The mask that the nth sentence names, (H, W) bool."""
+        height, width = self.frame.original
+        bits = np.unpackbits(self.masks[self.mask_index[sentence]].numpy(), count=height * width)
+        return torch.from_numpy(bits.view(bool).reshape(height, width))
+
+
+class ScoringItems(Dataset):
+    """Loads an image with all sentences of all its references (never one per reference, as while training)."""
+
+    def __init__(self, data: ReferringDataset, processor: CMMaskSDProcessor, groups: Sequence[Sequence[int]]) -> None:
+        self.data, self.processor, self.groups = data, processor, groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> ScoringItem:
+        references = [self.data[i] for i in self.groups[index]]
+        image, frame = self.processor.image(self.data.image(references[0]))
+        sentences, masks, mask_index = [], [], []
+        for nth, reference in enumerate(references):
+            mask = self.data.mask(reference)
+            if mask.shape != frame.original:
+                raise UserError(
+                    f"the mask of reference {reference.ref_id} is {mask.shape}, its image {frame.original}: "
+                    "they must have one size"
+                )
+            masks.append(torch.from_numpy(np.packbits(mask)))
+            for expression in reference.expressions:
+                sentences.append((reference.ref_id, reference.image_id, expression.sent_id, expression.text))
+                mask_index.append(nth)
+        tokens = self.processor.tokens([sentence[-1] for sentence in sentences])
+        return ScoringItem(image, frame, tokens, sentences, torch.stack(masks), torch.tensor(mask_index))
