@@ -14,7 +14,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
 MODULES = {  # in the order of the page; all public classes and functions of each
     "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "inference.export"),
-    "Model": ("model.modeling", "model.configuration", "model.processing", "model.hub"),
+    "Model": ("model.modeling", "model.configuration", "model.processing", "model.locating",
+              "publishing.card", "publishing.hub"),
     "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes.dataset", "data.masks", "data.images"),
     "Train": ("config", "training.loop", "pretraining.loop"),
     "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),

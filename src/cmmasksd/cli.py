@@ -415,7 +415,7 @@ def _score(
     from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
     from cmmasksd.evaluation.protocols import ORIGINAL
     from cmmasksd.evaluation.results import write_results
-    from cmmasksd.model.hub import model_folder, weights_digest
+    from cmmasksd.model.locating import model_folder, weights_digest
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
@@ -456,7 +456,7 @@ def _predict(settings: Namespace) -> None:
         save_pictures,
     )
     from cmmasksd.inference.predictor import load_segmenter
-    from cmmasksd.model.hub import model_folder
+    from cmmasksd.model.locating import model_folder
 
     texts = [*settings.text, *(read_sentences(settings.texts) if settings.texts else [])]
     _require_words(texts)
@@ -649,28 +649,30 @@ def _pretrain(settings: Namespace, parser: ArgumentParser) -> None:
 
 def _push(settings: Namespace) -> None:
     from cmmasksd.evaluation.results import read_results
-    from cmmasksd.model import hub
+    from cmmasksd.model.locating import is_hub_id, model_folder, weights_digest
+    from cmmasksd.publishing.card import CARD, model_card
+    from cmmasksd.publishing.hub import contents, upload, write_folder
 
-    to_hub = hub.is_hub_id(settings.to)
+    to_hub = is_hub_id(settings.to)
     if to_hub and Path(settings.to).parent.is_dir():
         raise UserError(f"--to {settings.to} may be a folder or a hub id: write ./{settings.to} for the folder")
-    folder = hub.model_folder(settings.model)
+    folder = model_folder(settings.model)
     results = []
     for path in settings.results:
         results.append(read_results(path))
-        if results[-1].get("weights") != hub.weights_digest(folder):
+        if results[-1].get("weights") != weights_digest(folder):
             raise UserError(f"{path} does not hold scores of {settings.model}: score this model with cmmasksd evaluate")
     name = settings.to if to_hub else Path(settings.to).resolve().name
     if settings.card is None:
-        card = hub.model_card(folder, name, results, licence=settings.license)
+        card = model_card(folder, name, results, licence=settings.license)
     else:
         card = settings.card.read_text(encoding="utf-8")
-    files = hub.contents(folder, card)
+    files = contents(folder, card)
     if to_hub:
-        print(hub.upload(files, settings.to, private=settings.private))
+        print(upload(files, settings.to, private=settings.private))
     else:
-        hub.write_folder(files, Path(settings.to).expanduser())
-        print(f"{', '.join(files)} in {settings.to}; the card is {Path(settings.to) / hub.CARD}")
+        write_folder(files, Path(settings.to).expanduser())
+        print(f"{', '.join(files)} in {settings.to}; the card is {Path(settings.to) / CARD}")
 
 
 def _report(settings: Namespace) -> None:
@@ -683,7 +685,7 @@ def _write_report(model: str, folders: list[Path], root: Path | None, metrics: P
     from cmmasksd.evaluation.report import choose_examples, collect_examples, read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results
     from cmmasksd.inference.predictor import Segmenter
-    from cmmasksd.model.hub import model_folder, weights_digest
+    from cmmasksd.model.locating import model_folder, weights_digest
 
     results = [read_results(folder) for folder in folders]
     first = results[0]

@@ -17,9 +17,9 @@ from cmmasksd.errors import UserError
 from cmmasksd.inference import export as exporting
 from cmmasksd.inference.export import INT8_IOU, PARITY, export
 from cmmasksd.inference.onnx import GRAPHS, ExportSettings, OnnxSegmenter, open_sessions
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers.base import Tokens
 
 pytest.importorskip("onnx", reason="the extra export is not installed")
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")

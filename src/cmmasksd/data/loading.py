@@ -27,8 +27,8 @@ from cmmasksd.data.scenes import STYLES, SceneDataset
 from cmmasksd.errors import UserError, shown
 
 if TYPE_CHECKING:
-    from cmmasksd.model.clip import Tokens
     from cmmasksd.model.processing import CMMaskSDProcessor
+    from cmmasksd.model.towers.base import Tokens
 
 
 def open_dataset(

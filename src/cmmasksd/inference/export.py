@@ -45,10 +45,10 @@ from cmmasksd.inference.onnx import (
     OnnxSegmenter,
     open_sessions,
 )
-from cmmasksd.model import clip as towers
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers import clip as towers
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
