@@ -567,13 +567,13 @@ def _export(settings: Namespace) -> None:
         print(f"{line} …", file=sys.stderr)
 
     if settings.format == "web":
-        from cmmasksd.serving.site import write_site
+        from cmmasksd.export.site import write_site
 
         done = write_site(settings.model, settings.out, ort=settings.ort, int8=settings.int8, progress=say)
         size = sum(file.stat().st_size for file in settings.out.rglob("*") if file.is_file())
         how = f"try it: python -m http.server --directory {settings.out}"
     else:
-        from cmmasksd.inference.export import export
+        from cmmasksd.export.export import export
 
         done = export(settings.model, settings.out, format=settings.format, int8=settings.int8, progress=say)
         size = sum(file.stat().st_size for file in settings.out.iterdir())
