@@ -1,8 +1,7 @@
 """CMMaskSDProcessor: images and sentences to tensors, logits back to masks at the image's own size.
 
 One processor serves training, evaluation, prediction and export, and is saved beside the weights, so that a picture is
-never resized in two ways (a mistake of several peers). What was done to an image is kept in a `Placement`; `masks` undoes
-it.
+never resized in two ways (a mistake of several peers). Where an image lies is kept in a `Placement`; `masks` undoes it.
 """
 
 from __future__ import annotations
