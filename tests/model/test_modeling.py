@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from cmmasksd.errors import UserError
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.configuration import CMMaskSDConfig
-from cmmasksd.model.modeling import CMMaskSDModel, load_clip
+from cmmasksd.model.loading import load_clip
+from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers.base import Tokens
 from conftest import TINY_SIZES
 
 SENTENCES = ["the red square", "a blue circle left of unbelievable things", "right", "on the left"]
@@ -695,11 +696,11 @@ def test_the_config_of_the_first_clips(clip_folder):
 def test_model_and_processor_load_from_one_folder(tiny_model_folder, tiny_model):
     model, processor = (kind.from_pretrained(tiny_model_folder) for kind in (CMMaskSDModel, CMMaskSDProcessor))
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    values, tokens, frame = processor(image, SENTENCES)
+    values, tokens, placement = processor(image, SENTENCES)
     with torch.no_grad():
-        masks = processor.masks(segment(model, values, tokens), frame)
+        masks = processor.masks(segment(model, values, tokens), placement)
         assert masks.shape == (len(SENTENCES), 50, 70)
-        assert torch.equal(masks, processor.masks(segment(tiny_model, values, tokens), frame))
+        assert torch.equal(masks, processor.masks(segment(tiny_model, values, tokens), placement))
     assert 0 < masks.float().mean() < 1
 
 

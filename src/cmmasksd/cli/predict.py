@@ -121,7 +121,7 @@ def _output_folder(settings: Namespace, sources: list[Source]) -> Path | None:
 def _row_writer(settings: Namespace, folder: Path | None, sources: list[Source]) -> Iterator[tuple[Any, Any]]:
     """See `json_rows`; rows may also go to standard output or nowhere."""
     from cmmasksd.inference.rows import fingerprint, json_rows
-    from cmmasksd.model.hub import model_folder
+    from cmmasksd.model.locating import model_folder
 
     if settings.json is None:
         yield (), lambda unit, rows: None

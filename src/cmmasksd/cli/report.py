@@ -29,7 +29,7 @@ def write(model: str, folders: list[Path], root: Path | None, metrics: Path | No
     from cmmasksd.evaluation.report import choose_examples, collect_examples, read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results
     from cmmasksd.inference.predictor import Segmenter
-    from cmmasksd.model.hub import model_folder, weights_digest
+    from cmmasksd.model.locating import model_folder, weights_digest
 
     results = [read_results(folder) for folder in folders]
     first = results[0]
