@@ -11,7 +11,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 .PHONY: demo test lint docs clean
 
 demo: .venv/installed
-	$(BIN)/cmmasksd demo --config scenes-tiny --training.out runs/demo
+	$(BIN)/cmmasksd demo --config scenes-tiny --training.out runs/demo $(if $(wildcard runs/demo/last/state.pt),--resume)
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report term:skip-covered --cov-fail-under 90

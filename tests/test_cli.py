@@ -131,11 +131,11 @@ def test_the_first_help_names_every_command(capsys: pytest.CaptureFixture[str]):
         "serve",
         "explain",
         "data",
-        "pretrain",
         "push",
         "report",
     )
     assert all(f" {name} " in shown for name in names)
+    assert "pretrain" not in shown  # of no use to a user
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
@@ -155,7 +155,7 @@ for line in 'pre' 'predict --t' 'compare --unit i'; do
     _shtab_cmmasksd; echo ${{COMPREPLY[@]}}
 done"""
         told = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True, timeout=60).stdout
-        assert told.splitlines() == ["predict pretrain", "--text --texts --threshold", "image"]
+        assert told.splitlines() == ["predict", "--text --texts --threshold", "image"]
 
 
 def test_completion_without_shtab(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -952,8 +952,8 @@ def test_demo_twice(
     monkeypatch.setattr(demo, "SCENE_REFERENCES", 6)
     kept = ["metrics.jsonl", "best/model.safetensors", "last/state.pt", "val/results.json", "testB/results.json"]
     seen = []
-    for _ in range(2):
-        assert main("demo", *micro, "--training.out", tmp_path) == 0
+    for resume in ([], ["--resume"]):
+        assert main("demo", *micro, "--training.out", tmp_path, *resume) == 0
         shown = capsys.readouterr().out
         assert "scenes val" in shown
         assert "scenes testB" in shown
@@ -962,6 +962,8 @@ def test_demo_twice(
         for split in ("val", "testB"):
             assert set(METRICS) <= set(json.loads((tmp_path / split / "results.json").read_text()))
     assert seen[0] == seen[1]  # the second time it only scores
+    assert main("demo", *micro, "--training.out", tmp_path) == 2
+    assert "already holds a run: resume it with --resume" in capsys.readouterr().err
 
 
 def test_the_shipped_model_in_every_command(

@@ -296,6 +296,7 @@ class PretrainConfig:
         seed: of everything.
         bf16: autocast to bfloat16.
         save_every: steps between states to resume from.
+        resume: resume the run in `out` from its last state.
     """
 
     out: Path = Path("runs/tiny-clip")
@@ -318,6 +319,7 @@ class PretrainConfig:
     seed: int = 0
     bf16: bool = True
     save_every: int = 250
+    resume: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or self.batch_size % 2:

@@ -297,7 +297,9 @@ def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, mo
             pretrain(micro(tmp_path / "cut"))
     torch.manual_seed(7)
     random.seed(7)
-    pretrain(micro(tmp_path / "cut"))
+    with pytest.raises(UserError, match=r"already holds a run: resume it with --resume, or .* --pretrain\.out"):
+        pretrain(micro(tmp_path / "cut"))
+    pretrain(micro(tmp_path / "cut", resume=True))
     straight, resumed = (torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("straight", "cut"))
     assert straight["step"] == resumed["step"] == 3
     for name, weight in straight["model"].items():
@@ -307,17 +309,20 @@ def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, mo
     assert rows_of(tmp_path / "cut") == rows
     assert json.loads((tmp_path / "cut" / "config.yaml").read_text())["width"] == 32
 
-    assert pretrain(micro(tmp_path / "cut")) == tmp_path / "cut" / "clip"  # a finished run is left as it is
+    # a finished run is left as it is
+    assert pretrain(micro(tmp_path / "cut", resume=True)) == tmp_path / "cut" / "clip"
     assert rows_of(tmp_path / "cut") == rows
     with pytest.raises(UserError, match=r"batch_size is 3: .* an even number"):
         micro(batch_size=3)
     with pytest.raises(UserError, match="has had 3 steps already"):
-        pretrain(micro(tmp_path / "cut", steps=2))
-    with pytest.raises(UserError, match="cannot go on from"):
-        pretrain(micro(tmp_path / "cut", width=64))
+        pretrain(micro(tmp_path / "cut", resume=True, steps=2))
+    with pytest.raises(UserError, match="cannot resume from"):
+        pretrain(micro(tmp_path / "cut", resume=True, width=64))
     (tmp_path / "cut" / "state.pt").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="cannot go on from"):
-        pretrain(micro(tmp_path / "cut"))
+    with pytest.raises(UserError, match="cannot resume from"):
+        pretrain(micro(tmp_path / "cut", resume=True))
+    with pytest.raises(UserError, match="no run to resume"):
+        pretrain(micro(tmp_path / "new", resume=True))
 
 
 def test_pretrain_begins_with_a_trained_clip(quick, tmp_path):

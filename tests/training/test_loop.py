@@ -229,7 +229,7 @@ def test_resume_needs_the_same_run(micro_clip, straight, tmp_path):
     with pytest.raises(UserError, match="no run to resume"):
         loop.train(settings(micro_clip, tmp_path, resume=True))
     shutil.copytree(straight[0], tmp_path / "run")
-    with pytest.raises(UserError, match="holds a run already: continue it with --resume"):
+    with pytest.raises(UserError, match="already holds a run: resume it with --resume"):
         loop.train(settings(micro_clip, tmp_path / "run"))
     assert_same(state_of(tmp_path / "run"), state_of(straight[0]))
     assert rows_of(tmp_path / "run") == rows_of(straight[0])

@@ -27,13 +27,11 @@ def run(settings: Namespace) -> None:
     if config.data.name not in STYLES:
         raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
     from cmmasksd.evaluation.results import format_table, read_results
-    from cmmasksd.training.checkpoint import STATE
     from cmmasksd.training.loop import train
 
     out = Path(config.training.out)
     data, model, log = config.data, settings.trained, None
     if model is None:
-        config.training.resume = (out / "last" / STATE).is_file()  # a second `demo` goes on, or only scores
         train(config)
         model, log = str(out / "best"), out / "metrics.jsonl"
     results = []

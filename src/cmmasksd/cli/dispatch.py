@@ -45,16 +45,17 @@ COMMANDS = {
     "explain": explain,
     "data": data,
     "examples": examples,
-    "pretrain": pretrain,
     "push": push,
     "report": report,
     "completion": completion,
 }
 """Command -> its module: HELP (one line), DESCRIPTION, add_options(parser) and run(settings)."""
+UNLISTED = {"pretrain": pretrain}
+"""Commands that only maintainers need; `cmmasksd --help` and the completions leave them out."""
 
 
-def build_parser() -> ArgumentParser:
-    """The parser of all commands."""
+def build_parser(*, unlisted: bool = False) -> ArgumentParser:
+    """The parser of all commands, with those of UNLISTED if asked for."""
     set_parsing_settings(docstring_parse_attribute_docstrings=False)
     # a file's name that is not UTF-8 is no YAML either, as which every value is tried first
     set_loader("yaml", get_loader("yaml"), (yaml.YAMLError, UnicodeEncodeError))
@@ -65,7 +66,7 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,  # main says it in one line
     )
     commands = parser.add_subcommands(dest="command", required=True)
-    for name, command in COMMANDS.items():
+    for name, command in (COMMANDS | UNLISTED if unlisted else COMMANDS).items():
         subparser = ArgumentParser(description=command.DESCRIPTION)
         commands.add_subcommand(name, subparser, help=command.HELP)
         command.add_options(subparser)
@@ -80,11 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text that the terminal can show
         sys.stdout.reconfigure(errors="backslashreplace")
-    name = f"cmmasksd {arguments[0]}" if arguments and arguments[0] in COMMANDS else "cmmasksd"
+    command = (COMMANDS | UNLISTED).get(arguments[0]) if arguments else None
+    name = "cmmasksd" if command is None else f"cmmasksd {arguments[0]}"
     try:
-        parser = build_parser()
+        parser = build_parser(unlisted=command in UNLISTED.values())
         settings = parser.instantiate(parser.parse_args(arguments))
-        COMMANDS[settings.command].run(settings[settings.command])
+        (COMMANDS | UNLISTED)[settings.command].run(settings[settings.command])
     except ArgumentError as error:
         return fail(f"{name}: {usage_mistake(error)} (see {name} --help)", 2)
     except UserError as error:

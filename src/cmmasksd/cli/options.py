@@ -42,6 +42,8 @@ def _config_file(given: str) -> str:
 
 
 def add_config(parser: ArgumentParser) -> None:
+    """Add the options of a training run."""
+    parser.add_argument("--resume", action="store_true", help="resume the run in training.out")
     for kind, key in (
         (DataConfig, "data"),
         (ModelConfig, "model"),
@@ -55,7 +57,7 @@ def run_config(settings: Namespace) -> Config:
     """The settings of a training run."""
     config = Config(settings.data, settings.model, settings.distillation, settings.training)
     require_dataset(config.data.name, "--data.name")
-    config.training.resume |= getattr(settings, "resume", False)
+    config.training.resume |= settings.resume
     return config
 
 

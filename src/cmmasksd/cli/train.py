@@ -14,7 +14,6 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config", action=ConfigFile, help=f"YAML file of settings, or the name of one: {', '.join(config_names())}"
     )
-    parser.add_argument("--resume", action="store_true", help="resume the run in training.out")
     add_config(parser)
 
 

@@ -43,6 +43,7 @@ from cmmasksd.pretraining.captions import CaptionedScenes, Collate
 from cmmasksd.pretraining.losses import changed_patches, contrastive_losses, lend_patches
 from cmmasksd.pretraining.model import build_clip, save_clip, train_tokenizer
 from cmmasksd.pretraining.retrieval import retrieval
+from cmmasksd.training.checkpoint import require_resumable
 from cmmasksd.training.loop import Log
 from cmmasksd.training.optim import parameter_groups
 
@@ -51,17 +52,19 @@ if TYPE_CHECKING:
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Train, or go on from the last saved state in `config.out`; return the folder of the finished model.
+    """Train, or resume the run in `config.out`; return the folder of the finished model.
 
     Raises:
-        UserError: when the state in `config.out` is damaged, or of another model or a longer run.
+        UserError: `config.out` holds a run and `resume` is false, or no run and it is true; or the state of the run is
+            damaged, or of another model or a longer run.
     """
     from tqdm import tqdm
 
+    out, start = Path(config.out), 0
+    state_file = out / "state.pt"
+    require_resumable(state_file, out, config.resume, "--pretrain.out")
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    out = Path(config.out)
-    state_file, start = out / "state.pt", 0
     clip, tokenizer = _begin(config)
     clip.train()
     clip.to(device)  # pyright: ignore (its decorator hides the method)
@@ -75,7 +78,7 @@ def pretrain(config: PretrainConfig) -> Path:
         ),
     )
     out.mkdir(parents=True, exist_ok=True)
-    if state_file.exists():
+    if config.resume:
         try:
             state = torch.load(state_file, weights_only=True, map_location=device)
             clip.load_state_dict(state["model"])
@@ -84,7 +87,7 @@ def pretrain(config: PretrainConfig) -> Path:
             start = state["step"]
         except Exception as error:  # torch raises many kinds for a damaged or foreign file
             raise UserError(
-                f"cannot go on from {state_file}: {error}. Choose another folder with --pretrain.out"
+                f"cannot resume from {state_file}: {error}. Choose another folder with --pretrain.out"
             ) from error
         if start > config.steps:
             raise UserError(f"{state_file} has had {start} steps already: ask for more than {config.steps}")
@@ -98,7 +101,9 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     collate = Collate(tokenizer)
     loader = DataLoader(data, pairs, num_workers=config.workers, collate_fn=collate, persistent_workers=False)
-    log = Log(out, json.dumps(asdict(config), indent=2, default=str) + "\n", updates=start)  # JSON is YAML
+    log = Log(
+        out, json.dumps(asdict(config) | {"resume": False}, indent=2, default=str) + "\n", updates=start
+    )  # JSON is YAML
     bar = tqdm(total=config.steps, initial=start, desc="pretrain", unit="step")
     begin, seen = time.perf_counter(), 0
     running, count = torch.zeros(2), 0

@@ -38,6 +38,24 @@ CHECKSUM = f"{STATE}.sha256"
 WEIGHTS = "distillation.safetensors"
 
 
+def require_resumable(state: Path, out: Path, resume: bool, option: str) -> None:
+    """Check that a run is started where there is none, and resumed where there is one: none is ever overwritten.
+
+    Args:
+        state: the file that a run is resumed from.
+        out: folder of the run.
+        resume: whether it is to be resumed.
+        option: name of the option for `out`.
+
+    Raises:
+        UserError: `out` holds a run and `resume` is false, or holds none and it is true.
+    """
+    if resume and not state.is_file():
+        raise UserError(f"there is no run to resume in {out} (no {state}): start one without --resume")
+    if not resume and state.exists():
+        raise UserError(f"{out} already holds a run: resume it with --resume, or choose another folder with {option}")
+
+
 def random_state() -> dict[str, Any]:
     """The random generators of this process."""
     state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}

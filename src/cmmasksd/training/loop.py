@@ -34,7 +34,16 @@ from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
 from cmmasksd.evaluation.results import write_atomically
-from cmmasksd.training.checkpoint import STATE, read_state, recover, refused, restore_state, save_model, save_state
+from cmmasksd.training.checkpoint import (
+    STATE,
+    read_state,
+    recover,
+    refused,
+    require_resumable,
+    restore_state,
+    save_model,
+    save_state,
+)
 from cmmasksd.training.optim import parameter_groups, rate_scale, set_rates
 
 if TYPE_CHECKING:
@@ -346,15 +355,10 @@ def open_split(config: Config, split: str) -> ReferringDataset:
 
 
 def _resume_point(out: Path, resume: bool) -> Path | None:
-    """The state to resume from. A run is never overwritten, and never silently started afresh."""
+    """The state to resume from; None for a new run."""
     recover(out / "last")
     state = out / "last" / STATE
-    if resume and not state.is_file():
-        raise UserError(f"there is no run to resume in {out} (no {state}): start one without --resume")
-    if not resume and state.exists():
-        raise UserError(
-            f"{out} holds a run already: continue it with --resume, or choose another folder with --training.out"
-        )
+    require_resumable(state, out, resume, "--training.out")
     return state if resume else None
 
 
