@@ -369,7 +369,8 @@ def _compare(settings: Namespace) -> None:
 
     from cmmasksd.evaluation.compare import compare, format_comparison
     from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
-    from cmmasksd.evaluation.results import RESULTS_FILE, read_expressions, read_results, write_atomically
+    from cmmasksd.evaluation.results import RESULTS_FILE, read_expressions, read_results
+    from cmmasksd.files import write_text
 
     _require_between("--resamples", settings.resamples, 100, MAX_RESAMPLES)
     _require_between("--seed", settings.seed, 0, MAX_SEED)
@@ -390,7 +391,7 @@ def _compare(settings: Namespace) -> None:
     )
     if settings.out is not None:
         rows = [asdict(one) | {"difference": one.difference} for one in found]
-        write_atomically(settings.out, json.dumps(rows, indent=2) + "\n")
+        write_text(settings.out, json.dumps(rows, indent=2) + "\n")
     print(format_comparison(found))
     print(f"A = {settings.a}\nB = {settings.b}\npaired bootstrap over {settings.unit}s, {settings.resamples} resamples")
 
@@ -680,7 +681,8 @@ def _report(settings: Namespace) -> None:
 def _write_report(model: str, folders: list[Path], root: Path | None, metrics: Path | None, out: Path) -> Path:
     """A page for the first folder's split (examples), with the scores of all folders."""
     from cmmasksd.data.loading import open_dataset
-    from cmmasksd.evaluation.report import choose_examples, collect_examples, read_log, write_report
+    from cmmasksd.evaluation.examples import choose_examples, collect_examples
+    from cmmasksd.evaluation.report import read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results
     from cmmasksd.inference.predictor import Segmenter
     from cmmasksd.model.hub import model_folder, weights_digest

@@ -12,7 +12,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,6 +21,7 @@ from typing import Any
 from cmmasksd.config import MAX_REFERENCES, MAX_SCENE_SIZE
 from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ScoringProtocol
+from cmmasksd.files import write_text
 
 RESULTS_FILE = "results.json"
 EXPRESSIONS_FILE = "expressions.jsonl"
@@ -94,8 +94,8 @@ def write_results(
     rows = sorted(rows, key=lambda row: (row.ref_id, row.sent_id))
     results = {"split": split, **expected, "expressions": len(rows), "protocol": protocol.as_dict(), **extra}
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / EXPRESSIONS_FILE, "".join(_line(row) for row in rows))
-    write_atomically(out / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / EXPRESSIONS_FILE, "".join(_line(row) for row in rows))
+    write_text(out / RESULTS_FILE, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return out / RESULTS_FILE
 
 
@@ -224,18 +224,6 @@ def protocol_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(rows_of) < 2:
         return list(rows_of)
     return [f"{line} ({', '.join(rows)})" for line, rows in rows_of.items()]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the whole new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A lone surrogate (broken JSON in, broken JSON out) is written as its \uXXXX escape, which JSON reads back.
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _line(row: ExpressionScore) -> str:

@@ -31,7 +31,7 @@ from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
-from cmmasksd.evaluation.results import write_atomically
+from cmmasksd.files import write_text
 from cmmasksd.training.checkpoint import STATE, read_state, recover, refused, restore_state, save_model, save_state
 from cmmasksd.training.optim import parameter_groups, rate_scale, set_rates
 
@@ -517,7 +517,7 @@ class Log:
         file = out / "metrics.jsonl"
         kept = _rows(file, updates, updates if validated is None else validated) if updates and file.exists() else []
         (out / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        write_atomically(file, "".join(kept))
+        write_text(file, "".join(kept))
         self.file = file.open("a", encoding="utf-8", newline="\n")
         try:
             from torch.utils.tensorboard import SummaryWriter
