@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
 MODULES = {  # in the order of the page; all public classes and functions of each
     "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "inference.export"),
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.hub"),
-    "Data": ("data.samples", "data.manifest", "data.refer", "data.scenes.dataset", "data.masks", "data.images"),
+    "Data": ("data.samples", "data.datasets", "data.readers.manifest", "data.readers.refer",
+             "data.readers.refer_release", "data.scenes.dataset", "data.masks", "data.images"),
     "Train": ("config", "training.loop", "pretraining.loop"),
     "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),
     "Score": ("evaluation.protocols", "evaluation.evaluate", "evaluation.results",

@@ -21,7 +21,7 @@ from cmmasksd import cli
 from cmmasksd.config import DATASETS
 from cmmasksd.data import images
 from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
-from cmmasksd.data.refer import ReferDataset
+from cmmasksd.data.readers.refer import ReferDataset
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter

@@ -22,7 +22,7 @@ COMMANDS = (
 
 def scenes() -> dict[str, dict[str, str]]:
     """Style and split -> SHA-256 of ids and sentences, of the images, and of the masks, for 60 references."""
-    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.data.datasets import open_dataset
     from cmmasksd.data.scenes import STYLES
 
     pinned = {}

@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from study import HERE, SCORED_SEED
 
 from cmmasksd.config import Config, DistillationConfig
-from cmmasksd.data.loading import TrainingBatches, TrainingItems, loaded, open_dataset, training_loader
+from cmmasksd.data.datasets import open_dataset
+from cmmasksd.data.loading import TrainingBatches, TrainingItems, training_loader
+from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.masking import choose_patches, patch_scores
 from cmmasksd.explain import load_objective
 from cmmasksd.model.correlation import correlation, pointing, sentence_correlation

@@ -412,7 +412,7 @@ def _score(
     """Score a split and write its result files; true in the process that wrote them."""
     from dataclasses import replace
 
-    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.data.datasets import open_dataset
     from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
     from cmmasksd.evaluation.protocols import ORIGINAL
     from cmmasksd.evaluation.results import write_results
@@ -622,8 +622,8 @@ def _data(settings: Namespace) -> None:
     _require_between("--train", how.train, 1, MAX_REFERENCES)
     _require_between("--test", how.test, 1, MAX_REFERENCES)
     _require_between("--size", how.size, 64, MAX_SCENE_SIZE)
-    from cmmasksd.data.loading import open_dataset
-    from cmmasksd.data.refer import write_refer_release
+    from cmmasksd.data.datasets import open_dataset
+    from cmmasksd.data.readers.refer_release import write_refer_release
 
     counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
     splits = [
@@ -680,7 +680,7 @@ def _report(settings: Namespace) -> None:
 
 def _write_report(model: str, folders: list[Path], root: Path | None, metrics: Path | None, out: Path) -> Path:
     """A page for the first folder's split (examples), with the scores of all folders."""
-    from cmmasksd.data.loading import open_dataset
+    from cmmasksd.data.datasets import open_dataset
     from cmmasksd.evaluation.examples import choose_examples, collect_examples
     from cmmasksd.evaluation.report import read_log, write_report
     from cmmasksd.evaluation.results import read_expressions, read_results

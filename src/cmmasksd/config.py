@@ -27,7 +27,7 @@ class DataConfig:
     Attributes:
         name: one of DATASETS.
         root: folder that holds `refcoco/…` and `images/train2014/…`; for "manifest", your own data, a .jsonl or .csv
-            file, or a folder of labelme files (see cmmasksd/data/manifest.py); none for scenes.
+            file, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); none for scenes.
         train_split: split to train on.
         val_split: split that chooses the best checkpoint.
         train_references: of generated scenes, how many references an epoch has. Real data brings its own number.

@@ -14,12 +14,11 @@ from cmmasksd.data.loading import (
     TrainingBatches,
     TrainingItems,
     fade,
-    loaded,
-    open_dataset,
     training_loader,
 )
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.data.scenes import SceneDataset
+from cmmasksd.data.workers import loaded
 from cmmasksd.errors import UserError
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
 from noise import Noise
@@ -272,29 +271,3 @@ def test_a_mask_of_another_size_is_one_plain_line(processor, workers):
         epoch_of(data, processor, workers)
     assert "Traceback" not in str(training.value)
     assert str(training.value).startswith("a mask of (30, 20)")
-
-
-# -- open_dataset
-
-
-def test_open_dataset_opens_scenes():
-    data = open_dataset("scenes+", "testB", references=9, seed=4, canvas=64)
-    assert (data.name, data.split, len(data)) == ("scenes+", "testB", 9)
-    same = SceneDataset("scenes+", "testB", 9, seed=4, canvas=64)
-    assert data[3] == same[3]
-    assert np.array_equal(data.image(data[3]), same.image(same[3]))
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "root", "said"),
-    [
-        ("refcocoo", "val", None, "unknown data set 'refcocoo': choose one of scenes, .*refcoco"),
-        ("scenes", "val", "here", "no folder: leave out --root"),
-        ("refcoco", "val", None, "--root"),
-        ("scenes", "pretrain", None, "captions only: choose one of train"),
-        ("scenes", "tset", None, "no split 'tset'"),
-    ],
-)
-def test_open_dataset_says_what_is_wrong(name, split, root, said, tmp_path):
-    with pytest.raises(UserError, match=said):
-        open_dataset(name, split, root=None if root is None else tmp_path)

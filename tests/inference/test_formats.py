@@ -16,8 +16,8 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import cmmasksd
-from cmmasksd.data.manifest import ManifestDataset
 from cmmasksd.data.masks import decode_segmentation
+from cmmasksd.data.readers.manifest import ManifestDataset
 from cmmasksd.errors import UserError
 from cmmasksd.inference.formats import overlay_all, to_coco, to_detections, to_labelme
 from cmmasksd.inference.predictor import Segmentation

@@ -12,66 +12,21 @@ from __future__ import annotations
 
 import random
 import re
-import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmmasksd.data.samples import ReferringDataset
-from cmmasksd.data.scenes import STYLES, SceneDataset
-from cmmasksd.errors import UserError, shown
+from cmmasksd.data.workers import outlive_sigterm
+from cmmasksd.errors import UserError
 
 if TYPE_CHECKING:
     from cmmasksd.model.clip import Tokens
     from cmmasksd.model.processing import CMMaskSDProcessor
-
-
-def open_dataset(
-    name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, canvas: int = 128
-) -> ReferringDataset:
-    """Open one split of a data set by the name the command line uses.
-
-    Args:
-        name: see `cmmasksd.config.DATASETS`.
-        split: of the data set.
-        root: folder of the real data sets, or the file or folder of one's own (see `cmmasksd.data.manifest`).
-        references, seed, canvas: of generated scenes, see `SceneDataset`.
-
-    Raises:
-        UserError: for an unknown name, and whatever the reader finds wrong.
-    """
-    from cmmasksd.config import DATASETS
-
-    if name not in DATASETS:
-        raise UserError(f"unknown data set {shown(name)}: choose one of {', '.join(DATASETS)}")
-    if name in STYLES:
-        if root is not None:
-            raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
-        if split == "pretrain":
-            raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
-        return SceneDataset(name, split, references or 1500, seed=seed, canvas=canvas)
-    if name == "manifest":
-        if root is None:
-            raise UserError(
-                "manifest is your own data: say with --root (when training: --data.root) which .jsonl or .csv file, or "
-                "which folder of labelme files"
-            )
-        from cmmasksd.data.manifest import ManifestDataset
-
-        return ManifestDataset(root, split)
-    if root is None:
-        raise UserError(
-            f"{name} is read from files: say with --root (when training: --data.root) which folder holds refcoco/… "
-            "and images/train2014/…"
-        )
-    from cmmasksd.data.refer import ReferDataset
-
-    return ReferDataset(name, root, split)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,23 +193,3 @@ def training_loader(items: TrainingItems, batches: TrainingBatches, workers: int
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
     )
-
-
-def outlive_sigterm(_worker: int) -> None:
-    """For a loader's workers: schedulers send SIGTERM to every process of a job, but the main one saves first, and
-    fails when a worker dies before. It ends them itself; the alarm is for one that is left alone."""
-    if hasattr(signal, "alarm"):  # Windows has none, nor such signals
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-
-
-def loaded(loader: DataLoader) -> Generator[Any]:
-    """What a loader yields; a mistake of the user that a worker finds arrives as it was said, without its traceback."""
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except UserError as error:  # torch sends the worker's traceback, whose last entry is the error
-            raise UserError(str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2]) from None
-        yield batch

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import DataLoader
 
-from cmmasksd.data.loading import loaded, outlive_sigterm
 from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.data.workers import loaded, outlive_sigterm
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.items import ScoringItem, ScoringItems
 from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from cmmasksd.data.images import read_bytes
-from cmmasksd.data.manifest import SUFFIXES, read_rows
+from cmmasksd.data.readers.rows import SUFFIXES, read_rows
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, shown
 from cmmasksd.inference.visualize import PALETTE

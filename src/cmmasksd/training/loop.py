@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from cmmasksd.config import Config, TrainingConfig
-from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, loaded, open_dataset, training_loader
+from cmmasksd.data.datasets import open_dataset
+from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, training_loader
 from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import evaluate, make_accelerator

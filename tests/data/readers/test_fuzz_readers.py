@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cmmasksd.data.manifest import ManifestDataset, read_rows
 from cmmasksd.data.masks import mask_to_rle
-from cmmasksd.data.refer import ReferDataset
+from cmmasksd.data.readers.manifest import ManifestDataset
+from cmmasksd.data.readers.refer import ReferDataset
+from cmmasksd.data.readers.rows import read_rows
 from cmmasksd.errors import UserError
 
 SQUARE = [4.0, 2.0, 10.0, 2.0, 10.0, 8.0, 4.0, 8.0]

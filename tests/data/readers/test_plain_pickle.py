@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cmmasksd.data import plain_pickle
-from cmmasksd.data.plain_pickle import load_plain_pickle
+from cmmasksd.data.readers import plain_pickle
+from cmmasksd.data.readers.plain_pickle import load_plain_pickle
 from cmmasksd.errors import UserError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -173,13 +173,14 @@ def test_a_bomb_is_one_line_in_bounded_time_and_memory(tmp_path: Path, bomb: str
     (tmp_path / "refcoco" / "instances.json").write_text("{}")
     (tmp_path / "refcoco" / "refs(unc).p").write_bytes(eval(BOMBS[bomb]))
     code = (
-        "import resource, sys; from cmmasksd.data.refer import ReferDataset; from cmmasksd.errors import UserError\n"
+        "import resource, sys; from cmmasksd.data.readers.refer import ReferDataset\n"
+        "from cmmasksd.errors import UserError\n"
         "resource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n"
         "try: ReferDataset('refcoco', sys.argv[1], 'train')\n"
         "except UserError as error: print(error)\n"
         "from memory import peak_megabytes; print(round(peak_megabytes()))"
     )
-    code = f"import sys; sys.path.append({str(Path(__file__).parents[1])!r})\n{code}"
+    code = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr == ""

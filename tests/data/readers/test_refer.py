@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cmmasksd.data import refer
 from cmmasksd.data.masks import usable_segmentation
-from cmmasksd.data.refer import NAMES, ReferDataset, splits, write_refer_release
+from cmmasksd.data.readers import refer
+from cmmasksd.data.readers.refer import NAMES, ReferDataset, splits
+from cmmasksd.data.readers.refer_release import write_refer_release
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.errors import UserError
 
@@ -561,7 +562,7 @@ def test_a_sentence_that_is_not_text_is_refused_on_opening(tmp_path):
 
 def test_what_is_left_out_is_one_line_on_stderr(tmp_path):
     write_files(tmp_path, refs=[*REFS, ref(6, 7, "train", sentences=[])], instances=instances_of(REFS))
-    code = "import sys; from cmmasksd.data.loading import open_dataset as o; o('refcoco', 'train', root=sys.argv[1])"
+    code = "import sys; from cmmasksd.data.datasets import open_dataset as o; o('refcoco', 'train', root=sys.argv[1])"
     code = code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
     line = f"refcoco train of {tmp_path / 'refcoco'}: left out references without a sentence (1)"

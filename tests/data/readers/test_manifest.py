@@ -14,9 +14,10 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from cmmasksd.data import images
-from cmmasksd.data.loading import open_dataset
-from cmmasksd.data.manifest import ManifestDataset, read_rows
+from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.masks import mask_to_polygons, mask_to_rle
+from cmmasksd.data.readers.manifest import ManifestDataset
+from cmmasksd.data.readers.rows import read_rows
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 

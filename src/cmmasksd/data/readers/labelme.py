@@ -1,0 +1,114 @@
+"""labelme's files: their objects as rows of a manifest, and their shapes as masks."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmmasksd.data.images import read_mask
+from cmmasksd.data.masks import decode_segmentation
+from cmmasksd.data.readers.rows import Row, Shapes, inside, sentences
+from cmmasksd.errors import UserError, shown
+
+
+def labelme_rows(file: Path, root: Path) -> Iterator[Row]:
+    """One row per object of a labelme file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text: save it with this encoding") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is not JSON ({error}): save it again with labelme") from None
+    shapes = content.get("shapes") if isinstance(content, dict) else None
+    if not isinstance(shapes, list) or not isinstance(content.get("imagePath"), str):
+        raise UserError(f"{file} is not a labelme file (no 'shapes' or no 'imagePath'): move it out of {root}")
+    below = posixpath.join(file.parent.relative_to(root).as_posix(), content["imagePath"].replace("\\", "/"))
+    image = inside(root, below, f"{file}: imagePath")
+    objects: dict[object, list[tuple[int, dict[str, Any]]]] = {}
+    for number, shape in enumerate(shapes, start=1):
+        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+            raise UserError(f"{file}, shape {number} has no label: give it a sentence")
+        group = shape.get("group_id")
+        if not isinstance(group, int | str | None) or len(str(group)) > 100:
+            raise UserError(f"{file}, shape {number} has the group_id {shown(group)}: expected a whole number or null")
+        objects.setdefault(("shape", number) if group is None else str(group), []).append((number, shape))
+    size = content.get("imageHeight"), content.get("imageWidth")
+    named: dict[str, int] = {}  # by sentence, the shape that it names
+    for parts in objects.values():
+        first = parts[0][0]
+        where = f"{file}, shape {first}"
+        texts = sentences([text for _, shape in parts for text in shape["label"].split("|")], where)
+        for text in texts:
+            if named.setdefault(text.casefold(), first) != first:
+                raise UserError(
+                    f"{where}: the sentence {shown(text)} also names shape {named[text.casefold()]}: give both the "
+                    "same group_id if they are parts of one object, else write sentences that tell them apart"
+                )
+        yield Row(where, image, tuple(dict.fromkeys(texts)), Shapes([shape for _, shape in parts], size))
+
+
+def labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: tuple[int, int]) -> np.ndarray:
+    """The union of labelme shapes, (H, W) bool."""
+    if None not in stated and stated != size:
+        raise UserError(
+            f"it was labelled at {shown(stated[1])}x{shown(stated[0])} pixels and its picture has {size[1]}x{size[0]}: "
+            "use the picture that was labelled"
+        )
+    union = np.zeros(size, dtype=bool)
+    for shape in shapes:
+        kind = shape.get("shape_type", "polygon")
+        points = _points(shape.get("points"))
+        if points is None:
+            raise UserError(f"its points are {shown(shape.get('points'))}: expected [[x, y], ...]")
+        if kind in ("rectangle", "circle", "mask") and len(points) != 2:
+            raise UserError(f"a {kind} has {len(points)} points: expected two")
+        if kind == "mask":
+            union |= _pasted(shape.get("mask"), points, size)
+            continue
+        if kind == "rectangle":
+            (x0, y0), (x1, y1) = points
+            points = np.array([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+        elif kind == "circle":  # its centre, and a point on it
+            angles = np.arange(0, 2 * math.pi, math.pi / 64)
+            points = points[0] + math.dist(*points) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        elif kind != "polygon":
+            raise UserError(f"a shape of the type {shown(kind)} has no area: draw a polygon, rectangle, circle or mask")
+        union |= decode_segmentation([points.ravel().tolist()], *size)
+    return union
+
+
+def _points(given: object) -> np.ndarray | None:
+    """labelme's points as (P, 2), or None where they are none."""
+    if not isinstance(given, list) or not all(isinstance(point, list) and len(point) == 2 for point in given):
+        return None
+    numbers = [number for point in given for number in point]
+    if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers):  # also false for NaN
+        return None
+    return np.array(numbers, dtype=np.float64).reshape(-1, 2)
+
+
+def _pasted(encoded: object, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """labelme's shape of the type "mask": a PNG in base64, laid over the rectangle that its two points span."""
+    if not isinstance(encoded, str):
+        raise UserError("a shape of the type 'mask' has no 'mask': save it again with labelme")
+    try:
+        part = read_mask(base64.b64decode(encoded, validate=True))
+    except binascii.Error as error:
+        raise UserError(f"its mask is not base64 ({error}): save it again with labelme") from None
+    (left, top), (right, bottom) = points.round().astype(int)
+    whole = np.zeros(size, dtype=bool)
+    place = whole[max(top, 0) : bottom + 1, max(left, 0) : right + 1]
+    if min(left, top) < 0 or place.shape != part.shape:
+        raise UserError(
+            f"its mask of {part.shape} does not fit its points {points.tolist()}: save it again with labelme"
+        )
+    place |= part
+    return whole

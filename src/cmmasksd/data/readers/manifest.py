@@ -1,0 +1,206 @@
+"""Your own pictures: a JSONL or CSV file with one row per object, or a folder of labelme files.
+
+    {"image": "photos/1.jpg", "expressions": ["the red cup", "cup on the left"], "mask": "masks/1.png"}
+
+A row has these keys; a CSV file has them as its header:
+
+    image        path of the picture, relative to the file that names it and inside its folder
+    expressions  list of sentences, or one string (CSV: separated by "|"); or `text`: one sentence
+    mask         path of a PNG of the picture's size, any value but 0 is the object;
+      or polygon list of COCO polygons [[x0, y0, x1, y1, ...], ...] in pixels (CSV: as JSON);
+      or rle     COCO's {"size": [height, width], "counts": ...} (CSV: as JSON)
+    split        optional: train, val or test
+    id           optional and unique; ids that are all whole numbers become the ref_id of the results
+
+In a folder of labelme files every shape is an object and its label the sentence ("|" separates several). Shapes of one
+image with the same group_id are one object. A sentence that names two objects of an image is refused there, since the
+shapes may have been meant as one object; in a manifest, whose rows are objects, the log counts such sentences.
+
+Splits. A file called train, val or test gives its rows this split. If rows name splits, those that name none are for
+training. If none does, pictures are dealt out by their content, about 80 % train, 10 % val, 10 % test and at least one
+each; a picture keeps its split when it is renamed. No picture may be in two splits. The split "all" is every row.
+
+What is unusual: pictures are turned upright as their EXIF orientation says, as labelling tools and `predict` do (masks
+of RefCOCO are drawn on the stored pixels). A mask without a pixel is allowed: the sentence names nothing there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cmmasksd.data.images import image_size, read_image, read_mask
+from cmmasksd.data.masks import decode_segmentation, mask_to_rle
+from cmmasksd.data.readers.labelme import labelme_mask, labelme_rows
+from cmmasksd.data.readers.rows import ALL, SPLITS, SUFFIXES, Row, Shapes, read_rows
+from cmmasksd.data.readers.splits import with_splits
+from cmmasksd.data.samples import Expression, Reference
+from cmmasksd.errors import UserError, shown
+
+log = logging.getLogger(__name__)
+
+
+class ManifestDataset:
+    """One split of one's own data; implements ``ReferringDataset``.
+
+    Everything is checked on construction except pixels, so that a mistake stops a run before it starts. Polygons are
+    kept as RLE.
+
+    Args:
+        root: a manifest, or a folder that holds manifests or labelme files (also in folders below).
+        split: "train", "val", "test" or "all".
+
+    Raises:
+        UserError: naming file and line of the first mistake.
+    """
+
+    name = "manifest"
+
+    def __init__(self, root: str | Path, split: str) -> None:
+        self.split = split
+        if split not in (*SPLITS, ALL):
+            raise UserError(f"a manifest has no split {shown(split)}: choose one of {', '.join(SPLITS)}, {ALL}")
+        rows = _all_rows(Path(root))
+        _check_ids(rows)
+        _tell_ambiguous(rows, Path(root))
+        numbered = all(row.id is not None and re.fullmatch("0|[1-9][0-9]{0,17}", row.id) for row in rows)
+        if split != ALL:
+            rows = with_splits(rows)
+        image_ids: dict[Path, int] = {}
+        sizes: dict[Path, tuple[int, int]] = {}
+        self._references: list[Reference] = []
+        self._masks: list[Path | dict[str, Any]] = []
+        self._rows: dict[int, int] = {}  # ref_id -> index
+        self._where: list[tuple[str, Path]] = []
+        sent_id = 0
+        for number, row in enumerate(rows, start=1):
+            image_id = image_ids.setdefault(row.image, len(image_ids) + 1)
+            ref_id = int(row.id) if numbered and row.id else number
+            expressions = tuple(Expression(sent_id + nth, text) for nth, text in enumerate(row.expressions, start=1))
+            sent_id += len(expressions)
+            if split not in (ALL, row.split):
+                continue
+            with _saying(row.where):
+                if row.image not in sizes:
+                    sizes[row.image] = image_size(row.image, exif=True)
+                self._masks.append(_checked_mask(row.mask, sizes[row.image]))
+            self._rows[ref_id] = len(self._references)
+            self._references.append(Reference(ref_id, image_id, (ref_id,), row.split or ALL, expressions))
+            self._where.append((row.where, row.image))
+        if not self._references:
+            have = ", ".join(sorted({row.split or ALL for row in rows}))
+            raise UserError(f"{root} has no row of the split {split!r}, only of {have}: name it in rows, or use {ALL}")
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+    def __getitem__(self, index: int) -> Reference:
+        return self._references[index]
+
+    def image(self, reference: Reference) -> np.ndarray:
+        """The reference's picture, (H, W, 3) uint8 RGB, upright.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        where, image = self._where[self._rows[reference.ref_id]]
+        with _saying(where):
+            return read_image(image, exif=True)
+
+    def mask(self, reference: Reference) -> np.ndarray:
+        """The reference's object, (H, W) bool.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        index = self._rows[reference.ref_id]
+        mask = self._masks[index]
+        if isinstance(mask, dict):
+            return decode_segmentation(mask, *mask["size"])
+        with _saying(self._where[index][0]):
+            return read_mask(mask)
+
+    def groups(self) -> list[list[int]]:
+        """Indices of the references that share a picture, pictures in the order in which they first appear."""
+        groups: dict[int, list[int]] = {}
+        for index, reference in enumerate(self._references):
+            groups.setdefault(reference.image_id, []).append(index)
+        return list(groups.values())
+
+
+@contextmanager
+def _saying(where: str) -> Iterator[None]:
+    """Within it, a UserError also says where: file and line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _all_rows(root: Path) -> list[Row]:
+    """The rows of a file, or of all files of a folder."""
+    if root.is_file():
+        rows = read_rows(root, masks=True)
+    elif not root.is_dir():
+        raise UserError(f"{root} does not exist: give a .jsonl or .csv file, or a folder of labelme files")
+    elif manifests := sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES):
+        for file in manifests:
+            if len(manifests) > 1 and file.stem not in SPLITS:
+                raise UserError(
+                    f"{root} holds {len(manifests)} manifests: call them {', '.join(SPLITS)}, or give one file of them "
+                    f"(found {file.name})"
+                )
+        rows = [row for file in manifests for row in read_rows(file, masks=True)]
+    elif labels := sorted(root.rglob("*.json")):
+        rows = [row for file in labels for row in labelme_rows(file, root)]
+    else:
+        raise UserError(f"{root} holds no manifest (.jsonl or .csv) and no labelme file (.json): check the path")
+    if not rows:
+        raise UserError(f"{root} has no row: give it at least one picture with a sentence")
+    return rows
+
+
+def _check_ids(rows: Sequence[Row]) -> None:
+    first: dict[str, str] = {}
+    for row in rows:
+        if row.id is not None and (other := first.setdefault(row.id, row.where)) is not row.where:
+            raise UserError(f"{row.where} has the id {shown(row.id)}, as {other} has: give every row an id of its own")
+
+
+def _tell_ambiguous(rows: Sequence[Row], root: Path) -> None:
+    """Log how many sentences name two objects of one image."""
+    first: dict[tuple[Path, str], Row] = {}
+    texts = [(row, text.casefold()) for row in rows for text in row.expressions]
+    again = [(row, text) for row, text in texts if first.setdefault((row.image, text), row) is not row]
+    if again:
+        row, text = again[0]
+        log.warning(
+            "%s: sentences that name more than one object of their picture: %d, such as %s in %s and %s",
+            *(root, len(again), shown(text), first[row.image, text].where, row.where),
+        )
+
+
+def _checked_mask(
+    mask: Path | list[Any] | dict[str, Any] | Shapes | None, size: tuple[int, int]
+) -> Path | dict[str, Any]:
+    """The mask as a path or RLE, known to have the picture's size (height, width)."""
+    if isinstance(mask, Path):
+        if (own := image_size(mask)) != size:
+            turned = " (the picture is turned by its EXIF orientation)" if own == size[::-1] != size else ""
+            raise UserError(
+                f"mask {mask} is {own[1]}x{own[0]} pixels and its picture {size[1]}x{size[0]}{turned}: they must have "
+                "one size"
+            )
+        return mask
+    found = labelme_mask(mask.shapes, mask.size, size) if isinstance(mask, Shapes) else decode_segmentation(mask, *size)
+    if not isinstance(mask, dict) and not found.any():
+        raise UserError(
+            "its outline covers no pixel: draw the object again, or give an empty mask if the sentence names nothing"
+        )
+    return mask_to_rle(found)
