@@ -19,9 +19,10 @@ from PIL import Image
 
 from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.charts import HEIGHT, WIDTH, run_charts
-from cmmasksd.evaluation.examples import Example
+from cmmasksd.evaluation.examples import Example, choose_examples, collect_examples
 from cmmasksd.evaluation.protocols import METRIC_NAMES
-from cmmasksd.evaluation.results import percentages, protocol_lines, row_name
+from cmmasksd.evaluation.results import read_expressions, read_results
+from cmmasksd.evaluation.tables import percentages, protocol_lines, row_name
 from cmmasksd.files import write_text
 from cmmasksd.inference.visualize import PREDICTION_COLOR, TRUTH_COLOR, check_sizes, comparison
 
@@ -32,8 +33,59 @@ SECTIONS = {
     "random": ("Random sample", "Drawn from all expressions with a fixed seed, whatever they scored."),
 }
 """Kind of example -> heading and explanation."""
+EXAMPLES = 12
+"""Number of examples of each kind."""
 MAX_SIDE = 512
 """Long side of an embedded image in pixels."""
+
+
+def report(
+    model: str, folders: Sequence[Path], out: Path, *, root: Path | None = None, metrics: Path | None = None
+) -> Path:
+    """Write the page of a scored model.
+
+    Args:
+        model: the model that was scored, by folder, hub id or name.
+        folders: folders that scoring wrote, one per split. The examples are from the first split.
+        out: the HTML file.
+        root: folder of the data, as given to scoring.
+        metrics: `metrics.jsonl` of the training, for its curves.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: a file is not as scoring writes it, or holds the scores of another model or other data.
+    """
+    from cmmasksd.data.datasets import open_dataset
+    from cmmasksd.inference.predictor import Segmenter
+    from cmmasksd.model.hub import model_folder, weights_digest
+
+    results = [read_results(folder) for folder in folders]
+    first = results[0]
+    if "data" not in first:
+        raise UserError(f"{folders[0]} does not say which data set was scored: score it with `cmmasksd evaluate`")
+    if first.get("weights", digest := weights_digest(model_folder(model))) != digest:
+        raise UserError(f"{folders[0]} holds the scores of another model: score {model} with `cmmasksd evaluate`")
+    curves = read_log(metrics) if metrics is not None else []
+    data = open_dataset(
+        first["data"],
+        first["split"],
+        root=root,
+        references=first.get("references", 0),
+        seed=first.get("scene_seed", 0),
+        canvas=first.get("scene_size", 128),
+    )
+    segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
+    chosen = choose_examples(read_expressions(folders[0]), EXAMPLES)
+    return write_report(
+        out,
+        title=f"CM-MaskSD on {first['data']} {first['split']}",
+        results=results,
+        examples=collect_examples(data, segmenter, chosen),
+        curves=curves,
+        facts={"model": model},
+    )
 
 
 def write_report(
