@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
 MODULES = {  # in the order of the page; all public classes and functions of each
-    "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "inference.export"),
+    "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "export.export"),
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.hub"),
     "Data": ("data.samples", "data.datasets", "data.readers.manifest", "data.readers.refer",
              "data.readers.refer_release", "data.scenes.dataset", "data.masks", "data.images"),

@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from cmmasksd import cli
+from cmmasksd.cli import demo, report
 from cmmasksd.config import DATASETS
 from cmmasksd.data import images
 from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
@@ -380,7 +381,7 @@ def test_what_the_system_refuses_is_one_line(
     def fail(*given: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_report", fail)
+    monkeypatch.setattr(report, "run", fail)
     assert main("report", "--model", "m", "--results", "r", "--out", "o") == 2
     err = capsys.readouterr().err
     assert err.startswith("cmmasksd report: ")
@@ -394,7 +395,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(error: Exception, monkeypatch: py
     def fail(*given: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_report", fail)
+    monkeypatch.setattr(report, "run", fail)
     with pytest.raises(type(error), match=r"x|shapes"):
         main("report", "--model", "m", "--results", "r", "--out", "o")
 
@@ -405,7 +406,7 @@ def test_a_reader_that_goes_away_is_141():
     code = """
 import sys
 from cmmasksd import cli
-cli._report = lambda settings: [print("x" * 9999, flush=True) for _ in range(99)]
+cli.report.run = lambda settings: [print("x" * 9999, flush=True) for _ in range(99)]
 sys.exit(cli.main("report --model m --results r --out o".split()))
 """
     with subprocess.Popen(
@@ -426,7 +427,7 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def interrupt(*given: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_report", interrupt)
+    monkeypatch.setattr(report, "run", interrupt)
     assert main("report", "--model", "m", "--results", "r", "--out", "o") == 130
     assert capsys.readouterr().err == "cmmasksd report: interrupted\n"
 
@@ -947,7 +948,7 @@ def test_train_evaluate_and_report_on_own_data(kind: str, micro: list[str], tmp_
 def test_demo_twice(
     micro: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(cli, "SCENE_REFERENCES", 6)
+    monkeypatch.setattr(demo, "SCENE_REFERENCES", 6)
     kept = ["metrics.jsonl", "best/model.safetensors", "last/state.pt", "val/results.json", "testB/results.json"]
     seen = []
     for _ in range(2):
@@ -966,7 +967,7 @@ def test_the_shipped_model_in_every_command(
     micro: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """`--model scenes`, offline and from a folder that knows nothing of the package, far above chance."""
-    monkeypatch.setattr(cli, "SCENE_REFERENCES", 60)
+    monkeypatch.setattr(demo, "SCENE_REFERENCES", 60)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     data = SceneDataset("scenes", "testB", 3, seed=5)

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 import cmmasksd
-from cmmasksd.cli import _config, build_parser
+from cmmasksd.cli import build_parser
+from cmmasksd.cli.options import run_config
 from cmmasksd.config import DATASETS, Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
 from cmmasksd.errors import UserError
 
@@ -17,8 +18,8 @@ CONFIGS = sorted((Path(cmmasksd.__file__).parent / "configs").glob("*.yaml"))
 def parse(*arguments: str) -> Config:
     """What `cmmasksd train` makes of its arguments."""
     parser = build_parser()
-    settings = parser.parse_args(["train", *arguments])
-    return _config(settings.train, parser._subcommands_action._name_parser_map["train"])
+    settings = parser.instantiate(parser.parse_args(["train", *arguments]))
+    return run_config(settings.train)
 
 
 def test_there_is_a_config_for_every_benchmark():

@@ -277,10 +277,10 @@ class ScoreConfig:
     """A model and the split that it is scored on.
 
     Attributes:
-        model: folder of a trained model, hub id, or "scenes", the one that ships.
-        data: one of DATASETS.
-        split: "val", "testA", "testB" or "test".
-        root: folder of the real data, see DataConfig; None for scenes.
+        model: folder of a trained model, hub id, or scenes: the one that ships.
+        data: scenes, scenes+, scenesg, refcoco, refcoco+, refcocog-umd, refcocog-google or manifest.
+        split: such as val, testA, testB or test.
+        root: folder of RefCOCO, or for manifest its file or folder; None for generated scenes.
         references: number of references (generated scenes only).
         scene_seed: seed of the generated scenes.
         scene_size: side of the generated images in pixels.

@@ -11,9 +11,10 @@ rows alone, so any two `expressions.jsonl` of one split can be compared, whoever
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL, PRECISION_TENTHS, ScoringProtocol
 from cmmasksd.evaluation.results import RESULTS_FILE, ExpressionScore, read_expressions, read_results
 from cmmasksd.evaluation.tables import align
+from cmmasksd.files import write_text
 
 LEVEL = 0.95
 """Confidence level of the intervals."""
@@ -252,3 +254,9 @@ def format_comparison(comparisons: Sequence[Comparison], names: tuple[str, str] 
         interval = f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}]"
         cells.append([row.slice, str(row.expressions), row.metric, *scores, interval, "*" if row.clear else ""])
     return "\n".join(align(cells, left={0, 2, 7}))
+
+
+def write_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """Write comparisons as JSON: a list of objects with the fields of Comparison and their difference."""
+    rows = [asdict(row) | {"difference": row.difference} for row in comparisons]
+    write_text(path, json.dumps(rows, indent=2) + "\n")

@@ -156,10 +156,10 @@ def _score_block(
 
 def _count(item: ScoringItem, first: int, predicted: Tensor, protocol: ScoringProtocol) -> Iterator[ExpressionScore]:
     """Compare masks with the truth. predicted: (k, H, W) bool, of the k sentences from `first` on."""
-    sentences = range(first, first + len(predicted))
-    truth = torch.stack([item.mask(sentence) for sentence in sentences]).to(predicted.device)
-    counts = ((predicted & truth), (predicted | truth), truth)
-    pixels = (masks.sum((1, 2)).tolist() for masks in counts)
-    for sentence, intersection, union, target in zip(sentences, *pixels, strict=True):
-        iou = protocol.iou(intersection, union)
-        yield ExpressionScore(*item.sentences[sentence], intersection, union, target, iou)
+    last = first + len(predicted)
+    truth = torch.stack([item.mask(sentence) for sentence in range(first, last)]).to(predicted.device)
+    intersections = (predicted & truth).sum((1, 2)).tolist()
+    unions = (predicted | truth).sum((1, 2)).tolist()
+    targets = truth.sum((1, 2)).tolist()
+    for sentence, i, u, target in zip(item.sentences[first:last], intersections, unions, targets, strict=True):
+        yield ExpressionScore(*sentence, i, u, target, protocol.iou(i, u))

@@ -1,6 +1,6 @@
 """Many images at once, as `cmmasksd predict` does it: where images and sentences come from, and how outputs are named.
 
-The loop itself is in `cli.py`.
+The loop itself is in `cli/predict.py`.
 """
 
 from __future__ import annotations

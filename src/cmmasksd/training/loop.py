@@ -205,9 +205,9 @@ def _run(config: Config, stop: SimpleNamespace) -> dict[str, Any]:
                 raise SystemExit(143)
             bar.set_postfix_str("validating")
             limit = config.data.val_references
-            _, validation, _ = evaluate(
+            validation = evaluate(
                 model, processor, val_data, accelerator=accelerator, workers=workers, references=limit, progress=False
-            )
+            ).scores
             stop.at_once = False
             if log:
                 log.write({"step": update, "epoch": epoch + 1, **validation})

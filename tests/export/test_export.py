@@ -14,8 +14,10 @@ import torch
 
 from cmmasksd.cli import main
 from cmmasksd.errors import UserError
-from cmmasksd.inference import export as exporting
-from cmmasksd.inference.export import INT8_IOU, PARITY, export
+from cmmasksd.export import checks
+from cmmasksd.export import export as exporting
+from cmmasksd.export.checks import INT8_IOU, PARITY
+from cmmasksd.export.export import export
 from cmmasksd.inference.onnx import GRAPHS, ExportSettings, OnnxSegmenter, open_sessions
 from cmmasksd.model.clip import Tokens
 from cmmasksd.model.modeling import CMMaskSDModel
@@ -32,8 +34,8 @@ def traced(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(program: object, graph: object, file: Path) -> None:
         shutil.copyfile(exported / file.name, file)
 
-    monkeypatch.setattr(exporting, "_trace", lambda *_: None)
-    monkeypatch.setattr(exporting, "_write_onnx", write)
+    monkeypatch.setattr(exporting, "trace", lambda *_: None)
+    monkeypatch.setattr(exporting, "write_onnx", write)
 
 
 def test_what_is_written(exported: Path):
@@ -109,7 +111,7 @@ def test_int8(traced: None, exported: Path, tmp_path: Path, monkeypatch: pytest.
     assert OnnxSegmenter.from_pretrained(tmp_path / "out").segment(np.zeros((9, 9, 3), np.uint8), "red circle")
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(exporting, "INT8_IOU", 1.0)
-    monkeypatch.setattr(exporting, "_SCENES", 6)
+    monkeypatch.setattr(checks, "_SCENES", 6)
     with pytest.raises(UserError, match=r"below 1\.0: nothing was written"):
         export("scenes", tmp_path / "again", int8=True)
     assert sorted(tmp_path.rglob("*")) == before

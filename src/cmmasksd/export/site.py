@@ -3,7 +3,7 @@
     index.html, app.js, …    the page
     backend.js, tokenizer.js, pixels.js
                              what the Python predictor does, in JavaScript (browser/)
-    model/                   an export, see inference/export.py
+    model/                   an export, see export.py
     ort/                     onnxruntime-web, taken from an `npm install` of the user's: it is not ours to ship
 
 Any file server will do; no header is needed, since one thread is used.
@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cmmasksd.errors import UserError
-from cmmasksd.inference.export import check_target, export
+from cmmasksd.export.export import check_target, export
 from cmmasksd.inference.onnx import EXPORT_FILE, ExportSettings
 from cmmasksd.model.processing import load_tokenizer
 
-PAGE, BROWSER = Path(__file__).parent / "page", Path(__file__).parent / "browser"
+PAGE, BROWSER = Path(__file__).parents[1] / "serving/page", Path(__file__).parent / "browser"
 ORT_VERSION = "1.30.0"
 ORT_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 _WHERE = (Path("node_modules/onnxruntime-web/dist"), Path("web/node_modules/onnxruntime-web/dist"))

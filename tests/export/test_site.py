@@ -23,11 +23,11 @@ from PIL import Image
 from cmmasksd.cli import main
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
+from cmmasksd.export import site
 from cmmasksd.inference.onnx import ExportSettings, resize_bicubic, restore
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.frame import lay
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer, tokenize
-from cmmasksd.serving import site
 from cmmasksd.serving.engine import word_maps
 
 ORT = Path(__file__).parents[2] / "web/node_modules/onnxruntime-web/dist"

@@ -1,0 +1,43 @@
+"""`cmmasksd data scenes`: generated scenes as files."""
+
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cmmasksd.cli.options import require_between
+from cmmasksd.config import MAX_REFERENCES, MAX_SCENE_SIZE
+
+HELP = "write generated scenes to files"
+DESCRIPTION = "Make and look at data."
+
+
+def add_options(parser: ArgumentParser) -> None:
+    kinds = parser.add_subcommands(dest="kind", required=True)
+    scenes = ArgumentParser(
+        description="Write generated scenes as a REFER release: refs(unc).p, instances.json, images."
+    )
+    scenes.add_argument("--out", type=Path, required=True, help="folder for the release")
+    scenes.add_argument("--name", type=Literal["scenes", "scenes+", "scenesg"], default="scenes", help="style")
+    scenes.add_argument("--train", type=int, default=1500, help="references of the training split")
+    scenes.add_argument("--test", type=int, default=300, help="references of val, testA and testB each")
+    scenes.add_argument("--seed", type=int, default=0, help="of the scenes")
+    scenes.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    kinds.add_subcommand("scenes", scenes, help="write generated scenes as a REFER release")
+
+
+def run(settings: Namespace) -> None:
+    how = settings.scenes
+    require_between("--train", how.train, 1, MAX_REFERENCES)
+    require_between("--test", how.test, 1, MAX_REFERENCES)
+    require_between("--size", how.size, 64, MAX_SCENE_SIZE)
+    from cmmasksd.data.datasets import open_dataset
+    from cmmasksd.data.readers.refer_release import write_refer_release
+
+    counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
+    splits = [
+        open_dataset(how.name, split, references=count, seed=how.seed, canvas=how.size)
+        for split, count in counts.items()
+    ]
+    write_refer_release(how.out, splits)
+    print(f"{sum(map(len, splits))} references in {how.out}; read them with --data refcoco --root {how.out}")

@@ -1,0 +1,52 @@
+"""`cmmasksd export`: a model for onnxruntime, torch.export or the browser."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from cmmasksd.cli.options import MODEL
+from cmmasksd.errors import UserError
+
+HELP = "write a model for onnxruntime, torch.export or the browser"
+DESCRIPTION = "Write a model as graphs that run without this package: two encoders and the decoder, checked."
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files; an export in it is replaced")
+    parser.add_argument(
+        "--format",
+        type=Literal["onnx", "pt2", "web"],
+        default="onnx",
+        help="onnx: for onnxruntime and `predict --model FOLDER`; pt2: programs of torch.export; web: a static page"
+        " that runs the model in the browser",
+    )
+    parser.add_argument("--int8", action="store_true", help="quantise the weights (onnx and web)")
+    parser.add_argument(
+        "--ort", type=Path | None, help="of web: the folder node_modules/onnxruntime-web/dist of `npm install`"
+    )
+
+
+def run(settings: Namespace) -> None:
+    if settings.ort is not None and settings.format != "web":
+        raise UserError("--ort goes with --format web: leave it out")
+
+    def say(line: str) -> None:
+        print(f"{line} …", file=sys.stderr)
+
+    if settings.format == "web":
+        from cmmasksd.export.site import write_site
+
+        done = write_site(settings.model, settings.out, ort=settings.ort, int8=settings.int8, progress=say)
+        size = sum(file.stat().st_size for file in settings.out.rglob("*") if file.is_file())
+        how = f"try it: python -m http.server --directory {settings.out}"
+    else:
+        from cmmasksd.export.export import export
+
+        done = export(settings.model, settings.out, format=settings.format, int8=settings.int8, progress=say)
+        size = sum(file.stat().st_size for file in settings.out.iterdir())
+        how = f"try it: cmmasksd predict --model {settings.out} …" if settings.format == "onnx" else "torch.export.load"
+    parity = ", ".join(f"{name} {value:.2g}" for name, value in done.parity.items())
+    print(f"{settings.out}: {size / 1e6:.1f} MB; compared with torch: {parity}; {how}")

@@ -1,0 +1,86 @@
+"""What was written is read back and compared with torch: logits, and the masks of quantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmmasksd.errors import UserError
+from cmmasksd.export.graphs import positions, sentences
+from cmmasksd.inference.onnx import GRAPHS, OnnxSegmenter, open_sessions
+from cmmasksd.model.clip import Tokens
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor
+
+PARITY = 1e-4
+"""The most that a logit may differ from torch's, in float32."""
+INT8_IOU = 0.9
+"""The least mean IoU of the masks of quantised weights with those of float32, on generated scenes."""
+_SCENES = 24
+
+
+def load(folder: Path, format: str) -> dict[str, Callable[[Sequence[Tensor]], list[Tensor]]]:
+    """The graphs of a folder, as functions of tensors."""
+    if format == "pt2":
+        programs = {key: torch.export.load(folder / f"{key}.pt2").module() for key in GRAPHS}
+
+        def call(module: Any, values: Sequence[Tensor]) -> list[Tensor]:
+            found = module(*values)
+            return [found] if isinstance(found, Tensor) else list(found)
+
+        return {key: lambda values, module=module: call(module, values) for key, module in programs.items()}
+
+    def run(session: Any, values: Sequence[Tensor]) -> list[Tensor]:
+        names = [one.name for one in session.get_inputs()]
+        feed = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    return {key: lambda values, session=session: run(session, values) for key, session in open_sessions(folder).items()}
+
+
+@torch.no_grad()
+def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, int]) -> float:
+    """The largest difference of a logit from torch's: pictures of several sizes, numbers and lengths of sentences."""
+    generator = torch.Generator().manual_seed(0)
+    vision = model.config.clip_config.vision_config
+    native = vision.image_size // vision.patch_size
+    longest = positions(model)
+    worst = 0.0
+    for (h, w), count, length in (
+        (grid, 1, 3),
+        (grid, 3, longest),
+        ((max(2, native), max(2, native)), 2, 6),
+        ((grid[0] + 1, grid[1] + 3), 2, 7),
+        ((2, 3), 1, longest),
+    ):
+        pixels = torch.randn(count, 3, h * vision.patch_size, w * vision.patch_size, generator=generator)
+        ids, attention, is_word = sentences(model, count, length, generator)
+        tokens = Tokens(ids, attention, torch.where(is_word, 0, -1), is_word[:, 0])
+        expected = model.decode(model.encode_image(pixels), model.encode_text(tokens))
+        (found,) = graphs["decoder"]([*graphs["image"]([pixels]), *graphs["text"]([ids, attention]), is_word])
+        if found.shape != expected.shape:
+            return float("inf")
+        worst = max(worst, float((found - expected).abs().max().nan_to_num(nan=float("inf"))))
+    return worst
+
+
+def agreement(model: CMMaskSDModel, processor: CMMaskSDProcessor, folder: Path) -> float:
+    """Mean IoU of the masks of a folder with torch's, over sentences about generated scenes that name something."""
+    from cmmasksd.data.scenes import SceneDataset
+    from cmmasksd.inference.predictor import Segmenter
+
+    whole, other = Segmenter(model, processor, device="cpu"), OnnxSegmenter.from_pretrained(folder)
+    data, scores = SceneDataset("scenes", "val", _SCENES), []
+    for reference in data:
+        image, texts = data.image(reference), [expression.text for expression in reference.expressions]
+        for a, b in zip(whole.segment(image, texts), other.segment(image, texts), strict=True):
+            if a.mask.any() or b.mask.any():
+                scores.append((a.mask & b.mask).sum() / (a.mask | b.mask).sum())
+    if not scores:
+        raise UserError("the model finds nothing in generated scenes, so --int8 cannot be checked: export without it")
+    return float(np.mean(scores))

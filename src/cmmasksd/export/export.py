@@ -1,0 +1,186 @@
+"""A trained model as three graphs that run without this package: image encoder, text encoder and decoder.
+
+The encoders run once per picture and per sentence, the decoder once per pair; number of pictures, sentences, tokens and
+patches are free in every graph. The patch grid travels as the shape of the features, (B, h, w, D), so that no graph
+needs a size as a number.
+
+What is written was checked: the files are read back and held to the torch model on pictures of several sizes, numbers
+and lengths of sentences; a folder whose logits differ by more than PARITY does not come to be. Weights are stored as
+float16 where that loses nothing (the models that ship are saved so), and computed in float32.
+
+    image.onnx    pixel_values (B, 3, H, W) -> patches (B, h, w, D), pixels (B, h, w, 192)
+    text.onnx     input_ids, attention_mask (K, L) -> words (K, L, D), sentence (K, D), embedded (K, L, E)
+    decoder.onnx  patches, pixels, words, sentence, embedded, word_mask (K, L) bool -> logits (K, 4h, 4w)
+
+`--format pt2` writes programs of torch.export instead. Know that `torch.export.load` unpickles: load your own only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cmmasksd import __version__
+from cmmasksd.assets import located
+from cmmasksd.errors import UserError
+from cmmasksd.export.checks import INT8_IOU, PARITY, agreement, difference, load
+from cmmasksd.export.graphs import example, graphs, positions
+from cmmasksd.export.onnx import quantise, trace, write_onnx
+from cmmasksd.inference.onnx import EXPORT_FILE, FORMAT_VERSION, GRAPHS, TOKENIZER_FILE, ExportSettings
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor
+
+
+def export(
+    name: str | Path,
+    out: Path,
+    *,
+    format: Literal["onnx", "pt2"] = "onnx",
+    int8: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> ExportSettings:
+    """Write a trained model as graphs, checked against torch.
+
+    Args:
+        name: folder of a trained model, hub id, or a model that ships.
+        out: the folder; an export in it is replaced.
+        format: "onnx", or "pt2": programs of torch.export.
+        int8: quantise the weights of the matrix products (ONNX only). Masks are then compared, not logits.
+        progress: told what is being done.
+
+    Returns:
+        What was written to `export.json`; `parity` has the measured differences.
+
+    Raises:
+        UserError: a package is missing, `out` holds something else, or the graphs differ from torch; then nothing is
+            left behind.
+    """
+    if int8 and format != "onnx":
+        raise UserError("--int8 quantises ONNX graphs: use --format onnx")
+    _require_packages(format)
+    check_target(out)
+    model, processor = CMMaskSDModel.from_pretrained(name).eval(), CMMaskSDProcessor.from_pretrained(name)
+    grid = (processor.size[0] // processor.patch_size, processor.size[1] // processor.patch_size)
+    if min(grid) < 2:
+        raise UserError(f"a canvas of {processor.size[0]}x{processor.size[1]} pixels is one patch thin: use a larger")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write_tokenizer(processor, folder)
+        for key, graph in graphs(model).items():
+            progress(f"tracing the {key} graph")
+            program = trace(graph, example(key, model))
+            if format == "pt2":
+                torch.export.save(program, folder / f"{key}.pt2")
+            else:
+                write_onnx(program, graph, folder / f"{key}.onnx")
+        progress("comparing with torch")
+        parity = {"logits": difference(model, load(folder, format), grid)}
+        if not parity["logits"] <= PARITY:
+            raise UserError(
+                f"the exported logits of {name} differ from torch's by {parity['logits']:.2g}, more than {PARITY:g}:"
+                " nothing was written; please report it with the versions of torch and onnxruntime"
+            )
+        settings = _settings(name, model, processor, format, int8, parity)
+        if int8:
+            progress("quantising")
+            for key in GRAPHS:
+                quantise(folder / f"{key}.onnx")
+        (folder / EXPORT_FILE).write_text(settings.as_json(), encoding="utf-8")
+        if int8:
+            progress("comparing the masks with float32's")
+            parity["int8 mean IoU"] = agreement(model, processor, folder)
+            if not parity["int8 mean IoU"] >= INT8_IOU:
+                raise UserError(
+                    f"quantised, the masks of {name} agree with float32's to a mean IoU of"
+                    f" {parity['int8 mean IoU']:.3f}, below {INT8_IOU}: nothing was written; export without --int8"
+                )
+            (folder / EXPORT_FILE).write_text(settings.as_json(), encoding="utf-8")
+        _move(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return settings
+
+
+def _require_packages(format: str) -> None:
+    if format == "pt2":
+        return
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"export needs {error.name}: pip install 'cmmasksd[export]'") from None
+
+
+def check_target(out: Path, marker: str | Path = EXPORT_FILE) -> None:
+    """Refuse to write over anything but an export.
+
+    Args:
+        out: the folder to be written.
+        marker: the file in it by which an earlier export is known.
+
+    Raises:
+        UserError: `out` is a file, or a folder of something else.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / marker).is_file()):
+        raise UserError(f"{out} exists and is not an export: choose another folder, or remove it first")
+
+
+def _move(folder: Path, out: Path) -> None:
+    """Move the files of a finished folder over those of an export, `export.json` last; what else is there stays."""
+    out.mkdir(parents=True, exist_ok=True)
+    for key in GRAPHS:  # of the other format
+        for file in (out / f"{key}.onnx", out / f"{key}.pt2"):
+            if not (folder / file.name).exists():
+                file.unlink(missing_ok=True)
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == EXPORT_FILE):
+        os.replace(file, out / file.name)
+
+
+def _settings(
+    name: str | Path,
+    model: CMMaskSDModel,
+    processor: CMMaskSDProcessor,
+    format: Literal["onnx", "pt2"],
+    int8: bool,
+    parity: dict[str, float],
+) -> ExportSettings:
+    text = model.config.clip_config.text_config
+    tokenizer: Any = processor.tokenizer
+    mean, std = processor.mean, processor.std
+    return ExportSettings(
+        version=FORMAT_VERSION,
+        format=format,
+        int8=int8,
+        size=processor.size,
+        patch_size=processor.patch_size,
+        stride=model.stride,
+        resize=processor.resize,
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
+        max_tokens=min(processor.max_tokens, positions(model)),
+        start_token=tokenizer.bos_token_id,
+        end_token=tokenizer.eos_token_id,
+        pad_token=text.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        parity=parity,
+        source=str(name) if not Path(located(name)).is_dir() else Path(name).name,  # no path of this machine
+        package=__version__,
+    )
+
+
+def _write_tokenizer(processor: CMMaskSDProcessor, folder: Path) -> None:
+    """`tokenizer.json` as it is, without the state that its last use left in it."""
+    from tokenizers import Tokenizer
+
+    tokenizer: Any = processor.tokenizer
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.save(str(folder / TOKENIZER_FILE))
