@@ -19,8 +19,8 @@ import torch
 
 from cmmasksd.assets import located
 from cmmasksd.cli import main as cmmasksd
-from cmmasksd.model.hub import contents
 from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.publishing.hub import contents
 from cmmasksd.training.checkpoint import WEIGHTS
 
 SPLITS = ("val", "testB")

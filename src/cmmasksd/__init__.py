@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cmmasksd.model.configuration import CMMaskSDConfig as CMMaskSDConfig
     from cmmasksd.model.modeling import CMMaskSDModel as CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor as CMMaskSDProcessor
+    from cmmasksd.publishing.hub import push_to_hub as push_to_hub
 
 __version__ = "0.1.0.dev0"
 
@@ -36,6 +37,7 @@ _HOME = {
     "CMMaskSDConfig": "cmmasksd.model.configuration",
     "CMMaskSDModel": "cmmasksd.model.modeling",
     "CMMaskSDProcessor": "cmmasksd.model.processing",
+    "push_to_hub": "cmmasksd.publishing.hub",
 }
 
 register()

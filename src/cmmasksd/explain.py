@@ -22,7 +22,7 @@ from cmmasksd.distillation.masking import patch_scores
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import heat, overlay
-from cmmasksd.model.hub import model_folder
+from cmmasksd.model.locating import model_folder
 from cmmasksd.model.processing import Frame
 from cmmasksd.training.checkpoint import WEIGHTS
 

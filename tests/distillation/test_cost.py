@@ -14,9 +14,9 @@ from transformers import CLIPConfig
 
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.objective import MaskedSelfDistillation
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.configuration import CMMaskSDConfig
 from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.towers.base import Tokens
 
 LENGTH = 22
 

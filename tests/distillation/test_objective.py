@@ -19,9 +19,10 @@ import cmmasksd.distillation.objective as objective_module
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens, encode_image
 from cmmasksd.model.correlation import correlation
 from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.towers.clip import encode_image
 
 DIM = 40  # the tiny model's joint space
 TEXTS = ["the reddish square", "a blue circle left of the right square", "on the left"]
@@ -589,7 +590,7 @@ def test_the_objective_imports_nothing_of_our_network():
     correlation, and no more."""
     package = Path(objective_module.__file__).parent
     of_model = {pair for pair in imports(package) if pair[0].startswith("cmmasksd.model") or pair[0] == "cmmasksd"}
-    expected = {("cmmasksd.model.clip", name) for name in ("ImageFeatures", "TextFeatures", "Tokens")}
+    expected = {("cmmasksd.model.towers.base", name) for name in ("ImageFeatures", "TextFeatures", "Tokens")}
     expected |= {("cmmasksd.model.correlation", name) for name in ("correlation", "sentence_correlation")}
     assert of_model == expected
 

@@ -11,7 +11,7 @@ from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
 
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.objective import MaskedSelfDistillation
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 WIDTH, TAPS = 32, [0, 1, 2]
 

@@ -22,8 +22,8 @@ from cmmasksd.errors import UserError
 from cmmasksd.evaluation import evaluate as scoring
 from cmmasksd.evaluation.evaluate import BLOCK, evaluate, make_accelerator
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
-from cmmasksd.model.clip import ImageFeatures
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.towers.base import ImageFeatures
 
 
 @dataclass

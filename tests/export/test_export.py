@@ -19,9 +19,9 @@ from cmmasksd.export import export as exporting
 from cmmasksd.export.checks import INT8_IOU, PARITY
 from cmmasksd.export.export import export
 from cmmasksd.inference.onnx import GRAPHS, ExportSettings, OnnxSegmenter, open_sessions
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers.base import Tokens
 
 pytest.importorskip("onnx", reason="the extra export is not installed")
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmmasksd.model.clip import ImageFeatures, TextFeatures
 from cmmasksd.model.correlation import correlation, pointing, sentence_correlation
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures
 
 
 def features(scale: float = 1.0) -> tuple[ImageFeatures, TextFeatures]:

@@ -22,10 +22,11 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from cmmasksd.errors import UserError
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.configuration import CMMaskSDConfig
-from cmmasksd.model.modeling import CMMaskSDModel, load_clip
+from cmmasksd.model.loading import load_clip
+from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers.base import Tokens
 from conftest import TINY_SIZES
 
 SENTENCES = ["the red square", "a blue circle left of unbelievable things", "right", "on the left"]

@@ -21,8 +21,8 @@ from torch import Tensor
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.frame import columns_first
-from cmmasksd.model.hub import REQUIRED
-from cmmasksd.model.modeling import load_clip
+from cmmasksd.model.loading import load_clip
+from cmmasksd.model.locating import REQUIRED
 from cmmasksd.model.processing import CLIP_MEAN, CLIP_STD, CMMaskSDProcessor, Frame, load_tokenizer, normalize, tokenize
 from conftest import TINY_CONTEXT, make_tokenizer
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from cmmasksd.config import PretrainConfig
 from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
 from cmmasksd.errors import UserError
-from cmmasksd.model.clip import encode_image, encode_text
-from cmmasksd.model.modeling import load_clip
+from cmmasksd.model.loading import load_clip
 from cmmasksd.model.processing import load_tokenizer, normalize
+from cmmasksd.model.towers.clip import encode_image, encode_text
 from cmmasksd.pretraining import loop as module
 from cmmasksd.pretraining.captions import CaptionedScenes, Collate, true_of
 from cmmasksd.pretraining.loop import pretrain

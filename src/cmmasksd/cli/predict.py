@@ -60,7 +60,7 @@ def run(settings: Namespace) -> None:
         save_pictures,
     )
     from cmmasksd.inference.predictor import load_segmenter
-    from cmmasksd.model.hub import model_folder
+    from cmmasksd.model.locating import model_folder
 
     texts = [*settings.text, *(read_sentences(settings.texts) if settings.texts else [])]
     require_words(texts)

@@ -25,8 +25,8 @@ from cmmasksd.data.workers import outlive_sigterm
 from cmmasksd.errors import UserError
 
 if TYPE_CHECKING:
-    from cmmasksd.model.clip import Tokens
     from cmmasksd.model.processing import CMMaskSDProcessor
+    from cmmasksd.model.towers.base import Tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

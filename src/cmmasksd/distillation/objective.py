@@ -24,8 +24,8 @@ from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.losses import distillation_loss, segmentation_loss
 from cmmasksd.distillation.masking import choose_patches, choose_words, masked_patches, patch_scores
 from cmmasksd.errors import UserError
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.correlation import correlation, sentence_correlation
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 
 class Distillable(Protocol):

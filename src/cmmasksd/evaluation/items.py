@@ -15,8 +15,8 @@ from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.errors import UserError
 
 if TYPE_CHECKING:
-    from cmmasksd.model.clip import Tokens
     from cmmasksd.model.processing import CMMaskSDProcessor, Frame
+    from cmmasksd.model.towers.base import Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def report(
     """
     from cmmasksd.data.datasets import open_dataset
     from cmmasksd.inference.predictor import Segmenter
-    from cmmasksd.model.hub import model_folder, weights_digest
+    from cmmasksd.model.locating import model_folder, weights_digest
 
     results = [read_results(folder) for folder in folders]
     first = results[0]

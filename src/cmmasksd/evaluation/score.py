@@ -11,7 +11,7 @@ from cmmasksd.data.datasets import open_dataset
 from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
 from cmmasksd.evaluation.protocols import ORIGINAL
 from cmmasksd.evaluation.results import SplitScores, write_results
-from cmmasksd.model.hub import model_folder, weights_digest
+from cmmasksd.model.locating import model_folder, weights_digest
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 

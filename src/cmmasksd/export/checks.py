@@ -13,9 +13,9 @@ from torch import Tensor
 from cmmasksd.errors import UserError
 from cmmasksd.export.graphs import positions, sentences
 from cmmasksd.inference.onnx import GRAPHS, OnnxSegmenter, open_sessions
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers.base import Tokens
 
 PARITY = 1e-4
 """The most that a logit may differ from torch's, in float32."""

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmmasksd.model import clip as towers
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.towers import clip as towers
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 
 class ImageGraph(nn.Module):

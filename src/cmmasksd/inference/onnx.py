@@ -20,7 +20,7 @@ from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, Segments
 from cmmasksd.model.frame import MAX_SIDE, Frame, canvas_of, columns_first, inside, lay, level, mean_and_std, whole
-from cmmasksd.model.hub import TOKENIZER_BYTES, no_panic, read_json, small
+from cmmasksd.model.locating import TOKENIZER_BYTES, no_panic, read_json, small
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

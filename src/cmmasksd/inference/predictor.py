@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import torch
 
     from cmmasksd.inference.onnx import OnnxSegmenter
-    from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
     from cmmasksd.model.frame import Frame
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
+    from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 DECODE_TOGETHER = 32
 """Sentences that are decoded in one call; bounds the memory."""

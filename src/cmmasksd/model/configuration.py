@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 from cmmasksd.errors import UserError, shown
-from cmmasksd.model.hub import read_json
+from cmmasksd.model.locating import read_json
 
 # The largest public CLIPs have 48 layers of width 5,120 and 15,360 hidden channels.
 _OURS = {

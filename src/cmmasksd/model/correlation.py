@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmmasksd.model.clip import ImageFeatures, TextFeatures
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures
 
 
 def _patches(image: ImageFeatures, source: Literal["patches", "values"]) -> Tensor:

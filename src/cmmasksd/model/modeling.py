@@ -8,33 +8,22 @@ image encoding. The masked branches of CM-MaskSD are not here: they exist only w
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers import AutoModel, CLIPModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.model import clip as towers
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens
-from cmmasksd.model.configuration import CMMaskSDConfig, read_clip_config, read_config
+from cmmasksd.model.configuration import CMMaskSDConfig, read_config
 from cmmasksd.model.decoder import Attention, FusionDecoder
-from cmmasksd.model.hub import contents, files_of, model_card, model_folder, read_json, require, upload
+from cmmasksd.model.loading import WEIGHTS, build, load_clip, read_weights
+from cmmasksd.model.locating import model_folder, require
 from cmmasksd.model.mask_head import MaskHead
-
-if TYPE_CHECKING:
-    from cmmasksd.model.processing import CMMaskSDProcessor
-
-WEIGHTS = "model.safetensors"
+from cmmasksd.model.towers import clip as towers
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 
 @dataclass
@@ -137,7 +126,7 @@ class CMMaskSDModel(PreTrainedModel):
     def encode_image(
         self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
     ) -> ImageFeatures:
-        """(B, 3, H, W) normalised pixels to patches in the joint space. See `cmmasksd.model.clip.encode_image`."""
+        """(B, 3, H, W) normalised pixels to patches in the joint space: see `towers.clip.encode_image`."""
         return towers.encode_image(self.clip, pixel_values, keep=keep, value_path=value_path)[0]
 
     def encode_text(self, tokens: Tokens) -> TextFeatures:
@@ -210,148 +199,13 @@ class CMMaskSDModel(PreTrainedModel):
         require(folder, ("config.json", WEIGHTS))
         sizes = {key: kwargs.pop(key) for key in CMMaskSDConfig.__annotations__ if key in kwargs}
         config = kwargs.pop("config", None) or read_config(folder, **sizes)
-        return _built(cls, super().from_pretrained, config, _read(folder / WEIGHTS), folder, *args, **kwargs)
+        return build(cls, super().from_pretrained, config, read_weights(folder / WEIGHTS), folder, *args, **kwargs)
 
-    def push_to_hub(  # pyright: ignore (the processor must travel with the model)
-        self,
-        repo_id: str,
-        processor: CMMaskSDProcessor,
-        *,
-        results: Sequence[Mapping[str, Any]] = (),
-        licence: str = "mit",
-        private: bool = False,
-        token: str | bool | None = None,
-    ) -> str:
-        """Upload the model, its processor and a generated card; returns the address. `cmmasksd push` does it for a
-        folder.
+    def push_to_hub(self, repo_id: str, processor: Any, **options: Any) -> str:  # pyright: ignore
+        """Upload the model with its processor and a generated card: `cmmasksd.push_to_hub` as a method."""
+        from cmmasksd import push_to_hub  # the package's public name: nothing here knows how to publish
 
-        Args:
-            repo_id: USER/NAME.
-            processor: the one it was trained with.
-            results: of this model, as `read_results` gives them; they go into the card.
-            licence: of the weights, by the hub's identifier.
-            private: nobody else may see it.
-            token: of the hub; None: the one that you are logged in with.
-
-        Raises:
-            UserError: when the hub refuses.
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            files = contents(Path(folder), model_card(Path(folder), repo_id, results, licence=licence))
-            return upload(files, repo_id, private=private, token=token)
+        return push_to_hub(self, processor, repo_id, **options)
 
 
 AutoModel.register(CMMaskSDConfig, CMMaskSDModel, exist_ok=True)  # see cmmasksd.model.auto
-
-
-def load_clip(name: str | Path) -> CLIPModel:
-    """Load a CLIP by folder or hub id into float32, every weight accounted for.
-
-    Raises:
-        UserError: when there is none, or weights are missing.
-    """
-    folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
-    if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
-        folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
-    require(folder, ("config.json",), "choose a CLIP in transformers' format")
-    config, weights = read_clip_config(folder), {}
-    for file in _files_of_weights(folder):
-        weights |= _read(file)
-    return _built(CLIPModel, CLIPModel.from_pretrained, config, weights, folder, dtype=torch.float32)
-
-
-def _files_of_weights(folder: Path) -> list[Path]:
-    """The weights of a CLIP: one file, or those that an index names, which must lie beside it."""
-    names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
-    name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
-    if not name.endswith(".json"):
-        require(folder, (name,), "choose a CLIP in transformers' format")
-        return [folder / name]
-    index = read_json(folder / name).get("weight_map")
-    shards: list[Any] = list(index.values()) if isinstance(index, dict) else [index]
-    home = folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
-    for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard, re.ASCII):
-            raise UserError(f"{folder / name} names {shown(shard)}: expected files of weights in its own folder")
-    shards = sorted(set(shards))
-    require(folder, shards, "get the missing files too")
-    for shard in shards:
-        if (folder / shard).resolve().parent not in homes:
-            raise UserError(f"{folder / shard} is a link out of its folder: copy the file to where the link is")
-    return [folder / shard for shard in shards]
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights. Pickled code is never run."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise UserError(
-            f"the pickled weights in {file} hold more than tensors: get them in safetensors format"
-        ) from error
-    except Exception as error:  # what the two libraries raise for a damaged file has no common class
-        raise UserError(f"cannot load {file}: {reason(error)}") from error
-    # a tensor that repeats its numbers (expanded) would need more memory than its file
-    if not isinstance(found, dict) or not all(
-        isinstance(one, Tensor) and one.numel() * one.element_size() <= one.untyped_storage().nbytes()
-        for one in found.values()
-    ):
-        raise UserError(f"{file} holds more than plain tensors: get the weights in safetensors format")
-    return found
-
-
-def _built(
-    kind: Any, load: Any, config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path, *args: Any, **kwargs: Any
-) -> Any:
-    """A model of these weights; some that are missing, unexpected, misshapen or not finite stop it (else random ones
-    would be evaluated). transformers gets no folder: it would read more from it than config.json and the weights."""
-    stored = sum(value.numel() for value in weights.values())
-    with torch.device("meta"):
-        needed = sum(value.numel() for value in kind(config).parameters())
-    if needed > 2 * stored:  # twice: where only some are missing, the names of these say more
-        raise UserError(
-            f"config.json in {folder} describes {needed} weights and the files hold {stored}: they belong to different "
-            "models"
-        )
-    for key, value in weights.items():
-        if not value.is_floating_point() and not key.endswith("position_ids"):
-            raise UserError(f"weight {shown(key)} of {folder} is {value.dtype}: expected floating-point numbers")
-        if not _is_finite(value):
-            raise UserError(f"{shown(key)} in {folder} holds values that are not finite: train again, or get it again")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report of the weights is a table of hundreds of lines; ours is the error
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        model, info = load(None, *args, config=config, state_dict=weights, **kwargs)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load a model from {folder}: {reason(error)}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    gaps = {
-        "of another shape": {key[0] for key in info["mismatched_keys"]},
-        "missing": info["missing_keys"],
-        # Old CLIP checkpoints also store the position indices, which are no weights.
-        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith("position_ids")},
-    }
-    for said, keys in gaps.items():
-        if keys:
-            few = ", ".join(shown(key) for key in sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
-            raise UserError(
-                f"{len(keys)} weights of {folder} are {said} ({few}): the file does not fit its config.json"
-            )
-    return model
-
-
-def _is_finite(value: Tensor) -> bool:
-    if not value.is_floating_point():
-        return True
-    # a sum is several times as quick as a look at every number, and overflows rarely
-    return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())

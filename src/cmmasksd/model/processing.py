@@ -22,9 +22,8 @@ from torch import Tensor
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.model.auto import MODEL_TYPE
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.frame import MAX_SIDE, Frame, canvas_of, columns_first, inside, lay, level, mean_and_std, whole
-from cmmasksd.model.hub import (
+from cmmasksd.model.locating import (
     TOKENIZER_BYTES,
     TOKENIZER_FILES,
     files_of,
@@ -34,6 +33,7 @@ from cmmasksd.model.hub import (
     require,
     small,
 )
+from cmmasksd.model.towers.base import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -263,7 +263,7 @@ class CMMaskSDProcessor:
 
         Args:
             name: a folder, a hub id, or a shipped model.
-            **hub: `revision`, `token`, …, see `cmmasksd.model.hub.model_folder`.
+            **hub: `revision`, `token`, …, see `cmmasksd.model.locating.model_folder`.
 
         Raises:
             UserError: when the files are not those of a processor of ours.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmmasksd.data.scenes import STYLES, Phrase, Scene, caption, describe, facts, make_scene, referring, render, twin
-from cmmasksd.model.clip import Tokens
 from cmmasksd.model.processing import tokenize
+from cmmasksd.model.towers.base import Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader
 
 from cmmasksd.config import PretrainConfig
 from cmmasksd.errors import UserError
-from cmmasksd.model.clip import encode_image, encode_text
-from cmmasksd.model.modeling import load_clip
+from cmmasksd.model.loading import load_clip
 from cmmasksd.model.processing import load_tokenizer, normalize
+from cmmasksd.model.towers.clip import encode_image, encode_text
 from cmmasksd.pretraining.captions import CaptionedScenes, Collate
 from cmmasksd.pretraining.losses import changed_patches, contrastive_losses, lend_patches
 from cmmasksd.pretraining.model import build_clip, save_clip, train_tokenizer

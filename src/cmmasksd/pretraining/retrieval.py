@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from cmmasksd.data.scenes import caption, describe, facts, make_scene, render
-from cmmasksd.model.clip import encode_image, encode_text
 from cmmasksd.model.processing import normalize, tokenize
+from cmmasksd.model.towers.clip import encode_image, encode_text
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase

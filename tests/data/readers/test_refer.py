@@ -326,7 +326,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path, protocol):
     ("content", "message"),
     [
         (b"cos\nsystem\n(S'touch proof'\ntR.", r"it asks for 'os\.system'"),
-        (b"(S'touch proof'\nios\nsystem\n.", r"it asks for 'os\.system'"),
+        (b"(S'touch proof'\nios\nsystem\n.", "unexpected instruction"),  # calls a function in one step
         (b"ccopy_reg\n_reconstructor\n.", r"it asks for 'copy_reg\._reconstructor'"),
         (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", r"it asks for 'os\.system'"),
         (b"\x82\x01.", "unexpected instruction"),  # a registered class

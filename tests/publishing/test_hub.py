@@ -19,9 +19,10 @@ from cmmasksd import cli
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import ORIGINAL
 from cmmasksd.evaluation.results import ExpressionScore, SplitScores, write_results
-from cmmasksd.model import hub
+from cmmasksd.model.locating import REQUIRED, is_hub_id, model_folder, weights_digest
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.publishing.card import model_card
 
 COMMIT = "c" * 40
 
@@ -124,7 +125,7 @@ def scored(trained: Path, tmp_path: Path) -> Path:
     """Results of that model."""
     counts = [(80, 100), (10, 40), (3, 4)]
     rows = [ExpressionScore(1, 1, n, "a cat", i, u, u, ORIGINAL.iou(i, u)) for n, (i, u) in enumerate(counts)]
-    extra = {"data": "refcoco", "weights": hub.weights_digest(trained)}
+    extra = {"data": "refcoco", "weights": weights_digest(trained)}
     write_results(tmp_path / "val", SplitScores("val", rows, ORIGINAL, extra))
     return tmp_path / "val"
 
@@ -141,7 +142,7 @@ def same_answers(one: CMMaskSDModel, other: CMMaskSDModel) -> bool:
     return torch.allclose(*both, atol=1e-4)
 
 
-PUBLISHED = {*hub.REQUIRED, "config.yaml", "README.md"}
+PUBLISHED = {*REQUIRED, "config.yaml", "README.md"}
 
 
 def test_a_folder_to_look_at(trained: Path, scored: Path, tmp_path: Path):
@@ -182,7 +183,7 @@ def test_the_card_is_one_that_the_hub_reads(trained: Path, scored: Path, tmp_pat
 
 
 def test_a_card_without_scores_or_settings(tiny_model_folder: Path):
-    card = hub.model_card(tiny_model_folder, "x")
+    card = model_card(tiny_model_folder, "x")
     assert "None were given" in card
     assert "model-index" not in card
     assert "does not record" in card
@@ -257,10 +258,10 @@ def test_mistakes(
 
 
 def test_names():
-    assert hub.is_hub_id("someone/model")
-    assert not any(map(hub.is_hub_id, ("./model", "../a", "/a", "~/a", "C:/a", "a/b/c", "model")))
+    assert is_hub_id("someone/model")
+    assert not any(map(is_hub_id, ("./model", "../a", "/a", "~/a", "C:/a", "a/b/c", "model")))
     with pytest.raises(UserError, match="no model folder a/b/c"):
-        hub.model_folder("a/b/c")
+        model_folder("a/b/c")
 
 
 @pytest.mark.parametrize("first", ["cmmasksd", "transformers"])

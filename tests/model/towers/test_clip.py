@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from cmmasksd.model.clip import ImageFeatures, TextFeatures, Tokens, encode_image, encode_text
 from cmmasksd.model.processing import tokenize
+from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.towers.clip import encode_image, encode_text
 from conftest import make_clip
 
 SIZES = [

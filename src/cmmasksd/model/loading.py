@@ -1,0 +1,131 @@
+"""Folder to weights, every one accounted for: missing, unexpected, misshapen or non-finite weights stop the load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedConfig
+from transformers.utils import logging
+
+from cmmasksd.errors import UserError, reason, shown
+from cmmasksd.model.configuration import read_clip_config
+from cmmasksd.model.locating import files_of, read_json, require
+
+WEIGHTS = "model.safetensors"
+
+
+def load_clip(name: str | Path) -> CLIPModel:
+    """Load a CLIP by folder or hub id into float32, every weight accounted for.
+
+    Raises:
+        UserError: when there is none, or weights are missing.
+    """
+    folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
+    if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
+        folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
+    require(folder, ("config.json",), "choose a CLIP in transformers' format")
+    config, weights = read_clip_config(folder), {}
+    for file in _files_of_weights(folder):
+        weights |= read_weights(file)
+    return build(CLIPModel, CLIPModel.from_pretrained, config, weights, folder, dtype=torch.float32)
+
+
+def _files_of_weights(folder: Path) -> list[Path]:
+    """The weights of a CLIP: one file, or those that an index names, which must lie beside it."""
+    names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
+    name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
+    if not name.endswith(".json"):
+        require(folder, (name,), "choose a CLIP in transformers' format")
+        return [folder / name]
+    index = read_json(folder / name).get("weight_map")
+    shards: list[Any] = list(index.values()) if isinstance(index, dict) else [index]
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
+    for shard in shards:
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard, re.ASCII):
+            raise UserError(f"{folder / name} names {shown(shard)}: expected files of weights in its own folder")
+    shards = sorted(set(shards))
+    require(folder, shards, "get the missing files too")
+    for shard in shards:
+        if (folder / shard).resolve().parent not in homes:
+            raise UserError(f"{folder / shard} is a link out of its folder: copy the file to where the link is")
+    return [folder / shard for shard in shards]
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights. Pickled code is never run."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"the pickled weights in {file} hold more than tensors: get them in safetensors format"
+        ) from error
+    except Exception as error:  # what the two libraries raise for a damaged file has no common class
+        raise UserError(f"cannot load {file}: {reason(error)}") from error
+    # a tensor that repeats its numbers (expanded) would need more memory than its file
+    if not isinstance(found, dict) or not all(
+        isinstance(one, Tensor) and one.numel() * one.element_size() <= one.untyped_storage().nbytes()
+        for one in found.values()
+    ):
+        raise UserError(f"{file} holds more than plain tensors: get the weights in safetensors format")
+    return found
+
+
+def build(
+    kind: Any, load: Any, config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path, *args: Any, **kwargs: Any
+) -> Any:
+    """A model of these weights; some that are missing, unexpected, misshapen or not finite stop it (else random ones
+    would be evaluated). transformers gets no folder: it would read more from it than config.json and the weights."""
+    stored = sum(value.numel() for value in weights.values())
+    with torch.device("meta"):
+        needed = sum(value.numel() for value in kind(config).parameters())
+    if needed > 2 * stored:  # twice: where only some are missing, the names of these say more
+        raise UserError(
+            f"config.json in {folder} describes {needed} weights and the files hold {stored}: they belong to different "
+            "models"
+        )
+    for key, value in weights.items():
+        if not value.is_floating_point() and not key.endswith("position_ids"):
+            raise UserError(f"weight {shown(key)} of {folder} is {value.dtype}: expected floating-point numbers")
+        if not _is_finite(value):
+            raise UserError(f"{shown(key)} in {folder} holds values that are not finite: train again, or get it again")
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of the weights is a table of hundreds of lines; ours is the error
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = load(None, *args, config=config, state_dict=weights, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load a model from {folder}: {reason(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    gaps = {
+        "of another shape": {key[0] for key in info["mismatched_keys"]},
+        "missing": info["missing_keys"],
+        # Old CLIP checkpoints also store the position indices, which are no weights.
+        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith("position_ids")},
+    }
+    for said, keys in gaps.items():
+        if keys:
+            few = ", ".join(shown(key) for key in sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
+            raise UserError(
+                f"{len(keys)} weights of {folder} are {said} ({few}): the file does not fit its config.json"
+            )
+    return model
+
+
+def _is_finite(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return True
+    # a sum is several times as quick as a look at every number, and overflows rarely
+    return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())

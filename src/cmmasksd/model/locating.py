@@ -1,0 +1,150 @@
+"""Model name to folder: a shipped model, a local folder, or a download from the Hugging Face hub.
+
+Only the files named here are downloaded: weights without pickle, JSON, YAML. No code is fetched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cmmasksd.assets import located
+from cmmasksd.errors import UserError, reason, shown
+
+REQUIRED = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+FILES = (*REQUIRED, "config.yaml", "distillation.safetensors")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 32 << 20
+"""How large a JSON file of a model may be, and one of its tokenizer. CLIP's tokenizer.json has 2 MB."""
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name can only be a hub id: USER/NAME, and no folder. "./scenes" and "/models/a" are folders."""
+    text = str(name)
+    is_path = text.startswith((".", "/", "~")) or ":" in text or Path(text).is_dir()
+    return text.count("/") == 1 and not is_path
+
+
+def model_folder(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """The folder of a model of ours: a shipped one, a local folder, or the download of a hub id.
+
+    Args:
+        name: "scenes", a folder, or USER/NAME.
+        revision, token, cache_dir, local_files_only, force_download: of the hub, as `snapshot_download` has them.
+
+    Raises:
+        UserError: when there is no such folder, or the hub does not give the files.
+    """
+    hub = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    return files_of(name, FILES, **hub)
+
+
+def files_of(name: str | Path, patterns: Iterable[str], **hub: Any) -> Path:
+    """The folder of any model: a shipped one, a local folder, or the download of these files of a hub id.
+
+    Raises:
+        UserError: when there is no such folder, or the hub does not give the files.
+    """
+    name = located(name)
+    if Path(name).is_dir():
+        return Path(name)
+    if not is_hub_id(name):
+        raise UserError(f"there is no model folder {name}: give the folder of a trained model or a hub id")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns), **hub))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load {name}: there is no such folder, and the hub does not give it ({reason(error)})"
+        ) from error
+
+
+def require(
+    folder: Path,
+    files: Iterable[str] = REQUIRED,
+    remedy: str = "give the folder of a trained model, such as runs/…/best",
+) -> None:
+    """Stop where a folder lacks files that its model needs.
+
+    Raises:
+        UserError: with their names.
+    """
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing[:5])}: {remedy}")
+
+
+def small(file: Path, limit: int) -> Path:
+    """The file, if it is there and has at most `limit` bytes.
+
+    Raises:
+        UserError: otherwise.
+    """
+    if not file.is_file():
+        raise UserError(f"there is no {file}: get it again, or give another folder")
+    if (size := file.stat().st_size) > limit:
+        raise UserError(f"{file} has {size} bytes, expected at most {limit}: get it again, or give another folder")
+    return file
+
+
+def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from a file that may be a stranger's.
+
+    Args:
+        file: to be read.
+        limit: the most bytes it may have.
+
+    Raises:
+        UserError: when there is no such file, it is too large, nested too deep, not UTF-8, or no JSON object.
+    """
+    remedy = "get it again, or give another folder"
+    small(file, limit)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({reason(error)}): {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds {shown(found)}, expected a JSON object: {remedy}")
+    return found
+
+
+@contextmanager
+def no_panic() -> Iterator[None]:
+    """A panic of the tokenizers library, which damaged files cause, as an Exception: it is none by itself."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library broke off: {error}") from None
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of a model's weights; `evaluate` stores it, so that no card shows another model's scores."""
+    with (folder / "model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
