@@ -143,14 +143,14 @@ def _score_block(
     device = model.device
     images = model.encode_image(processor.pixel_values(torch.stack([item.image for item in block]).to(device)))
     for position, item in enumerate(block):
-        height, width = item.frame.original
+        height, width = item.placement.original
         at_once = max(1, RESTORE_PIXELS // (height * width))
         for start in range(0, len(item.sentences), SENTENCES):
             tokens = item.tokens.select(slice(start, start + SENTENCES)).to(device)
             index = torch.full((len(tokens),), position, device=device)
             logits = model.decode(images.select(index), model.encode_text(tokens))
             for offset in range(0, len(tokens), at_once):
-                predicted = processor.masks(logits[offset : offset + at_once], item.frame, protocol.threshold)
+                predicted = processor.masks(logits[offset : offset + at_once], item.placement, protocol.threshold)
                 yield from _count(item, start + offset, predicted, protocol)
 
 
