@@ -39,7 +39,7 @@ def folder(tiny_model, tiny_processor, tmp_path):
 def test_what_is_shown_is_what_the_objective_does(tiny_model, tiny_processor):
     objective = build(tiny_model, vision_ratio=0.4)
     first, second = explain(objective, tiny_processor, image(), TEXTS)
-    canvas, frame = tiny_processor.image(image())
+    canvas, placement = tiny_processor.image(image())
     tokens = tiny_processor.tokens(TEXTS)
     views = objective.views(tiny_processor.pixel_values(canvas[None]), tokens, torch.zeros(2, dtype=torch.long))
     logits = objective.decode(views)
@@ -51,7 +51,7 @@ def test_what_is_shown_is_what_the_objective_does(tiny_model, tiny_processor):
     assert first.correlation[first.hidden_patches].min() >= first.correlation[~first.hidden_patches].max()
     assert first.probabilities.keys() == {"main", "lmvsd", "vmlsd"}
     for name, maps in logits.items():
-        assert first.probabilities[name].shape == frame.canvas
+        assert first.probabilities[name].shape == placement.canvas
         assert first.probabilities[name].mean() == pytest.approx(maps[0].sigmoid().mean().item(), abs=0.02)
     assert [word for word, _ in first.words] == TEXTS[0].split()
     assert [hidden for _, hidden in first.words].count(True) == 2  # of six words

@@ -23,7 +23,7 @@ from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import heat, overlay
 from cmmasksd.model.locating import model_folder
-from cmmasksd.model.processing import Frame
+from cmmasksd.model.processing import Placement
 from cmmasksd.training.checkpoint import WEIGHTS
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def explain(
         texts: sentences.
     """
     device = next(objective.parameters()).device
-    canvas, frame = processor.image(image)
+    canvas, placement = processor.image(image)
     tokens = processor.tokens(texts).to(device)
     index = torch.zeros(len(texts), dtype=torch.long, device=device)
     views = objective.views(processor.pixel_values(canvas[None].to(device)), tokens, index)
@@ -128,7 +128,7 @@ def explain(
     assert views.correlation is not None
     main, text = views.branches["main"]
     scores = patch_scores(views.correlation, text.word_mask, "max").unflatten(1, main.grid)
-    whole = Frame(frame.canvas, frame.canvas, (0, 0, *frame.canvas))
+    whole = Placement(placement.canvas, placement.canvas, (0, 0, *placement.canvas))
     probabilities = {name: processor.probabilities(z, whole).cpu().numpy() for name, z in logits.items()}
     hidden_words = views.hidden_words
     if hidden_words is None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as coco
 
-from cmmasksd.data.masks import decode_segmentation, mask_to_polygons, mask_to_rle
+from cmmasksd.data.masks import decode_segmentation, mask_to_box, mask_to_polygons, mask_to_rle
 from cmmasksd.errors import UserError
 
 MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=12))
@@ -262,14 +262,23 @@ def test_outlines_of_shapes_are_exact(mask):
     np.testing.assert_array_equal(decode_segmentation(mask_to_polygons(mask), *mask.shape), mask)
 
 
+@given(MASKS.filter(np.any))
+def test_a_box_holds_the_mask_and_touches_it_on_all_sides(mask):
+    x0, y0, x1, y1 = mask_to_box(mask) or (0, 0, 0, 0)
+    inside = mask[y0:y1, x0:x1]
+    assert inside.sum() == mask.sum()
+    assert all(side.any() for side in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+
+
 def test_empty_mask():
     empty = np.zeros((5, 7), dtype=bool)
     assert mask_to_polygons(empty) == []
+    assert mask_to_box(empty) is None
     assert not decode_segmentation(mask_to_rle(empty), 5, 7).any()
 
 
 @pytest.mark.parametrize("mask", [np.full((4, 4), 255, dtype=np.uint8), np.ones((1, 4, 4), dtype=bool)])
-@pytest.mark.parametrize("encode", [mask_to_rle, mask_to_polygons])
+@pytest.mark.parametrize("encode", [mask_to_box, mask_to_rle, mask_to_polygons])
 def test_only_boolean_masks_are_encoded(mask, encode):
     with pytest.raises(TypeError, match="bool"):
         encode(mask)

@@ -18,7 +18,7 @@ def test_scoring_items_carry_every_sentence_of_every_reference(processor):
     items = ScoringItems(data, processor, data.groups())
     assert len(items) == 3
     item = items[0]
-    assert item.frame.original == (20, 30)
+    assert item.placement.original == (20, 30)
     assert [item.mask(nth).shape for nth in range(9)] == [(20, 30)] * 9
     assert item.masks.shape == (3, 75)  # bits
     assert item.mask_index.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

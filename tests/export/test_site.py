@@ -26,7 +26,7 @@ from cmmasksd.errors import UserError
 from cmmasksd.export import site
 from cmmasksd.inference.onnx import ExportSettings, resize_bicubic, restore
 from cmmasksd.inference.predictor import Segmenter
-from cmmasksd.model.frame import lay
+from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer, tokenize
 from cmmasksd.serving.engine import word_maps
 
@@ -86,25 +86,25 @@ def test_the_javascript_pixels_equal_pythons(height: int, width: int, resize: st
     image = draw.integers(0, 256, (height, width, 4), dtype=np.uint8)
     image[..., 3] = 255
     logits = draw.normal(size=(8, 12)).astype(np.float32)
-    frame = lay(height, width, (64, 96), resize)  # pyright: ignore
+    placement = place(height, width, (64, 96), resize)  # pyright: ignore
     settings = {"size": [64, 96], "resize": resize, "mean": [0.48, 0.45, 0.4], "std": [0.26, 0.25, 0.27]}
     found = node(
         """
-        const frame = pixels.lay(height, width, settings);
-        const [, , h, w] = frame.content;
+        const placement = pixels.place(height, width, settings);
+        const [, , h, w] = placement.content;
         console.log(JSON.stringify({
-            frame,
+            placement,
             small: Array.from(pixels.resizeBicubic(Uint8ClampedArray.from(image), height, width, h, w)),
-            values: Array.from(pixels.pixelValues(Uint8ClampedArray.from(image), frame, settings)),
-            logits: Array.from(pixels.restore(Float32Array.from(logits), 8, 12, frame)),
+            values: Array.from(pixels.pixelValues(Uint8ClampedArray.from(image), placement, settings)),
+            logits: Array.from(pixels.restore(Float32Array.from(logits), 8, 12, placement)),
         }));
         """,
         "pixels", height=height, width=width, settings=settings, image=image.ravel().tolist(),
         logits=logits.ravel().tolist(),
     )  # fmt: skip
     assert isinstance(found, dict)
-    assert found["frame"] == {key: list(getattr(frame, key)) for key in ("original", "canvas", "content")}
-    _, _, h, w = frame.content
+    assert found["placement"] == {key: list(getattr(placement, key)) for key in ("original", "canvas", "content")}
+    _, _, h, w = placement.content
     small = np.array(found["small"]).reshape(h, w, 4)[..., :3]
     np.testing.assert_array_equal(small, resize_bicubic(image[..., :3], h, w))
     processor = CMMaskSDProcessor(
@@ -117,7 +117,7 @@ def test_the_javascript_pixels_equal_pythons(height: int, width: int, resize: st
     )
     canvas, _ = processor.image(np.ascontiguousarray(image[..., :3]))
     np.testing.assert_allclose(np.array(found["values"]), processor.pixel_values(canvas).numpy().ravel(), atol=1e-5)
-    np.testing.assert_allclose(np.array(found["logits"]), restore(logits, frame).ravel(), atol=1e-4)
+    np.testing.assert_allclose(np.array(found["logits"]), restore(logits, placement).ravel(), atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -107,15 +107,15 @@ def test_the_processor_in_numpy_equals_the_torch_one(segmenter: OnnxSegmenter, s
     processor = CMMaskSDProcessor(load_tokenizer("scenes"), (64, 96), patch_size=16, resize=resize)  # pyright: ignore
     settings = replace(segmenter.settings, size=(64, 96), resize=resize)
     own = OnnxSegmenter(settings, segmenter.tokenizer, segmenter.sessions)
-    expected, frame = processor.image(image)
-    found, own_frame = own.canvas(image)
-    assert own_frame == frame
+    expected, placement = processor.image(image)
+    found, own_placement = own.canvas(image)
+    assert own_placement == placement
     np.testing.assert_array_equal(found, expected.permute(1, 2, 0).numpy())  # to the last bit
     np.testing.assert_allclose(
         own.pixel_values(found[None])[0], processor.pixel_values(expected).numpy(), rtol=0, atol=1e-6
     )
-    restored = processor.restore(torch.from_numpy(logits)[None], frame)[0].numpy()
-    np.testing.assert_allclose(restore(logits, frame), restored, rtol=0, atol=2e-4)
+    restored = processor.restore(torch.from_numpy(logits)[None], placement)[0].numpy()
+    np.testing.assert_allclose(restore(logits, placement), restored, rtol=0, atol=2e-4)
 
 
 def test_enlarging_by_far_keeps_white_white():

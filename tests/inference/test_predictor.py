@@ -168,13 +168,13 @@ def test_mask_score_and_probability_are_the_processor_s(segmenter: Segmenter):
     """One upsampling serves all three; each is what the processor makes of the logits, bit for bit."""
     pixels = picture(90, 61)
     segmenter.threshold = 0.1
-    values, tokens, frame = segmenter.processor(pixels, SENTENCES)
+    values, tokens, placement = segmenter.processor(pixels, SENTENCES)
     with torch.inference_mode():
         features = segmenter.model.encode_image(values).select(torch.zeros(3, dtype=torch.long))
         logits = segmenter.model.decode(features, segmenter.model.encode_text(tokens))
     for found, logit in zip(segmenter.segment(pixels, SENTENCES), logits, strict=True):
-        mask = segmenter.processor.masks(logit[None], frame, 0.1)[0]
-        probability = segmenter.processor.probabilities(logit[None], frame)[0]
+        mask = segmenter.processor.masks(logit[None], placement, 0.1)[0]
+        probability = segmenter.processor.probabilities(logit[None], placement)[0]
         np.testing.assert_array_equal(found.mask, mask.numpy())
         np.testing.assert_array_equal(found.probability, probability.numpy())
         assert found.probability.dtype == np.float32

@@ -696,11 +696,11 @@ def test_the_config_of_the_first_clips(clip_folder):
 def test_model_and_processor_load_from_one_folder(tiny_model_folder, tiny_model):
     model, processor = (kind.from_pretrained(tiny_model_folder) for kind in (CMMaskSDModel, CMMaskSDProcessor))
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    values, tokens, frame = processor(image, SENTENCES)
+    values, tokens, placement = processor(image, SENTENCES)
     with torch.no_grad():
-        masks = processor.masks(segment(model, values, tokens), frame)
+        masks = processor.masks(segment(model, values, tokens), placement)
         assert masks.shape == (len(SENTENCES), 50, 70)
-        assert torch.equal(masks, processor.masks(segment(tiny_model, values, tokens), frame))
+        assert torch.equal(masks, processor.masks(segment(tiny_model, values, tokens), placement))
     assert 0 < masks.float().mean() < 1
 
 

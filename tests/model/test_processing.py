@@ -1,4 +1,4 @@
-"""The processor: pixels as Pillow resizes them, frames undone exactly, and sentences that keep their end."""
+"""The processor: pixels as Pillow resizes them, placements undone exactly, and sentences that keep their end."""
 
 import json
 import math
@@ -20,10 +20,18 @@ from torch import Tensor
 
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
-from cmmasksd.model.frame import columns_first
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.locating import REQUIRED
-from cmmasksd.model.processing import CLIP_MEAN, CLIP_STD, CMMaskSDProcessor, Frame, load_tokenizer, normalize, tokenize
+from cmmasksd.model.placement import columns_first
+from cmmasksd.model.processing import (
+    CLIP_MEAN,
+    CLIP_STD,
+    CMMaskSDProcessor,
+    Placement,
+    load_tokenizer,
+    normalize,
+    tokenize,
+)
 from conftest import TINY_CONTEXT, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -57,11 +65,11 @@ def iou(a: Tensor, b: np.ndarray) -> float:
 @pytest.mark.parametrize("shape", [(120, 90), (427, 640), (33, 201), (160, 224)])
 def test_pixels_equal_pillows_antialiased_bicubic(shape, size):
     image = noise(*shape) // 2 + 64  # no overshoot to clip: Pillow also clips between its two passes
-    ours, frame = processor(size).image(image)
+    ours, placement = processor(size).image(image)
     theirs = np.asarray(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
     assert ours.dtype == torch.uint8
     assert ours.shape == (3, *size)
-    assert frame == Frame(shape, size, (0, 0, *size))
+    assert placement == Placement(shape, size, (0, 0, *size))
     assert np.abs(ours.permute(1, 2, 0).numpy().astype(int) - theirs).max() <= 2
 
 
@@ -90,10 +98,10 @@ def test_long_and_narrow_images_are_shortened_first(shape, monkeypatch: pytest.M
     ours = processor((480, 480))
     image = np.full((*shape, 3), 77, np.uint8)
     image[: shape[0] // 2] = 200
-    tensor, frame = ours.image(image)
+    tensor, placement = ours.image(image)
     assert (tensor[:, :230] == 200).all()
     assert (tensor[:, 250:] == 77).all()
-    target = ours.target(image[..., 0] == 200, frame, 4)
+    target = ours.target(image[..., 0] == 200, placement, 4)
     assert (target[:57] > 0.999).all()
     assert (target[63:] < 0.001).all()
     assert len(sizes) >= 2
@@ -106,15 +114,15 @@ def test_the_target_of_a_single_line(shape):
     ours = processor((160, 160), "letterbox")
     mask = np.zeros(shape, bool)
     mask.ravel()[:150] = True
-    target = ours.target(mask, ours.frame(*shape), 1).numpy().max(axis=int(shape[0] > 1))
+    target = ours.target(mask, ours.placement(*shape), 1).numpy().max(axis=int(shape[0] > 1))
     assert (target[:70] > 0.9).all()
     assert (target[90:] < 0.1).all()
 
 
 def test_letterbox_lays_the_image_in_the_middle_of_clips_grey():
     image = noise(100, 300) // 2 + 64
-    ours, frame = processor((160, 224), "letterbox").image(image)
-    assert frame.content == (42, 0, 75, 224)
+    ours, placement = processor((160, 224), "letterbox").image(image)
+    assert placement.content == (42, 0, 75, 224)
     assert ours.shape == (3, 160, 224)
     inside = ours[:, 42 : 42 + 75].permute(1, 2, 0).numpy().astype(int)
     theirs = np.asarray(Image.fromarray(image).resize((224, 75), Image.Resampling.BICUBIC))
@@ -145,9 +153,9 @@ def test_read_only_and_strided_images_do_not_warn():
     lock_mask.flags.writeable = False
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        a, frame = processor().image(crop)
+        a, placement = processor().image(crop)
         b, _ = processor().image(locked)
-        processor().target(lock_mask, frame, 2.0)
+        processor().target(lock_mask, placement, 2.0)
     assert torch.equal(a, b)
 
 
@@ -189,12 +197,12 @@ def test_unknown_resize():
 
 
 def test_another_canvas_than_its_own():
-    image, frame = processor((32, 32), "letterbox").image(noise(50, 100), (64, 96))
+    image, placement = processor((32, 32), "letterbox").image(noise(50, 100), (64, 96))
     assert image.shape == (3, 64, 96)
-    assert frame == Frame((50, 100), (64, 96), (8, 0, 48, 96))
+    assert placement == Placement((50, 100), (64, 96), (8, 0, 48, 96))
 
 
-# --------------------------------------------------------------------------------------------------------------- frames
+# ----------------------------------------------------------------------------------------------------------- placements
 
 
 @given(SIDES, SIDES, RESIZES)
@@ -203,10 +211,10 @@ def test_frames_are_undone(height, width, resize):
     """A big mask laid on the canvas and brought back is the mask, whatever the aspect ratio."""
     ours = processor(resize=resize)
     mask = ellipse(height, width)
-    frame = ours.frame(height, width)
-    logits = torch.logit(ours.target(mask, frame, 1), eps=1e-4)
-    assert logits.shape == frame.canvas
-    back = ours.masks(logits[None], frame)
+    placement = ours.placement(height, width)
+    logits = torch.logit(ours.target(mask, placement, 1), eps=1e-4)
+    assert logits.shape == placement.canvas
+    back = ours.masks(logits[None], placement)
     assert back.shape == (1, height, width)
     assert back.dtype == torch.bool
     assert iou(back[0], mask) > 0.97
@@ -219,9 +227,9 @@ def test_frames_put_things_where_they_were(height, width, resize, y, x):
     mask in the last cell, of which letterboxing may leave a part, can lie a little farther off.)"""
     ours = processor(resize=resize)
     mask = ellipse(height, width, y, x, 0.15)
-    frame = ours.frame(height, width)
-    back = ours.masks(torch.logit(ours.target(mask, frame, 4), eps=1e-4)[None], frame)[0].numpy()
-    for axis, side, content in ((0, height, frame.content[2]), (1, width, frame.content[3])):
+    placement = ours.placement(height, width)
+    back = ours.masks(torch.logit(ours.target(mask, placement, 4), eps=1e-4)[None], placement)[0].numpy()
+    for axis, side, content in ((0, height, placement.content[2]), (1, width, placement.content[3])):
         shift = np.argwhere(back)[:, axis].mean() - np.argwhere(mask)[:, axis].mean()
         assert abs(shift) * content / side < 0.5
 
@@ -229,10 +237,10 @@ def test_frames_put_things_where_they_were(height, width, resize, y, x):
 @given(st.integers(1, 300), st.integers(1, 300), RESIZES, st.sampled_from([(8, 8), (160, 224), (24, 240)]))
 @settings(max_examples=100, deadline=None)
 def test_the_content_lies_on_the_canvas(height, width, resize, size):
-    frame = processor(size, resize).frame(height, width)
-    top, left, h, w = frame.content
-    assert frame.original == (height, width)
-    assert frame.canvas == size
+    placement = processor(size, resize).placement(height, width)
+    top, left, h, w = placement.content
+    assert placement.original == (height, width)
+    assert placement.canvas == size
     assert h >= 1
     assert w >= 1
     assert 0 <= top <= top + h <= size[0]
@@ -251,8 +259,8 @@ def test_the_content_lies_on_the_canvas(height, width, resize, size):
 def test_letterbox_padding_never_leaks_into_the_image(height, width, stride, seed):
     """Whatever the network says of the padding, not one probability of the image may depend on it."""
     ours = CMMaskSDProcessor(TOKENIZER, (56, 112), patch_size=14, resize="letterbox")
-    frame = ours.frame(height, width)
-    top, left, h, w = frame.content
+    placement = ours.placement(height, width)
+    top, left, h, w = placement.content
     cells = (round(56 / stride), round(112 / stride))
     rows = (torch.arange(cells[0]) + 0.5) * 56 / cells[0]
     columns = (torch.arange(cells[1]) + 0.5) * 112 / cells[1]
@@ -261,7 +269,7 @@ def test_letterbox_padding_never_leaks_into_the_image(height, width, stride, see
     if not inside.any():  # thinner than a cell and between two centres: the cell it lies in speaks for it
         inside[int((top + h / 2) * cells[0] / 56), :] = (columns >= left) & (columns < left + w) if w == 112 else False
         inside[:, int((left + w / 2) * cells[1] / 112)] |= (rows >= top) & (rows < top + h) if h == 56 else False
-    low, high = (ours.probabilities(torch.where(inside, logits, value)[None], frame) for value in (-1e4, 1e4))
+    low, high = (ours.probabilities(torch.where(inside, logits, value)[None], placement) for value in (-1e4, 1e4))
     assert torch.equal(low, high)
     assert low.amin() >= logits[inside].amin().sigmoid() - 1e-6
     assert low.amax() <= logits[inside].amax().sigmoid() + 1e-6
@@ -269,13 +277,13 @@ def test_letterbox_padding_never_leaks_into_the_image(height, width, stride, see
 
 def test_targets_hold_how_much_of_a_cell_is_covered():
     ours = processor((32, 32))
-    frame = ours.frame(32, 32)
+    placement = ours.placement(32, 32)
     whole = np.ones((32, 32), bool)
-    assert torch.equal(ours.target(whole, frame, 2), torch.ones(16, 16))
-    assert torch.equal(ours.target(~whole, frame, 2), torch.zeros(16, 16))
+    assert torch.equal(ours.target(whole, placement, 2), torch.ones(16, 16))
+    assert torch.equal(ours.target(~whole, placement, 2), torch.zeros(16, 16))
     half = whole.copy()
     half[:, 16:] = False
-    value = ours.target(half, frame, 4)
+    value = ours.target(half, placement, 4)
     assert value.shape == (8, 8)
     assert torch.equal(value[:, :3], torch.ones(8, 3))
     assert torch.equal(value[:, 5:], torch.zeros(8, 3))
@@ -286,8 +294,8 @@ def test_targets_hold_how_much_of_a_cell_is_covered():
 
 def test_letterboxed_targets_are_empty_in_the_padding():
     ours = processor((160, 224), "letterbox")
-    frame = ours.frame(100, 300)
-    value = ours.target(np.ones((100, 300), bool), frame, 1)
+    placement = ours.placement(100, 300)
+    value = ours.target(np.ones((100, 300), bool), placement, 1)
     assert torch.equal(value[:42], torch.zeros(42, 224))
     torch.testing.assert_close(value[42 : 42 + 75], torch.ones(75, 224))
     assert torch.equal(value[42 + 75 :], torch.zeros(43, 224))
@@ -297,7 +305,7 @@ def test_letterboxed_targets_are_empty_in_the_padding():
 @settings(max_examples=30, deadline=None)
 def test_targets_are_fractions(height, width, resize, stride):
     ours = processor(resize=resize)
-    value = ours.target(ellipse(height, width), ours.frame(height, width), stride)
+    value = ours.target(ellipse(height, width), ours.placement(height, width), stride)
     assert value.shape == (160 // stride, 224 // stride)
     assert value.amin() >= 0
     assert value.amax() <= 1
@@ -306,38 +314,38 @@ def test_targets_are_fractions(height, width, resize, stride):
 def test_a_mask_of_another_size_is_refused():
     ours = processor()
     with pytest.raises(UserError, match=r"\(40, 30\).*\(30, 40\)"):
-        ours.target(np.ones((40, 30), bool), ours.frame(30, 40), 2)
+        ours.target(np.ones((40, 30), bool), ours.placement(30, 40), 2)
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.35, 0.5, 0.9])
 def test_threshold_is_one_of_probabilities(threshold):
     ours = processor((32, 32), "letterbox")
-    frame = ours.frame(41, 67)
+    placement = ours.placement(41, 67)
     logits = 3 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    probabilities = ours.probabilities(logits, frame)
+    probabilities = ours.probabilities(logits, placement)
     assert probabilities.shape == (3, 41, 67)
     clear = (probabilities - threshold).abs() > 1e-6
-    assert torch.equal(ours.masks(logits, frame, threshold)[clear], (probabilities > threshold)[clear])
-    share = ours.masks(logits, frame, threshold).float().mean()
+    assert torch.equal(ours.masks(logits, placement, threshold)[clear], (probabilities > threshold)[clear])
+    share = ours.masks(logits, placement, threshold).float().mean()
     assert 0 < share < 1
 
 
 def test_a_pixel_at_the_threshold_is_not_in_the_mask():
     ours = processor((32, 32))
-    assert not ours.masks(torch.zeros(1, 8, 8), ours.frame(16, 16), 0.5).any()
+    assert not ours.masks(torch.zeros(1, 8, 8), ours.placement(16, 16), 0.5).any()
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.5, 35, math.nan])
 def test_impossible_thresholds(threshold):
     ours = processor((32, 32))
     with pytest.raises(UserError, match="threshold"):
-        ours.masks(torch.zeros(1, 8, 8), ours.frame(16, 16), threshold)
+        ours.masks(torch.zeros(1, 8, 8), ours.placement(16, 16), threshold)
 
 
 def test_half_precision_logits():
     ours = processor((32, 32))
     logits = torch.randn(1, 8, 8).bfloat16()
-    assert ours.probabilities(logits, ours.frame(20, 20)).dtype == torch.float32
+    assert ours.probabilities(logits, ours.placement(20, 20)).dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
@@ -447,9 +455,9 @@ def test_round_trip(tmp_path):
 
 def test_call_gives_what_the_model_takes(tiny_model):
     image = noise(50, 70)
-    values, tokens, frame = processor((32, 40))(image, ["red", "the left"])
+    values, tokens, placement = processor((32, 40))(image, ["red", "the left"])
     assert values.shape == (1, 3, 32, 40)
-    assert frame.original == (50, 70)
+    assert placement.original == (50, 70)
     logits = tiny_model(values, tokens.input_ids, tokens.attention_mask, tokens.word_ids).logits
     assert logits.shape == (2, 16, 20)
 

@@ -81,6 +81,21 @@ def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[
     return usable, len(segmentation) - len(usable)
 
 
+def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """Bounding box of a mask.
+
+    Args:
+        mask: (H, W) bool.
+
+    Returns:
+        (x0, y0, x1, y1) in pixels, half-open: mask[y0:y1, x0:x1] holds all of it; None for an empty mask.
+    """
+    rows, columns = (np.flatnonzero(_checked_mask(mask).any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     """Encode a mask as a compressed RLE that JSON can hold.
 

@@ -145,7 +145,7 @@ def _score_block(
     device = model.device
     images = model.encode_image(processor.pixel_values(torch.stack([item.image for item in block]).to(device)))
     for nth, item in enumerate(block):
-        height, width = item.frame.original
+        height, width = item.placement.original
         together = max(1, RESTORE_PIXELS // (height * width))
         for start in range(0, len(item.sentences), SENTENCES):
             tokens = item.tokens.select(slice(start, start + SENTENCES)).to(device)
@@ -153,7 +153,7 @@ def _score_block(
             logits = model.decode(images.select(index), model.encode_text(tokens))
             for at in range(0, len(tokens), together):
                 part = slice(start + at, start + min(at + together, len(tokens)))
-                predicted = processor.masks(logits[at : at + together], item.frame, protocol.threshold)  # (k, H, W)
+                predicted = processor.masks(logits[at : at + together], item.placement, protocol.threshold)  # (k, H, W)
                 truth = torch.stack([item.mask(which) for which in range(part.start, part.stop)]).to(device)
                 intersections = (predicted & truth).sum((1, 2)).tolist()
                 unions = (predicted | truth).sum((1, 2)).tolist()

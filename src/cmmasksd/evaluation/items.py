@@ -15,7 +15,7 @@ from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.errors import UserError
 
 if TYPE_CHECKING:
-    from cmmasksd.model.processing import CMMaskSDProcessor, Frame
+    from cmmasksd.model.processing import CMMaskSDProcessor, Placement
     from cmmasksd.model.towers.base import Tokens
 
 
@@ -25,7 +25,7 @@ class ScoringItem:
 
     Attributes:
         image: (3, h, w) uint8 on the canvas.
-        frame: how it was laid there.
+        placement: how it was laid there.
         tokens: of the K sentences.
         sentences: (ref_id, image_id, sent_id, text) of each.
         masks: (R, ceil(H * W / 8)) uint8, the bits of the masks at the original size: a block of large photographs with
@@ -34,7 +34,7 @@ class ScoringItem:
     """
 
     image: Tensor
-    frame: Frame
+    placement: Placement
     tokens: Tokens
     sentences: list[tuple[int, int, int, str]]
     masks: Tensor
@@ -42,7 +42,7 @@ class ScoringItem:
 
     def mask(self, sentence: int) -> Tensor:
         """The mask that the nth sentence names, (H, W) bool."""
-        height, width = self.frame.original
+        height, width = self.placement.original
         bits = np.unpackbits(self.masks[self.mask_index[sentence]].numpy(), count=height * width)
         return torch.from_numpy(bits.view(bool).reshape(height, width))
 
@@ -58,13 +58,13 @@ class ScoringItems(Dataset):
 
     def __getitem__(self, index: int) -> ScoringItem:
         references = [self.data[i] for i in self.groups[index]]
-        image, frame = self.processor.image(self.data.image(references[0]))
+        image, placement = self.processor.image(self.data.image(references[0]))
         sentences, masks, mask_index = [], [], []
         for nth, reference in enumerate(references):
             mask = self.data.mask(reference)
-            if mask.shape != frame.original:
+            if mask.shape != placement.original:
                 raise UserError(
-                    f"the mask of reference {reference.ref_id} is {mask.shape}, its image {frame.original}: "
+                    f"the mask of reference {reference.ref_id} is {mask.shape}, its image {placement.original}: "
                     "they must have one size"
                 )
             masks.append(torch.from_numpy(np.packbits(mask)))
@@ -72,4 +72,4 @@ class ScoringItems(Dataset):
                 sentences.append((reference.ref_id, reference.image_id, expression.sent_id, expression.text))
                 mask_index.append(nth)
         tokens = self.processor.tokens([sentence[-1] for sentence in sentences])
-        return ScoringItem(image, frame, tokens, sentences, torch.stack(masks), torch.tensor(mask_index))
+        return ScoringItem(image, placement, tokens, sentences, torch.stack(masks), torch.tensor(mask_index))

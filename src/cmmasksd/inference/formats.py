@@ -22,14 +22,6 @@ if TYPE_CHECKING:
     from cmmasksd.inference.predictor import Segmentation
 
 
-def box_of(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """(x0, y0, x1, y1) in pixels around a mask (H, W), half-open: mask[y0:y1, x0:x1] holds all of it; None if empty."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def to_coco(found: Sequence[Segmentation], *, file_name: str = "image", image_id: int = 1) -> dict[str, Any]:
     """A COCO data set (instances.json) of one image.
 

@@ -19,8 +19,18 @@ from cmmasksd.data.images import Picture, as_pixels
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, Segments
-from cmmasksd.model.frame import MAX_SIDE, Frame, canvas_of, columns_first, inside, lay, level, mean_and_std, whole
 from cmmasksd.model.locating import TOKENIZER_BYTES, no_panic, read_json, small
+from cmmasksd.model.placement import (
+    MAX_SIDE,
+    Placement,
+    canvas_of,
+    columns_first,
+    inside,
+    mean_and_std,
+    place,
+    threshold_to_logit,
+    whole,
+)
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -124,14 +134,14 @@ class EncodedArrays:
         images: B times (H, W, 3) uint8.
         texts: the K sentences.
         owner: (K,) which image each sentence is about.
-        frames: B, how each image was laid on the model's canvas.
+        placements: B, how each image was laid on the model's canvas.
         of_images: what the image graph gives, and of_texts: what the text graph gives, by the decoder's names.
     """
 
     images: list[np.ndarray]
     texts: list[str]
     owner: list[int]
-    frames: list[Frame]
+    placements: list[Placement]
     of_images: dict[str, np.ndarray]
     of_texts: dict[str, np.ndarray]
 
@@ -157,7 +167,7 @@ class OnnxSegmenter(Segments):
         *,
         threshold: float = 0.5,
     ) -> None:
-        self._level = level(threshold)
+        self._level = threshold_to_logit(threshold)
         self.settings, self.sessions, self.threshold = settings, sessions, threshold
         self.tokenizer = tokenizer
         tokenizer.enable_truncation(settings.max_tokens)
@@ -201,33 +211,33 @@ class OnnxSegmenter(Segments):
 
     def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> EncodedArrays:
         """See `Segments.encode`."""
-        images, frames, canvases, texts, owner = [], [], [], [], []
+        images, placements, canvases, texts, owner = [], [], [], [], []
         for nth, (image, said) in enumerate(requests):
             said = [said] if isinstance(said, str) else list(said)
             if not said:
                 raise UserError("no sentence given: say what to look for")
             pixels = as_pixels(image)
-            canvas, frame = self.canvas(pixels)
+            canvas, placement = self.canvas(pixels)
             images.append(pixels)
-            frames.append(frame)
+            placements.append(placement)
             canvases.append(canvas)
             texts += said
             owner += [nth] * len(said)
         ids, attention, is_word = self.tokens(texts)
         of_images = self._run("image", pixel_values=self.pixel_values(np.stack(canvases)))
         of_texts = self._run("text", input_ids=ids, attention_mask=attention)
-        return EncodedArrays(images, texts, owner, frames, of_images, of_texts | {"word_mask": is_word})
+        return EncodedArrays(images, texts, owner, placements, of_images, of_texts | {"word_mask": is_word})
 
     def decode(self, encoded: EncodedArrays, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
         """See `Segments.decode`."""
-        above = [level(one) for one in thresholds or [self.threshold] * len(encoded.images)]
+        above = [threshold_to_logit(one) for one in thresholds or [self.threshold] * len(encoded.images)]
         for start in range(0, len(encoded.texts), DECODE_TOGETHER):
             part = slice(start, start + DECODE_TOGETHER)
             of_images = {name: value[encoded.owner[part]] for name, value in encoded.of_images.items()}
             of_texts = {name: value[part] for name, value in encoded.of_texts.items()}
             logits = self._run("decoder", **of_images, **of_texts)["logits"]
             for text, owner, logit in zip(encoded.texts[part], encoded.owner[part], logits, strict=True):
-                restored = restore(logit, encoded.frames[owner])
+                restored = restore(logit, encoded.placements[owner])
                 mask, probability = restored > above[owner], _sigmoid(restored)
                 score = float(probability[mask].mean()) if mask.any() else 0.0
                 yield Segmentation(text, mask, score, encoded.images[owner], probability)
@@ -239,16 +249,16 @@ class OnnxSegmenter(Segments):
 
     # -- what the processor does, in numpy
 
-    def canvas(self, image: np.ndarray) -> tuple[np.ndarray, Frame]:
+    def canvas(self, image: np.ndarray) -> tuple[np.ndarray, Placement]:
         """Lay one image, (H, W, 3) uint8 RGB, on the canvas: (h, w, 3) uint8, and how it was laid."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise UserError(f"an image must be (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}")
-        frame = lay(image.shape[0], image.shape[1], self.settings.size, self.settings.resize)
-        top, left, h, w = frame.content
-        canvas = np.empty((*frame.canvas, 3), np.uint8)
+        placement = place(image.shape[0], image.shape[1], self.settings.size, self.settings.resize)
+        top, left, h, w = placement.content
+        canvas = np.empty((*placement.canvas, 3), np.uint8)
         canvas[:] = [round(255 * mean) for mean in self.settings.mean]
         canvas[top : top + h, left : left + w] = resize_bicubic(image, h, w)
-        return canvas, frame
+        return canvas, placement
 
     def pixel_values(self, images: np.ndarray) -> np.ndarray:
         """(B, h, w, 3) uint8 to normalised (B, 3, h, w) float32."""
@@ -330,16 +340,16 @@ def _bicubic_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray, 
     return first, np.trunc(weights * (1 << precision) + np.copysign(0.5, weights)).astype(np.int32), precision
 
 
-def restore(logits: np.ndarray, frame: Frame) -> np.ndarray:
+def restore(logits: np.ndarray, placement: Placement) -> np.ndarray:
     """Undo `canvas`: (h, w) logits at any stride to logits (H, W) of every pixel of the original image."""
-    top, left, h, w = frame.content
-    if (h, w) != frame.canvas:  # padding must go before anything mixes it with the image
+    top, left, h, w = placement.content
+    if (h, w) != placement.canvas:  # padding must go before anything mixes it with the image
         rows, columns = (
             np.arange(cells).clip(*inside(cells, *along))
-            for cells, *along in zip(logits.shape, frame.canvas, (top, left), (h, w), strict=True)
+            for cells, *along in zip(logits.shape, placement.canvas, (top, left), (h, w), strict=True)
         )
-        logits = resize_bilinear(logits[rows[:, None], columns], *frame.canvas)[top : top + h, left : left + w]
-    return resize_bilinear(logits, *frame.original)
+        logits = resize_bilinear(logits[rows[:, None], columns], *placement.canvas)[top : top + h, left : left + w]
+    return resize_bilinear(logits, *placement.original)
 
 
 def resize_bilinear(values: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -16,17 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmmasksd.data.images import Picture, as_pixels
-from cmmasksd.data.masks import mask_to_polygons, mask_to_rle
+from cmmasksd.data.masks import mask_to_box, mask_to_polygons, mask_to_rle
 from cmmasksd.errors import UserError, shown
-from cmmasksd.inference.formats import box_of
 from cmmasksd.inference.visualize import PALETTE, Color, overlay
 
 if TYPE_CHECKING:
     import torch
 
     from cmmasksd.inference.onnx import OnnxSegmenter
-    from cmmasksd.model.frame import Frame
     from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.placement import Placement
     from cmmasksd.model.processing import CMMaskSDProcessor
     from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
@@ -66,7 +65,7 @@ class Segmentation:
     @property
     def box(self) -> tuple[int, int, int, int] | None:
         """(x0, y0, x1, y1) in pixels, half-open; None where the mask is empty."""
-        return box_of(self.mask)
+        return mask_to_box(self.mask)
 
     @property
     def rle(self) -> dict[str, Any]:
@@ -87,7 +86,7 @@ class Encoded:
         images: B times (H, W, 3) uint8.
         texts: the K sentences.
         owner: (K,) which image each sentence is about.
-        frames: B, how each image was laid on the model's canvas.
+        placements: B, how each image was laid on the model's canvas.
         tokens: of the K sentences.
         features: of the B images.
         sentences: features of the K sentences.
@@ -96,7 +95,7 @@ class Encoded:
     images: list[np.ndarray]
     texts: list[str]
     owner: list[int]
-    frames: list[Frame]
+    placements: list[Placement]
     tokens: Tokens
     features: ImageFeatures
     sentences: TextFeatures
@@ -200,16 +199,16 @@ class Segmenter(Segments):
         """See `Segments.encode`."""
         import torch
 
-        images, texts, owner, canvases, frames = [], [], [], [], []
+        images, texts, owner, canvases, placements = [], [], [], [], []
         for nth, (image, said) in enumerate(requests):
             said = [said] if isinstance(said, str) else list(said)
             if not said:
                 raise UserError("no sentence given: say what to look for")
             pixels = as_pixels(image)
-            canvas, frame = self.processor.image(pixels)
+            canvas, placement = self.processor.image(pixels)
             images.append(pixels)
             canvases.append(canvas)
-            frames.append(frame)
+            placements.append(placement)
             texts += said
             owner += [nth] * len(said)
         tokens = self.processor.tokens(texts)
@@ -221,15 +220,15 @@ class Segmenter(Segments):
                 for start in range(0, len(tokens), ENCODE_TOGETHER)
             ]
             sentences = type(parts[0]).cat(parts)
-        return Encoded(images, texts, owner, frames, tokens, features, sentences)
+        return Encoded(images, texts, owner, placements, tokens, features, sentences)
 
     def decode(self, encoded: Encoded, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
         """See `Segments.decode`."""
         import torch
 
-        from cmmasksd.model.frame import level
+        from cmmasksd.model.placement import threshold_to_logit
 
-        above = [level(one) for one in thresholds or [self.threshold] * len(encoded.images)]
+        above = [threshold_to_logit(one) for one in thresholds or [self.threshold] * len(encoded.images)]
         for start in range(0, len(encoded.texts), DECODE_TOGETHER):
             part = slice(start, start + DECODE_TOGETHER)
             index = torch.tensor(encoded.owner[part], device=self.device)
@@ -237,7 +236,7 @@ class Segmenter(Segments):
                 logits = self.model.decode(encoded.features.select(index), encoded.sentences.select(part))
             for text, owner, logit in zip(encoded.texts[part], encoded.owner[part], logits, strict=True):
                 with torch.inference_mode():
-                    restored = self.processor.restore(logit[None], encoded.frames[owner])[0]
+                    restored = self.processor.restore(logit[None], encoded.placements[owner])[0]
                     mask, probability = restored > above[owner], restored.sigmoid()
                     score = float(probability[mask].mean()) if mask.any() else 0.0
                 yield Segmentation(text, mask.cpu().numpy(), score, encoded.images[owner], probability.cpu().numpy())

@@ -1,8 +1,7 @@
 """CMMaskSDProcessor: images and sentences to tensors, logits back to masks at the image's own size.
 
 One processor serves training, evaluation, prediction and export, and is saved beside the weights, so that a picture is
-never resized in two ways (a mistake of several peers). What was done to an image is kept in a `Frame`; `masks` undoes
-it.
+never resized in two ways (a mistake of several peers). Where an image lies is kept in a `Placement`; `masks` undoes it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from torch import Tensor
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.model.auto import MODEL_TYPE
-from cmmasksd.model.frame import MAX_SIDE, Frame, canvas_of, columns_first, inside, lay, level, mean_and_std, whole
 from cmmasksd.model.locating import (
     TOKENIZER_BYTES,
     TOKENIZER_FILES,
@@ -32,6 +30,17 @@ from cmmasksd.model.locating import (
     read_json,
     require,
     small,
+)
+from cmmasksd.model.placement import (
+    MAX_SIDE,
+    Placement,
+    canvas_of,
+    columns_first,
+    inside,
+    mean_and_std,
+    place,
+    threshold_to_logit,
+    whole,
 )
 from cmmasksd.model.towers.base import Tokens
 
@@ -139,12 +148,12 @@ class CMMaskSDProcessor:
 
     # -- to tensors
 
-    def frame(self, height: int, width: int, size: tuple[int, int] | None = None) -> Frame:
+    def placement(self, height: int, width: int, size: tuple[int, int] | None = None) -> Placement:
         """Where an image of the given size goes on the canvas."""
         canvas = self.size if size is None else canvas_of(size, self.patch_size)
-        return lay(height, width, canvas, self.resize)
+        return place(height, width, canvas, self.resize)
 
-    def image(self, image: np.ndarray, size: tuple[int, int] | None = None) -> tuple[Tensor, Frame]:
+    def image(self, image: np.ndarray, size: tuple[int, int] | None = None) -> tuple[Tensor, Placement]:
         """Lay one image on the canvas.
 
         Args:
@@ -156,23 +165,23 @@ class CMMaskSDProcessor:
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
             raise UserError(f"an image must be (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}")
-        frame = self.frame(image.shape[0], image.shape[1], size)
-        top, left, h, w = frame.content
+        placement = self.placement(image.shape[0], image.shape[1], size)
+        top, left, h, w = placement.content
         tensor = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
-        if (h, w) != frame.original:
+        if (h, w) != placement.original:
             tensor = _resized(tensor, h, w, "bicubic")
-        if (h, w) == frame.canvas:
-            return tensor[0], frame
+        if (h, w) == placement.canvas:
+            return tensor[0], placement
         canvas = torch.tensor([round(255 * m) for m in self.mean], dtype=torch.uint8)[:, None, None]
-        canvas = canvas.expand(-1, *frame.canvas).clone()
+        canvas = canvas.expand(-1, *placement.canvas).clone()
         canvas[:, top : top + h, left : left + w] = tensor[0]
-        return canvas, frame
+        return canvas, placement
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) uint8 to normalised float; done in one go on the model's device."""
         return normalize(images, self.mean, self.std)
 
-    def target(self, mask: np.ndarray, frame: Frame, stride: float) -> Tensor:
+    def target(self, mask: np.ndarray, placement: Placement, stride: float) -> Tensor:
         """A mask as the training target: how much of each logit's cell it covers.
 
         Weighted by the bilinear filter, which reaches half a cell beyond: targets upsampled again then lie closer to
@@ -180,22 +189,22 @@ class CMMaskSDProcessor:
 
         Args:
             mask: (H, W) bool at the image's own size.
-            frame: how its image was laid.
+            placement: how its image was laid.
             stride: pixels of the canvas per logit.
 
         Returns:
             (h / stride, w / stride) float in [0, 1].
         """
-        if mask.shape != frame.original:
+        if mask.shape != placement.original:
             raise UserError(
-                f"a mask of {mask.shape} does not fit an image of {frame.original}: they must have one size"
+                f"a mask of {mask.shape} does not fit an image of {placement.original}: they must have one size"
             )
-        top, left, h, w = frame.content
+        top, left, h, w = placement.content
         value = torch.from_numpy(np.require(mask, requirements=["C", "W"]))[None, None].float()
-        if (h, w) != frame.canvas:
+        if (h, w) != placement.canvas:
             value = _resized(value, h, w, "bilinear")
-            value = F.pad(value, (left, frame.canvas[1] - left - w, top, frame.canvas[0] - top - h))
-        cells = (round(frame.canvas[0] / stride), round(frame.canvas[1] / stride))
+            value = F.pad(value, (left, placement.canvas[1] - left - w, top, placement.canvas[0] - top - h))
+        cells = (round(placement.canvas[0] / stride), round(placement.canvas[1] / stride))
         if value.shape[-2:] != cells:
             value = _resized(value, *cells, "bilinear")
         return value[0, 0].clamp(0, 1)
@@ -204,14 +213,14 @@ class CMMaskSDProcessor:
         """Tokenise sentences (see `tokenize`)."""
         return tokenize(self.tokenizer, texts, self.max_tokens)
 
-    def __call__(self, image: np.ndarray, texts: Sequence[str]) -> tuple[Tensor, Tokens, Frame]:
-        """One image and its sentences: pixel values (1, 3, h, w), tokens, and the frame for `masks`."""
-        pixels, frame = self.image(image)
-        return self.pixel_values(pixels[None]), self.tokens(texts), frame
+    def __call__(self, image: np.ndarray, texts: Sequence[str]) -> tuple[Tensor, Tokens, Placement]:
+        """One image and its sentences: pixel values (1, 3, h, w), tokens, and the placement for `masks`."""
+        pixels, placement = self.image(image)
+        return self.pixel_values(pixels[None]), self.tokens(texts), placement
 
     # -- and back
 
-    def probabilities(self, logits: Tensor, frame: Frame) -> Tensor:
+    def probabilities(self, logits: Tensor, placement: Placement) -> Tensor:
         """Undo `image`: the probability of every pixel of the original image.
 
         Args:
@@ -220,24 +229,24 @@ class CMMaskSDProcessor:
         Returns:
             (K, H, W) float in [0, 1].
         """
-        return self.restore(logits, frame).sigmoid()
+        return self.restore(logits, placement).sigmoid()
 
-    def masks(self, logits: Tensor, frame: Frame, threshold: float = 0.5) -> Tensor:
+    def masks(self, logits: Tensor, placement: Placement, threshold: float = 0.5) -> Tensor:
         """The masks at the image's own size: (K, h, w) logits to (K, H, W) bool, true above the threshold in (0, 1)."""
-        return self.restore(logits, frame) > level(threshold)
+        return self.restore(logits, placement) > threshold_to_logit(threshold)
 
-    def restore(self, logits: Tensor, frame: Frame) -> Tensor:
+    def restore(self, logits: Tensor, placement: Placement) -> Tensor:
         """Undo `image`: (K, h, w) logits at any stride to logits (K, H, W) of every pixel of the original image."""
-        top, left, h, w = frame.content
+        top, left, h, w = placement.content
         value = logits[:, None].float()
-        if (h, w) != frame.canvas:  # padding must go before anything mixes it with the image
+        if (h, w) != placement.canvas:  # padding must go before anything mixes it with the image
             rows, columns = (
                 torch.arange(cells, device=value.device).clamp(*inside(cells, *along))
-                for cells, *along in zip(value.shape[-2:], frame.canvas, (top, left), (h, w), strict=True)
+                for cells, *along in zip(value.shape[-2:], placement.canvas, (top, left), (h, w), strict=True)
             )
             value = value[..., rows[:, None], columns]
-            value = F.interpolate(value, frame.canvas, mode="bilinear")[..., top : top + h, left : left + w]
-        return F.interpolate(value, frame.original, mode="bilinear")[:, 0]
+            value = F.interpolate(value, placement.canvas, mode="bilinear")[..., top : top + h, left : left + w]
+        return F.interpolate(value, placement.original, mode="bilinear")[:, 0]
 
     # -- files
 

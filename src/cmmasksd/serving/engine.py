@@ -226,11 +226,11 @@ def word_maps(segmenter: Segmenter, encoded: Encoded, nth: int) -> list[dict[str
     Words are those of the tokenizer; a word of several pieces gets their mean. Each map is scaled from its own lowest
     to its highest value, so maps of two words say nothing about which of them correlates more.
     """
-    frame, text = encoded.frames[encoded.owner[nth]], encoded.texts[nth]
+    placement, text = encoded.placements[encoded.owner[nth]], encoded.texts[nth]
     index = torch.tensor([encoded.owner[nth]], device=segmenter.device)
     image, sentence = encoded.features.select(index), encoded.sentences.select(slice(nth, nth + 1))
     cosine = correlation(image, sentence)[0].T.unflatten(1, image.grid)  # (L, h, w)
-    frame = replace(frame, original=_fitted(frame.original, WORD_SIDE))
+    placement = replace(placement, original=_fitted(placement.original, WORD_SIDE))
     tokenizer, ids = segmenter.processor.tokenizer, encoded.tokens.word_ids[nth]
     read = tokenizer(
         text,
@@ -246,7 +246,7 @@ def word_maps(segmenter: Segmenter, encoded: Encoded, nth: int) -> list[dict[str
         if not pieces:
             continue
         start, end = spans[pieces[0]][0], spans[pieces[-1]][1]
-        values = segmenter.processor.restore(cosine[pieces].mean(0, keepdim=True), frame)[0].cpu().numpy()
+        values = segmenter.processor.restore(cosine[pieces].mean(0, keepdim=True), placement)[0].cpu().numpy()
         spread = float(values.max() - values.min())
         shown = _map((values - values.min()) / spread) if spread > 0 else None
         words.append({"text": text[start:end], "start": start, "end": end, "map": shown})

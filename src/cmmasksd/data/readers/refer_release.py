@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cmmasksd.data.masks import mask_to_polygons
+from cmmasksd.data.masks import mask_to_box, mask_to_polygons
 from cmmasksd.data.readers.refer import IMAGE_FOLDERS, checked_file_name
 from cmmasksd.data.samples import Reference, ReferringDataset
 from cmmasksd.errors import UserError
@@ -137,17 +137,16 @@ def _annotation(reference: Reference, mask: np.ndarray, size: tuple[int, int]) -
         raise UserError(f"{where} has {len(reference.ann_ids)} annotations: the REFER format holds exactly one")
     if mask.shape != size:
         raise UserError(f"{where} has a mask of size {mask.shape} on an image of size {size}: expected the same")
-    y, x = np.nonzero(mask)
-    if not len(x):
+    if (box := mask_to_box(mask)) is None:
         raise UserError(f"{where} has an empty mask: the REFER format has no way to write it")
-    left, top, right, bottom = int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
+    left, top, right, bottom = box
     return {
         "id": reference.ann_ids[0],
         "image_id": reference.image_id,
         "category_id": 1,
         "iscrowd": 0,
         "segmentation": mask_to_polygons(mask),
-        "area": len(x),
+        "area": int(mask.sum()),
         "bbox": [left, top, right - left, bottom - top],
     }
 

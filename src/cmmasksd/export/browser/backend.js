@@ -2,7 +2,7 @@
 // leaves the page. The same two functions as the HTTP backend of `cmmasksd serve`, see there.
 
 import * as ort from "./ort/ort.wasm.min.mjs";
-import { fitted, lay, pixelValues, restore } from "./pixels.js";
+import { fitted, place, pixelValues, restore } from "./pixels.js";
 import { makeTokenizer } from "./tokenizer.js";
 
 const MAP_SIDE = 512, WORD_SIDE = 64; // the longer side of a probability map and of a word's map in pixels, at most
@@ -57,8 +57,8 @@ export async function segment(blob, sentences, onProgress = () => {}, signal = u
   if (sentences.some((sentence) => !/[^\s\p{Cc}\p{Cf}]/u.test(sentence))) throw new Error("An empty sentence names no object: give at least one word.");
   onProgress(0, "Reading the picture");
   const { width, height, data } = await decode(blob);
-  const frame = lay(height, width, settings), [h, w] = frame.canvas;
-  const input = new ort.Tensor("float32", pixelValues(data, frame, settings), [1, 3, h, w]);
+  const placement = place(height, width, settings), [h, w] = placement.canvas;
+  const input = new ort.Tensor("float32", pixelValues(data, placement, settings), [1, 3, h, w]);
   const image = await sessions.image.run({ pixel_values: input });
   const results = [];
   for (const [nth, text] of sentences.entries()) {
@@ -69,14 +69,14 @@ export async function segment(blob, sentences, onProgress = () => {}, signal = u
     const said = await sessions.text.run({ input_ids: integers(ids), attention_mask: integers(ids.map(() => 1)) });
     const word_mask = new ort.Tensor("bool", Uint8Array.from(ids, (_, at) => at > 0 && at < L - 1), [1, L]);
     const { logits } = await sessions.decoder.run({ ...image, ...said, word_mask });
-    const shown = { ...frame, original: fitted(frame.original, MAP_SIDE) };
+    const shown = { ...placement, original: fitted(placement.original, MAP_SIDE) };
     const probability = restore(logits.data, logits.dims[1], logits.dims[2], shown).map((logit) => 1 / (1 + Math.exp(-logit)));
     const inMask = probability.filter((value) => value > 0.5);
     results.push({
       text,
       score: inMask.length ? inMask.reduce((a, b) => a + b) / inMask.length : 0,
       probability: bytes(probability, shown.original),
-      words: words.map(({ pieces, ...word }) => ({ ...word, map: correlation(image.patches, said.words, pieces, frame) })),
+      words: words.map(({ pieces, ...word }) => ({ ...word, map: correlation(image.patches, said.words, pieces, placement) })),
     });
   }
   onProgress(1, "Done");
@@ -107,7 +107,7 @@ async function decode(blob) {
 }
 
 /** Cosine of every patch with a word (the mean over its pieces), from its lowest to its highest value. */
-function correlation(patches, words, pieces, frame) {
+function correlation(patches, words, pieces, placement) {
   const [, h, w, D] = patches.dims, values = new Float32Array(h * w);
   const norm = (data, at) => Math.hypot(...data.subarray(at, at + D)) || 1;
   for (const piece of pieces) {
@@ -118,7 +118,7 @@ function correlation(patches, words, pieces, frame) {
       values[n] += sum / (of * norm(patches.data, n * D));
     }
   }
-  const size = fitted(frame.original, WORD_SIDE), map = restore(values, h, w, { ...frame, original: size });
+  const size = fitted(placement.original, WORD_SIDE), map = restore(values, h, w, { ...placement, original: size });
   const low = map.reduce((a, b) => Math.min(a, b)), high = map.reduce((a, b) => Math.max(a, b));
   return high > low ? bytes(map.map((value) => (value - low) / (high - low)), size) : null;
 }

@@ -2,7 +2,7 @@
 // would scale in its own way, and the model was not trained on that.
 
 /** Where a picture goes on the model's canvas: {original, canvas, content: [top, left, height, width]}. */
-export function lay(height, width, { size: canvas, resize }) {
+export function place(height, width, { size: canvas, resize }) {
   const original = [height, width];
   if (resize === "warp") return { original, canvas, content: [0, 0, ...canvas] };
   const scale = Math.min(canvas[0] / height, canvas[1] / width);
@@ -11,8 +11,8 @@ export function lay(height, width, { size: canvas, resize }) {
 }
 
 /** RGBA bytes of a picture to the model's input: Float32Array (3, h, w). */
-export function pixelValues(rgba, frame, { mean, std }) {
-  const [H, W] = frame.original, [height, width] = frame.canvas, [top, left, h, w] = frame.content;
+export function pixelValues(rgba, placement, { mean, std }) {
+  const [H, W] = placement.original, [height, width] = placement.canvas, [top, left, h, w] = placement.content;
   const small = resizeBicubic(rgba, H, W, h, w), plane = height * width, values = new Float32Array(3 * plane);
   for (let c = 0; c < 3; c++) {
     const shift = Math.fround(Math.fround(mean[c]) * 255), scale = Math.fround(Math.fround(std[c]) * 255);
@@ -26,7 +26,7 @@ export function pixelValues(rgba, frame, { mean, std }) {
 
 /** Antialiased bicubic on bytes with four channels, in the integers that torch computes with. */
 export function resizeBicubic(pixels, H, W, height, width) {
-  if (H * width > 4 * Math.max(H * W, height * width)) { // long and narrow: see columns_first in model/frame.py
+  if (H * width > 4 * Math.max(H * W, height * width)) { // long and narrow: see columns_first in model/placement.py
     pixels = resizeLines(pixels, W, H, height, 4, 4 * W, 4, 4 * W);
     H = height;
   }
@@ -76,9 +76,9 @@ function bicubicWeights(source, target) {
 
 const cubic = (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((x - 5) * x + 8) * x * -0.5 + 2 : 0);
 
-/** Undo `lay`: values (h, w) at any stride, to the picture's frame, at the size `original` of the frame. */
-export function restore(values, h, w, frame) {
-  const [top, left, height, width] = frame.content, [H, W] = frame.canvas;
+/** Undo `place`: values (h, w) at any stride, to the picture's placement, at the size `original` of the placement. */
+export function restore(values, h, w, placement) {
+  const [top, left, height, width] = placement.content, [H, W] = placement.canvas;
   if (height !== H || width !== W) { // padding must go before anything mixes it with the picture
     const [firstRow, lastRow] = inside(h, H, top, height), [firstColumn, lastColumn] = inside(w, W, left, width);
     const clean = new Float32Array(h * w);
@@ -90,7 +90,7 @@ export function restore(values, h, w, frame) {
     for (let y = 0; y < height; y++) values.set(canvas.subarray((top + y) * W + left, (top + y) * W + left + width), y * width);
     [h, w] = [height, width];
   }
-  return resizeBilinear(values, h, w, ...frame.original);
+  return resizeBilinear(values, h, w, ...placement.original);
 }
 
 function inside(cells, canvas, start, length) {

@@ -1,7 +1,5 @@
-"""Where an image lies on the model's canvas, and what a threshold is as a logit. Plain numbers, no torch.
-
-The processor and the predictor of exported models both lay images by these lines, so that a picture cannot be placed in
-two ways.
+"""Where an image lies on the model's canvas, and bounds of the settings that decide it. Plain numbers, no torch: the
+processor and the segmenter of exported models share these functions, so an image is never placed in two ways.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ MAX_SIDE = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """How an image was laid on the model's canvas. All in pixels.
+class Placement:
+    """Where an image lies on the model's canvas. All in pixels.
 
     Attributes:
         original: (H, W) of the image.
@@ -33,13 +31,13 @@ class Frame:
     content: tuple[int, int, int, int]
 
 
-def lay(height: int, width: int, canvas: tuple[int, int], resize: Literal["warp", "letterbox"]) -> Frame:
-    """Where an image of the given size goes on the canvas."""
+def place(height: int, width: int, canvas: tuple[int, int], resize: Literal["warp", "letterbox"]) -> Placement:
+    """The placement of an image of the given size."""
     if resize == "warp":
-        return Frame((height, width), canvas, (0, 0, *canvas))
+        return Placement((height, width), canvas, (0, 0, *canvas))
     scale = min(canvas[0] / height, canvas[1] / width)
     h, w = (min(c, max(1, round(side * scale))) for c, side in zip(canvas, (height, width), strict=True))
-    return Frame((height, width), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2, h, w))
+    return Placement((height, width), canvas, ((canvas[0] - h) // 2, (canvas[1] - w) // 2, h, w))
 
 
 def whole(name: str, value: object, low: int, high: int) -> int:
@@ -111,7 +109,7 @@ def inside(cells: int, canvas: int, start: int, length: int) -> tuple[int, int]:
     return first, last
 
 
-def level(threshold: float) -> float:
+def threshold_to_logit(threshold: float) -> float:
     """The logit of a threshold in (0, 1).
 
     Raises:

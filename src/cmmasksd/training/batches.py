@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from cmmasksd.model.towers.base import Tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
 @dataclass(frozen=True, slots=True)
 class Draw:
     """References of one image to load together, in an epoch (which decides their sentences)."""
@@ -149,14 +145,14 @@ class TrainingItems(Dataset):
         self.data, self.processor, self.stride, self.seed, self.greyscale = data, processor, stride, seed, greyscale
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, list[str], list[Tensor]]:
-        image, frame, texts, targets = None, None, [], []
+        image, placement, texts, targets = None, None, [], []
         for index in draw.references:
             reference = self.data[index]
-            if image is None or frame is None:
-                image, frame = self.processor.image(self.data.image(reference))
+            if image is None or placement is None:
+                image, placement = self.processor.image(self.data.image(reference))
             choice = random.Random(f"{self.seed}/sentence/{draw.epoch}/{index}").choice(reference.expressions)
             texts.append(choice.text)
-            targets.append(self.processor.target(self.data.mask(reference), frame, self.stride))
+            targets.append(self.processor.target(self.data.mask(reference), placement, self.stride))
         assert image is not None  # a draw is never empty
         if self.greyscale and not any(COLOUR_WORDS.search(text) for text in texts):
             chance = random.Random(f"{self.seed}/grey/{draw.epoch}/{draw.references}")
