@@ -20,11 +20,11 @@ from PIL import Image
 from cmmasksd import cli
 from cmmasksd.cli import demo, report
 from cmmasksd.config import DATASETS
-from cmmasksd.data import images
 from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
 from cmmasksd.data.readers.refer import ReferDataset
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
+from cmmasksd.inference import predict
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.modeling import CMMaskSDModel
 
@@ -262,7 +262,7 @@ MISTAKES = [
     ("predict --model {model} --image good.png --text x --out - --json -", "both write to standard output"),
     ("predict --model {model} --image good.png --text x --text y --out -", "give one of each, or use --json -"),
     ("predict --model {model} --image two.gif --text x --out -", "two.gif has several frames"),
-    (PREDICT + " --image good.png --text x --json full.jsonl", "full.jsonl holds rows already"),
+    (PREDICT + " --image good.png --text x --json full.jsonl", "full.jsonl already holds rows"),
     (PREDICT + " --image good.png --text x --json full.jsonl --resume", "without full.jsonl.resume beside it"),
     (PREDICT + " --image good.png --text x --json empty", "empty is not a file"),
     (PREDICT + " --image good.png --text x --resume", "name it with --json"),
@@ -354,7 +354,7 @@ def test_a_folder_for_results_is_made_before_the_scoring(
     def never(*given: object, **named: object) -> None:
         raise AssertionError("scored before the folder was made")
 
-    import cmmasksd.evaluation.evaluate as scoring
+    import cmmasksd.evaluation.score as scoring
 
     monkeypatch.setattr(scoring, "evaluate", never)
     (tmp_path / "taken").write_text("a file")
@@ -762,8 +762,9 @@ def test_a_video_frame_by_frame(run: Path, tmp_path: Path, capsys: pytest.Captur
 
 KILLED = """
 import os, signal, sys
+from PIL import Image
 from cmmasksd import cli
-from cmmasksd.inference import batch
+from cmmasksd.inference import rows
 
 def die(*given):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -783,12 +784,12 @@ class Dying:  # a file that dies with the process at its nth write, when half of
             self.file.flush()
             die()
         self.file.write(content)
-path_open = batch.Path.open
+path_open = rows.Path.open
 def opened(path, mode="r", *given, **named):
     file = path_open(path, mode, *given, **named)
     return Dying(file) if mode in ("ab", "a+b") and path.name == where else file
 if where == "picture":
-    save = batch.Image.Image.save
+    save = Image.Image.save
     def saved(*given, **named):
         global nth
         nth -= 1
@@ -796,9 +797,9 @@ if where == "picture":
             given[1].write_bytes(b"half")
             die()
         save(*given, **named)
-    batch.Image.Image.save = saved
+    Image.Image.save = saved
 else:
-    batch.Path.open = opened
+    rows.Path.open = opened
 sys.exit(cli.main(sys.argv[3:]))
 """
 
@@ -853,21 +854,21 @@ def test_a_killed_prediction_resumes_without_a_row_lost_or_doubled(
     assert main(*command) == 2
     assert "another list of images and sentences" in capsys.readouterr().err
     assert main(*command[:-1]) == 2
-    assert "rows.jsonl holds rows already: continue their run with --resume" in capsys.readouterr().err
+    assert "rows.jsonl already holds rows: resume its run with --resume" in capsys.readouterr().err
     assert Path("rows.jsonl").read_bytes() == before
 
 
 def test_an_interrupt_keeps_what_was_predicted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in "abc":
         photo(tmp_path / f"{name}.png")
-    read = images.read_frames
+    read = predict.read_frames
 
     def frames(source: Path):
         if source.name == "c.png":
             raise KeyboardInterrupt
         return read(source)
 
-    monkeypatch.setattr(images, "read_frames", frames)
+    monkeypatch.setattr(predict, "read_frames", frames)
     given = ["--image", tmp_path, "--text", "x", "--json", tmp_path / "rows.jsonl"]
     assert main("predict", "--model", run / "best", *given) == 130
     assert [Path(row["image"]).name for row in lines(tmp_path / "rows.jsonl")] == ["a.png", "b.png"]

@@ -25,7 +25,8 @@ def run(settings: Namespace) -> None:
 
     from cmmasksd.data.images import read_image
     from cmmasksd.explain import explain, load_objective
-    from cmmasksd.inference.batch import refuse_url, slug
+    from cmmasksd.inference.outputs import slug
+    from cmmasksd.inference.sources import refuse_url
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 

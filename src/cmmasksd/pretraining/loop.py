@@ -43,7 +43,7 @@ from cmmasksd.pretraining.captions import CaptionedScenes, Collate
 from cmmasksd.pretraining.losses import changed_patches, contrastive_losses, lend_patches
 from cmmasksd.pretraining.model import build_clip, save_clip, train_tokenizer
 from cmmasksd.pretraining.retrieval import retrieval
-from cmmasksd.training.loop import Log
+from cmmasksd.training.log import Log
 from cmmasksd.training.optim import parameter_groups
 
 if TYPE_CHECKING:

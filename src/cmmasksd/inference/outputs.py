@@ -1,0 +1,70 @@
+"""The masks and overlays that `cmmasksd predict` writes, and their file names."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cmmasksd.files import whole_file
+from cmmasksd.inference.predictor import Segmentation
+from cmmasksd.inference.sources import Source
+from cmmasksd.inference.visualize import PALETTE
+
+
+class FileNames:
+    """Unique names for output files that every system accepts, also those that ignore case.
+
+    The names depend on the sources alone, not on which of them can be read: a resumed run gives the same names.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._stems: list[str] = []
+        self._taken: set[str] = set()
+        last: dict[str, int] = {}
+        for source in sources:
+            file = source.image if isinstance(source.image, Path) else Path("stdin")
+            plain = unicodedata.normalize("NFC", file.stem)
+            plain = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f\ud800-\udfff]', "-", plain)
+            plain = plain.encode()[:120].decode(errors="ignore")  # a name may have 255 bytes in all
+            stem, last[plain] = self._free(plain, last.get(plain, 1))
+            self._stems.append(stem)
+            self._taken.add(stem.casefold())
+
+    def stem(self, index: int, frame: int | None) -> str:
+        """The beginning of the file names for a source, given by its index, and a frame of it."""
+        stem = self._stems[index]
+        return stem if frame is None else self._free(f"{stem}_f{frame:04}", 1)[0]
+
+    def _free(self, plain: str, nth: int) -> tuple[str, int]:
+        stem = plain
+        while stem.casefold() in self._taken:
+            nth += 1
+            stem = f"{plain}_{nth}"
+        return stem, nth
+
+
+def slug(text: str) -> str:
+    """A sentence as part of a file name, without "_"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "sentence"
+
+
+def mask_image(segmentation: Segmentation) -> Image.Image:
+    """The mask as a grey image: 255 inside, 0 outside."""
+    return Image.fromarray(segmentation.mask.astype(np.uint8) * 255)
+
+
+def save_images(segmentation: Segmentation, nth: int, stem: str, folder: Path) -> list[Path]:
+    """Write the mask and the overlay of an image's nth sentence (from 0) as PNG; returns the two files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    overlay = Image.fromarray(segmentation.overlay(PALETTE[nth % len(PALETTE)]))
+    files = []
+    for kind, image in (("mask", mask_image(segmentation)), ("overlay", overlay)):
+        files.append(folder / f"{stem}_{nth + 1}_{slug(segmentation.text)}_{kind}.png")
+        with whole_file(files[-1]) as part:
+            image.save(part, "PNG")
+    return files

@@ -1,0 +1,112 @@
+"""Segment many images, one after the other. An image is encoded once for all neighbouring sources about it."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cmmasksd.data.images import read_frames
+from cmmasksd.data.video import is_video, video_frames
+from cmmasksd.errors import UserError
+from cmmasksd.inference.predictor import Segmentation, Segments
+from cmmasksd.inference.sources import Source
+
+Unit = tuple[int, int | None]
+"""What a run is resumed by: a group of neighbouring sources about one image, by its number from 0, and a frame of it
+(None: a still image)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What one sentence names in one image, or in one frame of it.
+
+    Attributes:
+        index: index of the source.
+        source: the source.
+        nth: index of the sentence within its source.
+        frame: number of the frame, from 1; None for a still image.
+        segmentation: the mask and its score.
+        unit: the unit that it belongs to.
+        last: whether it is the last one of its unit.
+    """
+
+    index: int
+    source: Source
+    nth: int
+    frame: int | None
+    segmentation: Segmentation
+    unit: Unit
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An image that could not be read, or not to its end.
+
+    Attributes:
+        image: path or content of the image.
+        reason: what is wrong with it, in one line.
+    """
+
+    image: Path | bytes
+    reason: str
+
+
+def predict(
+    segmenter: Segments, sources: Sequence[Source], *, done: Container[Unit] = (), progress: bool = False
+) -> Iterator[Prediction | Failure]:
+    """Segment the images of all sources.
+
+    Args:
+        segmenter: see `load_segmenter`.
+        sources: images, each with its sentences; see `find_sources`.
+        done: units to leave out, since an earlier run has done them; see `json_rows`.
+        progress: show a bar on a terminal.
+
+    Yields:
+        A prediction per sentence of every image or frame, in the order of the sources; and a failure for every image
+        that cannot be read (once, even if it comes again), after which the next image follows.
+    """
+    failed: set[Path | bytes] = set()
+    start = 0  # index of the first source of a group
+    with tqdm(total=len(sources), unit="image", disable=not progress or len(sources) == 1 or None) as bar:
+        for group, (image, members) in enumerate(groupby(sources, key=lambda source: source.image)):
+            questions = [
+                (index, source, nth) for index, source in enumerate(members, start) for nth in range(len(source.texts))
+            ]
+            try:
+                yield from _segment(segmenter, image, questions, group, done)
+            except UserError as error:
+                if image not in failed:
+                    failed.add(image)
+                    yield Failure(image, str(error))
+            bar.update(questions[-1][0] + 1 - start)
+            start = questions[-1][0] + 1
+
+
+def _segment(
+    segmenter: Segments,
+    image: Path | bytes,
+    questions: list[tuple[int, Source, int]],
+    group: int,
+    done: Container[Unit],
+) -> Iterator[Prediction]:
+    """Predictions for one group. A question is the index of a source, the source, and the index of a sentence in it."""
+    if (group, None) in done:
+        return
+    texts = [source.texts[nth] for _, source, nth in questions]
+    for frame, pixels in _frames(image):
+        if (group, frame) in done:
+            continue
+        segmentations = segmenter.decode(segmenter.encode([(pixels, texts)]))
+        for question, segmentation in zip(questions, segmentations, strict=True):
+            yield Prediction(*question, frame, segmentation, (group, frame), last=question is questions[-1])
+
+
+def _frames(image: Path | bytes) -> Iterator[tuple[int | None, np.ndarray]]:
+    return video_frames(image) if is_video(image) else read_frames(image)
