@@ -20,8 +20,8 @@ MODULES = {  # in the order of the page; all public classes and functions of eac
              "data.readers.refer_release", "data.scenes.dataset", "data.masks", "data.images"),
     "Train": ("config", "training.loop", "pretraining.loop"),
     "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),
-    "Score": ("evaluation.protocols", "evaluation.evaluate", "evaluation.results",
-              "evaluation.compare"),
+    "Score": ("evaluation.protocols", "evaluation.score", "evaluation.evaluate", "evaluation.results",
+              "evaluation.compare", "evaluation.report"),
     "Mistakes": ("errors",),
 }  # fmt: skip
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")

@@ -354,7 +354,7 @@ def test_a_folder_for_results_is_made_before_the_scoring(
     def never(*given: object, **named: object) -> None:
         raise AssertionError("scored before the folder was made")
 
-    import cmmasksd.evaluation.evaluate as scoring
+    import cmmasksd.evaluation.score as scoring
 
     monkeypatch.setattr(scoring, "evaluate", never)
     (tmp_path / "taken").write_text("a file")

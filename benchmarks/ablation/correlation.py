@@ -24,13 +24,13 @@ from study import HERE, SCORED_SEED
 
 from cmmasksd.config import Config, DistillationConfig
 from cmmasksd.data.datasets import open_dataset
-from cmmasksd.data.loading import TrainingBatches, TrainingItems, training_loader
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.masking import choose_patches, patch_scores
 from cmmasksd.explain import load_objective
 from cmmasksd.model.correlation import correlation, pointing, sentence_correlation
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.training.batches import TrainingBatches, TrainingItems, training_loader
 from cmmasksd.training.loop import build
 
 FILE = "correlation.json"

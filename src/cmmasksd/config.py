@@ -273,6 +273,33 @@ class Config:
 
 
 @dataclass
+class ScoreConfig:
+    """A model and the split that it is scored on.
+
+    Attributes:
+        model: folder of a trained model, hub id, or scenes: the one that ships.
+        data: scenes, scenes+, scenesg, refcoco, refcoco+, refcocog-umd, refcocog-google or manifest.
+        split: such as val, testA, testB or test.
+        root: folder of RefCOCO, or for manifest its file or folder; None for generated scenes.
+        references: number of references (generated scenes only).
+        scene_seed: seed of the generated scenes.
+        scene_size: side of the generated images in pixels.
+        threshold: a pixel above this probability is in the mask.
+        workers: number of processes that read images.
+    """
+
+    model: str
+    data: str
+    split: str
+    root: Path | None = None
+    references: int = 1500
+    scene_seed: int = 0
+    scene_size: int = 128
+    threshold: float = 0.5
+    workers: int = 0
+
+
+@dataclass
 class PretrainConfig:
     """Contrastive training of a small CLIP.
 

@@ -9,9 +9,9 @@ import pytest
 
 from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
 from cmmasksd.errors import UserError
-from cmmasksd.evaluation.compare import _columns, _sums, compare, format_comparison, slices_of
+from cmmasksd.evaluation.compare import _columns, _sums, compare, compare_results, format_comparison, slices_of
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
-from cmmasksd.evaluation.results import ExpressionScore
+from cmmasksd.evaluation.results import ExpressionScore, SplitScores, write_results
 
 
 def row(sent_id, intersection, union, *, image=None, sentence="star", target=None):
@@ -152,6 +152,16 @@ def test_rows_of_different_splits_are_refused():
         compare(rows, other, ORIGINAL)
     with pytest.raises(UserError, match="nothing to compare"):
         compare([], rows, ORIGINAL)
+
+
+def test_files_of_two_protocols_are_refused(tmp_path):
+    rows = rows_of(30, 1)
+    for name, protocol in (("a", ORIGINAL), ("b", ORIGINAL), ("c", replace(ORIGINAL, comparison=">"))):
+        write_results(tmp_path / name, SplitScores("val", rows, protocol))
+    found = compare_results(tmp_path / "a", tmp_path / "b" / "expressions.jsonl", resamples=100)
+    assert found == compare(rows, rows, ORIGINAL, resamples=100)
+    with pytest.raises(UserError, match="different protocols"):
+        compare_results(tmp_path / "a", tmp_path / "c")
 
 
 def test_two_empty_masks_count_as_the_protocol_says():

@@ -106,9 +106,9 @@ def by_hand(data):
 def test_counts_and_scores_equal_a_computation_by_hand(processor):
     """Also: the letterbox is undone and the image's own size is what is scored."""
     data = Boxes()
-    rows, scores, truncated = evaluate(Bright(), processor, data, progress=False)
-    counts = by_hand(data)
-    assert {row.sent_id: (row.intersection, row.union) for row in rows} == counts
+    result = evaluate(Bright(), processor, data, progress=False)
+    scores, counts = result.scores, by_hand(data)
+    assert {row.sent_id: (row.intersection, row.union) for row in result.rows} == counts
     intersections, unions = np.array(list(counts.values())).T
     ious = intersections / unions
     expected = {"oIoU": intersections.sum() / unions.sum(), "mIoU": ious.mean()}
@@ -116,14 +116,15 @@ def test_counts_and_scores_equal_a_computation_by_hand(processor):
     assert list(scores) == list(METRIC_NAMES)
     assert scores == pytest.approx(expected)
     assert 0.8 < scores["mIoU"] < scores["P@0.5"] == 1
-    assert truncated == 0
+    assert (result.split, result.protocol) == ("val", ORIGINAL)
+    assert result.provenance == {"truncated_expressions": 0}
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "warp"])
 def test_images_of_another_size_than_the_canvas_are_scored_at_their_own(processor, resize):
     data = Boxes(sizes=((96, 160), (40, 24)))
     other = CMMaskSDProcessor(processor.tokenizer, (64, 64), patch_size=16, resize=resize)
-    rows, _, _ = evaluate(Bright(), other, data, progress=False)
+    rows = evaluate(Bright(), other, data, progress=False).rows
     counts = by_hand(data)
     for row in rows:
         assert row.union == pytest.approx(counts[row.sent_id][1], rel=0.1)
@@ -132,7 +133,7 @@ def test_images_of_another_size_than_the_canvas_are_scored_at_their_own(processo
 
 def test_every_sentence_once_sorted_by_its_id(processor):
     data = Boxes()
-    rows, _, _ = evaluate(Bright(), processor, data, progress=False)
+    rows = evaluate(Bright(), processor, data, progress=False).rows
     ids = [row.sent_id for row in rows]
     assert ids == sorted(e.sent_id for index in range(len(data)) for e in data[index].expressions)
     (row,) = (row for row in rows if row.sent_id == 1000 - 31)
@@ -141,25 +142,25 @@ def test_every_sentence_once_sorted_by_its_id(processor):
 
 def test_more_images_than_a_block_and_workers(processor):
     data = Boxes(sizes=((32, 64), (64, 48)) * BLOCK + ((64, 64),))
-    rows, scores, _ = evaluate(Bright(), processor, data, progress=False)
-    assert {row.sent_id: (row.intersection, row.union) for row in rows} == by_hand(data)
-    assert evaluate(Bright(), processor, data, progress=False, workers=1)[:2] == (rows, scores)
+    result = evaluate(Bright(), processor, data, progress=False)
+    assert {row.sent_id: (row.intersection, row.union) for row in result.rows} == by_hand(data)
+    assert evaluate(Bright(), processor, data, progress=False, workers=1) == result
 
 
 def test_the_limit_takes_whole_images(processor):
     data = Boxes()
     for limit, references in ((1, 1), (2, 3), (3, 3), (4, 6), (0, 9), (100, 9)):
-        rows, _, _ = evaluate(Bright(), processor, data, references=limit, progress=False)
+        rows = evaluate(Bright(), processor, data, references=limit, progress=False).rows
         assert {row.ref_id for row in rows} == set(range(50, 50 + references)), limit
 
 
 def test_threshold_and_truncation(processor):
     data = Boxes()
     strict = replace(ORIGINAL, threshold=0.95)
-    _, scores, _ = evaluate(Bright(), processor, data, protocol=strict, progress=False)
-    assert scores["oIoU"] == 0  # no logit is above 2.9
+    result = evaluate(Bright(), processor, data, protocol=strict, progress=False)
+    assert result.scores["oIoU"] == 0  # no logit is above 2.9
     short = CMMaskSDProcessor(processor.tokenizer, (64, 64), patch_size=16, resize="letterbox", max_tokens=4)
-    assert evaluate(Bright(), short, data, progress=False)[2] == 18
+    assert evaluate(Bright(), short, data, progress=False).provenance["truncated_expressions"] == 18
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -210,7 +211,7 @@ class Many(Boxes):  # one photograph, 40 objects with a sentence each
 processor = CMMaskSDProcessor(load_tokenizer("tiny"), (64, 64), patch_size=16)
 small = evaluate(Bright(), processor, Many(sizes=((40, 60),)), progress=False)  # what is imported only now
 before = peak_megabytes()
-rows, _, _ = evaluate(Bright(), processor, Many(sizes=((2000, 3000),)), progress=False)
+rows = evaluate(Bright(), processor, Many(sizes=((2000, 3000),)), progress=False).rows
 assert len(rows) == 40
 print(peak_megabytes() - before)
 """

@@ -14,7 +14,8 @@ from cmmasksd import cli
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import ORIGINAL
 from cmmasksd.evaluation.report import read_log, write_report
-from cmmasksd.evaluation.results import ExpressionScore, format_table, read_expressions, read_results, write_results
+from cmmasksd.evaluation.results import ExpressionScore, SplitScores, read_expressions, read_results, write_results
+from cmmasksd.evaluation.tables import format_table
 
 ROWS = [ExpressionScore(1, 9, nth, f"dog {nth}", nth, 10, 5, nth / 10) for nth in range(4)]
 EXTRA = {"data": "scenes", "model": "m", "weights": "ab", "references": 4, "scene_seed": 0, "scene_size": 64}
@@ -66,8 +67,7 @@ def read_or_refused(read: Callable[[], object]) -> None:
 
 def wrote(folder: Path) -> tuple[dict, list[dict]]:
     """Result files of a folder, and what they hold."""
-    scores = ORIGINAL.scores((row.intersection, row.union) for row in ROWS)
-    write_results(folder, "val", ROWS, scores, ORIGINAL, EXTRA)
+    write_results(folder, SplitScores("val", ROWS, ORIGINAL, EXTRA))
     rows = (folder / "expressions.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads((folder / "results.json").read_text(encoding="utf-8")), [json.loads(row) for row in rows]
 

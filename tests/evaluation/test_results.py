@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL, ScoringProtocol
-from cmmasksd.evaluation.results import (
-    ExpressionScore,
-    format_table,
-    read_expressions,
-    read_results,
-    write_results,
-)
+from cmmasksd.evaluation.results import ExpressionScore, SplitScores, read_expressions, read_results, write_results
+from cmmasksd.evaluation.tables import format_table
 
 
 def expression(sent_id, intersection, union, sentence="the dog", protocol=ORIGINAL, ref_id=5):
@@ -35,7 +30,7 @@ ROWS = [
 
 
 def write(out, rows=ROWS, split="val", protocol=ORIGINAL, **extra):
-    return write_results(out, split, rows, scores_of(rows, protocol), protocol, extra)
+    return write_results(out, SplitScores(split, rows, protocol, extra))
 
 
 def test_round_trip(tmp_path):
@@ -78,23 +73,27 @@ def test_a_lone_surrogate_survives(tmp_path):
     assert read_expressions(tmp_path) == rows
 
 
-def test_scores_of_other_rows_are_refused(tmp_path):
-    # What a run on two processes would write if one process's rows were forgotten.
-    with pytest.raises(ValueError, match="do not follow"):
-        write_results(tmp_path, "val", ROWS[:2], scores_of(ROWS), ORIGINAL)
+def test_the_scores_follow_from_the_rows(tmp_path):
+    result = SplitScores("val", ROWS, ORIGINAL, {"data": "refcoco"})
+    assert result.scores == scores_of(ROWS)
+    assert [row.sent_id for row in result.rows] == [1, 2, 3]
+    assert read_results(write_results(tmp_path, result)) == result.as_dict()
+
+
+def test_an_iou_that_does_not_follow_from_its_counts_is_not_written(tmp_path):
     wrong = ExpressionScore(1, 1, 1, "a", 1, 2, 2, 0.7)
-    with pytest.raises(ValueError, match="do not follow"):
-        write_results(tmp_path, "val", [wrong], ORIGINAL.scores([(1, 2)]), ORIGINAL)
+    with pytest.raises(ValueError, match="does not follow"):
+        write(tmp_path, [wrong])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_duplicates_taken_keys_and_empty_splits_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(UserError, match="twice"):
         write(tmp_path, [ROWS[0], ROWS[0]])
     with pytest.raises(ValueError, match="mIoU"):
         write(tmp_path, mIoU=1.0)
     with pytest.raises(UserError, match="no expression"):
-        write_results(tmp_path, "val", [], {}, ORIGINAL)
+        write(tmp_path, [])
 
 
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
@@ -167,7 +166,7 @@ def test_table_names_data_sets_and_tells_protocols_apart(tmp_path):
 def test_reading_and_reporting_need_no_torch():
     code = (
         "import sys; import cmmasksd.evaluation.protocols, cmmasksd.evaluation.results, cmmasksd.evaluation.report,"
-        " cmmasksd.inference.visualize; print({'torch', 'torchmetrics'} & set(sys.modules))"
+        " cmmasksd.evaluation.compare, cmmasksd.inference.visualize; print({'torch'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "set()"

@@ -18,7 +18,7 @@ import yaml
 from cmmasksd import cli
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import ORIGINAL
-from cmmasksd.evaluation.results import ExpressionScore, write_results
+from cmmasksd.evaluation.results import ExpressionScore, SplitScores, write_results
 from cmmasksd.model.locating import REQUIRED, is_hub_id, model_folder, weights_digest
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
@@ -126,7 +126,7 @@ def scored(trained: Path, tmp_path: Path) -> Path:
     counts = [(80, 100), (10, 40), (3, 4)]
     rows = [ExpressionScore(1, 1, n, "a cat", i, u, u, ORIGINAL.iou(i, u)) for n, (i, u) in enumerate(counts)]
     extra = {"data": "refcoco", "weights": weights_digest(trained)}
-    write_results(tmp_path / "val", "val", rows, ORIGINAL.scores(counts), ORIGINAL, extra)
+    write_results(tmp_path / "val", SplitScores("val", rows, ORIGINAL, extra))
     return tmp_path / "val"
 
 

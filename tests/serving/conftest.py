@@ -11,7 +11,8 @@ import pytest
 
 @contextmanager
 def _running(segmenter: Any, name: str, settings: Any, key: str | None = None) -> Iterator[tuple[str, int, Any]]:
-    from cmmasksd.serving.api import create_app, make_server
+    from cmmasksd.serving.app import create_app
+    from cmmasksd.serving.server import make_server
 
     app = create_app(segmenter, name, settings, key)
     server, listening = make_server(app, settings)

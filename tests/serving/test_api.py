@@ -37,8 +37,9 @@ from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
-from cmmasksd.serving import api
-from cmmasksd.serving.api import create_app, make_server
+from cmmasksd.serving.app import PAGE, create_app
+from cmmasksd.serving.schemas import NOT_BLANK
+from cmmasksd.serving.server import make_server
 from cmmasksd.serving.settings import ServeSettings
 
 SENTENCES = ["the red circle", "Blue, square on the left"]
@@ -277,7 +278,7 @@ def test_the_examples_are_scenes_of_ours():
     """Anyone can make the shipped examples again, and their sentences are true ones."""
     from cmmasksd.data.scenes import SceneDataset
 
-    folder = api.PAGE / "examples"
+    folder = PAGE / "examples"
     data = SceneDataset("scenes", "val", 40, seed=0, canvas=384)
     for example in json.loads((folder / "examples.json").read_text())["examples"]:
         references = [one for one in data if one.image_id == example["image_id"]]
@@ -348,7 +349,7 @@ def test_refusals(serve, request_: dict, status: int, code: str):
 
 def test_openapi_says_which_sentences_are_blank():
     for code in (*range(0xD800), *range(0xE000, 0x10000)):
-        assert is_blank(chr(code)) == (re.search(api.NOT_BLANK, chr(code)) is None), hex(code)
+        assert is_blank(chr(code)) == (re.search(NOT_BLANK, chr(code)) is None), hex(code)
 
 
 @pytest.mark.parametrize(("path", "method", "status"), [("/no", "GET", 404), ("/v1/segment", "GET", 405)])
@@ -544,8 +545,8 @@ def test_wrong_settings(wrong: dict):
 
 @pytest.fixture
 def server(running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
-    monkeypatch.setattr(api, "HEAD_SECONDS", 3)
-    monkeypatch.setattr(api, "DRAIN_SECONDS", 3)
+    monkeypatch.setattr("cmmasksd.serving.server.HEAD_SECONDS", 3)
+    monkeypatch.setattr("cmmasksd.serving.middleware.DRAIN_SECONDS", 3)
     with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=3)) as found:
         yield found
 
@@ -596,7 +597,7 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
 def test_silent_and_half_sent_connections_lock_nobody_out(
     running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(api, "HEAD_SECONDS", 600)
+    monkeypatch.setattr("cmmasksd.serving.server.HEAD_SECONDS", 600)
     with running(segmenter, "tiny", ServeSettings(port=0, connections=20)) as (host, port, _):
         held = [connect(host, port) for _ in range(60)]
         for connection in held[::2]:
@@ -627,7 +628,7 @@ def test_one_address_gets_half_of_the_places(
     caplog: pytest.LogCaptureFixture,
     until: Callable,
 ):
-    monkeypatch.setattr(api._once_a_minute, "_said", {})
+    monkeypatch.setattr("cmmasksd.serving.server._once_a_minute._said", {})
     good = as_form(png(picture()), ["red"])
     with running(segmenter, "tiny", ServeSettings(port=0, connections=8, body_timeout=300)) as (host, port, _):
         held = [connect(host, port) for _ in range(4)]

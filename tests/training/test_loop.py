@@ -464,34 +464,6 @@ def test_what_a_run_leaves(straight):
     assert not [path.name for path in out.iterdir() if path.name.endswith((".new", ".old", ".tmp"))]
 
 
-def test_tensorboard_is_optional(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log = loop.Log(tmp_path, "a: 1\n", updates=0)
-    log.write({"step": 1, "loss": 0.5})
-    log.close()
-    assert log.board is None
-    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
-
-
-def test_log_keeps_the_rows_up_to_the_state(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-    loop.Log(tmp_path, "", updates=4).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
-    loop.Log(tmp_path, "", updates=0).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == ""
-
-
-def test_meter_takes_means_and_starts_again():
-    meter = loop.Meter()
-    meter.add({"loss": torch.tensor(1.0), "seg": torch.tensor(0.5)})
-    meter.add({"loss": torch.tensor(3.0), "seg": torch.tensor(0.0)})
-    row = meter.take(8)
-    assert (row["loss"], row["seg"]) == (2.0, 0.25)
-    meter.add({"loss": torch.tensor(7.0)})
-    assert meter.take(1)["loss"] == 7.0
-
-
 # -- learning
 
 

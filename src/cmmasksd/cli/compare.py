@@ -6,7 +6,6 @@ from typing import Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from cmmasksd.cli.options import MAX_SEED, require_between
-from cmmasksd.errors import UserError
 from cmmasksd.evaluation.protocols import METRIC_NAMES
 
 MAX_RESAMPLES = 10_000_000
@@ -32,32 +31,19 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    import json
-    from dataclasses import asdict
-
-    from cmmasksd.evaluation.compare import compare, format_comparison
-    from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
-    from cmmasksd.evaluation.results import RESULTS_FILE, read_expressions, read_results, write_atomically
-
     require_between("--resamples", settings.resamples, 100, MAX_RESAMPLES)
     require_between("--seed", settings.seed, 0, MAX_SEED)
-    protocols = []
-    for path in (settings.a, settings.b):
-        beside = (path if path.is_dir() else path.parent) / RESULTS_FILE
-        protocols.append(ScoringProtocol(**read_results(beside)["protocol"]) if beside.is_file() else ORIGINAL)
-    if protocols[0] != protocols[1]:
-        raise UserError(f"{settings.a} and {settings.b} were scored by different protocols: score both by the same")
-    found = compare(
-        read_expressions(settings.a),
-        read_expressions(settings.b),
-        protocols[0],
+    from cmmasksd.evaluation.compare import compare_results, format_comparison, write_comparison
+
+    comparisons = compare_results(
+        settings.a,
+        settings.b,
         metrics=settings.metrics,
         resamples=settings.resamples,
         unit=settings.unit,
         seed=settings.seed,
     )
     if settings.out is not None:
-        rows = [asdict(one) | {"difference": one.difference} for one in found]
-        write_atomically(settings.out, json.dumps(rows, indent=2) + "\n")
-    print(format_comparison(found))
+        write_comparison(settings.out, comparisons)
+    print(format_comparison(comparisons))
     print(f"A = {settings.a}\nB = {settings.b}\npaired bootstrap over {settings.unit}s, {settings.resamples} resamples")

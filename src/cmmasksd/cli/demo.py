@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli import evaluate, report
-from cmmasksd.cli.options import SCENE_REFERENCES, ConfigFile, add_config, run_config
+from cmmasksd.cli.options import ConfigFile, add_config, run_config
+from cmmasksd.config import ScoreConfig
 from cmmasksd.errors import UserError
 
 HELP = "train on generated scenes, score, and write report.html"
@@ -26,7 +26,9 @@ def run(settings: Namespace) -> None:
 
     if config.data.name not in STYLES:
         raise UserError(f"demo runs on generated scenes, not {config.data.name}: use `cmmasksd train` for other data")
-    from cmmasksd.evaluation.results import format_table, read_results
+    from cmmasksd.evaluation.report import report
+    from cmmasksd.evaluation.score import score
+    from cmmasksd.evaluation.tables import format_table
     from cmmasksd.training.loop import train
 
     out = Path(config.training.out)
@@ -34,20 +36,12 @@ def run(settings: Namespace) -> None:
     if model is None:
         train(config)
         model, log = str(out / "best"), out / "metrics.jsonl"
-    results = []
-    for split in (data.val_split, "testB"):
-        evaluate.score(
-            model=model,
-            name=data.name,
-            root=data.root,
-            split=split,
-            out=out / split,
-            references=SCENE_REFERENCES,
-            seed=data.scene_seed,
-            size=data.scene_size,
-            workers=data.workers,
-        )
-        results.append(read_results(out / split))
-    page = report.write(model, [out / data.val_split, out / "testB"], data.root, log, out / "report.html")
-    print(format_table(results))
+    scenes = {"scene_seed": data.scene_seed, "scene_size": data.scene_size}
+    splits = (data.val_split, "testB")
+    results = [
+        score(ScoreConfig(model, data.name, split, root=data.root, workers=data.workers, **scenes), out / split)
+        for split in splits
+    ]
+    page = report(model, [out / split for split in splits], out / "report.html", root=data.root, metrics=log)
+    print(format_table([result.as_dict() for result in results]))
     print(f"These are scores on generated scenes. Look at the pictures: {page}")

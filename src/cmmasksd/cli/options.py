@@ -14,8 +14,6 @@ from cmmasksd.config import DATASETS, Config, DataConfig, DistillationConfig, Mo
 from cmmasksd.errors import UserError, shown
 
 MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
-SCENE_REFERENCES = 1500
-"""References of a generated split, where a command is not told how many."""
 CONFIGS = Path(__file__).parents[1] / "configs"
 MAX_WORKERS, MAX_SEED = 256, 2**63 - 1
 """Bounds of numbers on the command line: what is beyond them is a slip, and would take all memory or for ever."""
@@ -59,6 +57,11 @@ def run_config(settings: Namespace) -> Config:
     require_dataset(config.data.name, "--data.name")
     config.training.resume |= settings.resume
     return config
+
+
+def is_main_process() -> bool:
+    """Whether this process prints what all processes of a launch have computed."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def require_dataset(name: str, option: str) -> None:

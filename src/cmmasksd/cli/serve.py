@@ -36,7 +36,8 @@ def run(settings: Namespace) -> None:
     limits = ServeSettings(**{one.name: settings[one.name] for one in fields(ServeSettings)})
     key = checked_key(os.environ.get(KEY_VARIABLE))
     try:
-        from cmmasksd.serving.api import create_app, make_server
+        from cmmasksd.serving.app import create_app
+        from cmmasksd.serving.server import make_server
     except ImportError as error:
         raise UserError(f"{error.name} is not installed: pip install 'cmmasksd[serve]'") from None
     from cmmasksd.inference.predictor import Segmenter

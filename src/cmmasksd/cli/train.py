@@ -1,10 +1,8 @@
 """`cmmasksd train`: train a model."""
 
-import os
-
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import ConfigFile, add_config, config_names, run_config
+from cmmasksd.cli.options import ConfigFile, add_config, config_names, is_main_process, run_config
 
 HELP = "train a model"
 DESCRIPTION = "Train a model. Settings come from --config and from single --keys."
@@ -22,7 +20,7 @@ def run(settings: Namespace) -> None:
     from cmmasksd.training.loop import train
 
     scores = train(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         print(
             f"last validation: oIoU {100 * scores['oIoU']:.2f}  mIoU {100 * scores['mIoU']:.2f}  "
             f"(best mIoU {100 * scores['best']:.2f}); models: {config.training.out}/best and last"

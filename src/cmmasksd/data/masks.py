@@ -3,10 +3,12 @@
 What is unusual: the parts of an object are *united*. Code that sums the decoded parts gets the value 2 where polygons
 overlap, and then trains on it or deletes the overlap. Crowd annotations, whose segmentation is an RLE dict, decode too.
 
-Polygons are rasterised by pycocotools, so that masks equal COCO's own to the pixel. RLE is decoded here: pycocotools
-2.0.11 returns uninitialised memory when the counts cover less than the image, and reads past the end of a truncated
-string. Outlines are traced along the edges of the pixels, so that mask -> polygons -> mask is exact, where tracing
-through pixel centres (OpenCV) loses half a pixel all round, which is much of a small object.
+Masks equal those of COCO's own pycocotools to the pixel, but faster-coco-eval draws and decodes them: pycocotools
+2.0.11 returns uninitialised memory for an RLE that covers less than the image, and reads past the end of a truncated
+one.
+
+Outlines are traced along the edges of the pixels, so that mask -> polygons -> mask is exact. Tracing through the pixel
+centres (OpenCV) loses half a pixel all round, which is much of a small object.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 from cmmasksd.errors import UserError, shown
 
-# pycocotools' memory grows with the length of an outline, by some 50 bytes per pixel
+# Drawing an outline takes some 50 bytes of memory per pixel of its length
 _FAR = 10  # coordinates beyond this many image sides are refused
 _LONG = 10_000_000  # as are outlines of more pixels
 
@@ -39,20 +41,20 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> np.nda
         UserError: the segmentation is empty or malformed, or its size is not the image's.
     """
     if isinstance(segmentation, dict):
-        return _runs_to_mask(_checked_rle(segmentation, height, width), height, width)
+        return _decode_rle(segmentation, height, width)
     if not isinstance(segmentation, (list, tuple)):
         raise UserError(f"segmentation is {shown(segmentation)}: expected a list of polygons or an RLE dict")
     if not segmentation:
         raise UserError("segmentation is empty: expected at least one polygon, or an RLE dict for an empty mask")
-    from pycocotools import mask as coco
+    from faster_coco_eval.core import mask as coco
 
     polygons: Any = [_checked_polygon(polygon, _polygon_points(polygon), height, width) for polygon in segmentation]
-    union: Any = coco.merge(coco.frPyObjects(polygons, height, width))
-    return _runs_to_mask(_checked_runs(_unpacked_counts(union["counts"]), height, width), height, width)
+    parts: Any = coco.frPyObjects(polygons, height, width)
+    return _row_major(coco.decode(coco.merge(parts)))
 
 
 def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[Any, int]:
-    """Check a COCO ``segmentation`` without drawing it, and leave out the polygons that have no area.
+    """Check a COCO ``segmentation`` without drawing its polygons, and leave out the polygons that have no area.
 
     Such polygons (a click, a line; fewer than three corners) come out of labelling tools beside good ones.
 
@@ -67,7 +69,7 @@ def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[
         UserError: the segmentation is malformed.
     """
     if isinstance(segmentation, dict):
-        _checked_rle(segmentation, height, width)
+        _decode_rle(segmentation, height, width)
         return segmentation, 0
     if not isinstance(segmentation, (list, tuple)):
         raise UserError(f"segmentation is {shown(segmentation)}: expected a list of polygons or an RLE dict")
@@ -103,9 +105,9 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     Returns:
         ``{"size": [height, width], "counts": str}``, which ``decode_segmentation`` and pycocotools read.
     """
-    from pycocotools import mask as coco
+    from faster_coco_eval.core import mask as coco
 
-    rle: Any = coco.encode(np.asfortranarray(_checked_mask(mask), dtype=np.uint8))
+    rle = coco.encode(np.asfortranarray(_checked_mask(mask), dtype=np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
@@ -113,7 +115,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     """Trace the outline of every 4-connected part of a mask; decoding the polygons gives the mask back exactly.
 
     COCO's polygons have no notion of a hole. A part's holes are joined to its outline by vertical cuts of no width that
-    are walked down and up again: the even-odd fill of pycocotools (and the shoelace area) leaves the hole out.
+    are walked down and up again: the even-odd fill of COCO's tools (and the shoelace area) leaves the hole out.
 
     Args:
         mask: (H, W) bool.
@@ -199,8 +201,10 @@ def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
     return np.concatenate([start, np.array(bridge_starts, dtype=start.dtype)]), successor, outlines
 
 
-def _checked_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
-    """RLE dict -> its run lengths, (R,), which add up to the image."""
+def _decode_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
+    """RLE dict -> mask, (H, W) bool; a UserError unless it is sound and covers the image."""
+    from faster_coco_eval.core import mask as coco
+
     if "size" not in rle or "counts" not in rle:
         raise UserError(f"RLE {shown(rle)} lacks 'size' or 'counts': expected both")
     size, counts = rle["size"], rle["counts"]
@@ -209,51 +213,25 @@ def _checked_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
             f"RLE of size {shown(size)} for an image of height {height} and width {width}: expected size "
             f"[{height}, {width}] (height first)"
         )
-    if isinstance(counts, (str, bytes)):
-        runs = _unpacked_counts(counts.encode("ascii", "replace") if isinstance(counts, str) else counts)
-    else:
-        runs = _number_array(counts)
-    if runs is None or runs.dtype.kind not in "iu":
+    runs = None if isinstance(counts, str | bytes) else _number_array(counts)
+    if not isinstance(counts, str | bytes) and (runs is None or runs.dtype.kind not in "iu"):
         raise UserError(f"RLE counts are {shown(counts)}: expected a list of whole numbers, or a string")
-    return _checked_runs(runs, height, width)
-
-
-def _unpacked_counts(packed: bytes) -> np.ndarray:
-    """COCO's compressed string -> run lengths, (R,) int64.
-
-    Each run is written in 6-bit digits, least significant first: 5 bits of value and one that says "more follow"; the
-    top value bit of the last digit is the sign. From the fourth run on, the difference to the run before last is kept.
-    """
-    digits = np.frombuffer(packed, dtype=np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero(digits & 0x20 == 0)
-    if not len(digits) or digits.min() < 0 or digits.max() > 63 or not len(last) or last[-1] != len(digits) - 1:
-        raise UserError(f"RLE counts {shown(packed)} are cut short or not COCO's compressed string: write them again")
-    first = np.concatenate([[0], last[:-1] + 1])
-    length = last - first + 1
-    if length.max() > 8:  # 40 bits: far more than an image can need, and nothing below overflows
-        raise UserError(f"RLE counts {shown(packed)} hold a run too long for any image: write them again")
-    place = 5 * (np.arange(len(digits)) - np.repeat(first, length))
-    runs = np.add.reduceat((digits & 0x1F) << place, first)
-    runs -= np.where(digits[last] & 0x10, 1 << (5 * length), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
-
-
-def _checked_runs(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The run lengths, (R,), if they add up to the image; else a UserError."""
-    # Each run is checked before they are added up, so that no sum can wrap round.
-    if not len(runs) or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
+    try:
+        if runs is not None:
+            packed: Any = coco.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+        else:
+            packed = {"size": [height, width], "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
+        return _row_major(coco.decode(packed))
+    except (ValueError, RuntimeError):
         raise UserError(
-            f"RLE counts do not add up to the {height * width} pixels of an image of height {height} and width {width}"
-            ": the segmentation is damaged or belongs to another image"
-        )
-    return runs
+            f"RLE counts {shown(counts)} are cut short, or do not add up to the {height * width} pixels of an image of "
+            f"height {height} and width {width}: the segmentation is damaged or belongs to another image"
+        ) from None
 
 
-def _runs_to_mask(runs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Alternating runs of background and object, down the columns, (R,) -> (H, W) bool."""
-    return np.ascontiguousarray(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T)
+def _row_major(mask: np.ndarray) -> np.ndarray:
+    """COCO's (H, W) uint8, whose columns are contiguous -> bool, whose rows are."""
+    return mask.astype(bool, order="C")
 
 
 def _polygon_points(polygon: object) -> np.ndarray:

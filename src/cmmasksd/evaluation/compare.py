@@ -5,28 +5,34 @@ the bootstrap (Efron 1979) is paired, both models on the same resampled sentence
 drawing single sentences as if they were independent gives intervals that are too narrow.
 
 Slices say where a difference comes from: sentences with location words, with relations, short and long ones, small and
-large objects; of generated scenes also sentences that name a colour-shape pair never trained on. They are read from the
-rows alone, so any two `expressions.jsonl` of one split compare, ours or not.
+large objects; for generated scenes also sentences that name a colour-shape pair never trained on. They follow from the
+rows alone, so any two `expressions.jsonl` of one split can be compared, whoever wrote them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from cmmasksd.data.scenes import names_held_out
 from cmmasksd.errors import UserError, shown
-from cmmasksd.evaluation.protocols import METRIC_NAMES, PRECISION_TENTHS, ScoringProtocol
-from cmmasksd.evaluation.results import ExpressionScore
+from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL, PRECISION_TENTHS, ScoringProtocol
+from cmmasksd.evaluation.results import RESULTS_FILE, ExpressionScore, read_expressions, read_results
+from cmmasksd.evaluation.tables import align
+from cmmasksd.files import write_text
 
 LEVEL = 0.95
-"""Of the intervals."""
+"""Confidence level of the intervals."""
 FEWEST = 20
-"""Sentences that a slice needs to be shown: below that its interval says nothing."""
+"""Least number of sentences in a slice: with fewer its interval says nothing."""
+RESAMPLES_AT_ONCE = 250
+"""Bootstrap resamples that are computed together; bounds the memory."""
 
 _LOCATION = re.compile(
     r"\b(left|right|top|bottom|middle|center|centre|upper|lower|side|corner|leftmost|rightmost|topmost|lowest|"
@@ -42,8 +48,8 @@ class Comparison:
     """Scores of A and B on the same expressions, and the interval of their difference.
 
     Attributes:
-        slice: which expressions; "all" or the name of a slice.
-        expressions: how many.
+        slice: name of the slice; "all" for all expressions.
+        expressions: number of expressions in it.
         metric: one of METRIC_NAMES.
         a, b: the scores, fractions of 1.
         low, high: the bounds of the LEVEL interval of b - a, fractions of 1.
@@ -69,7 +75,7 @@ class Comparison:
 
 
 def slices_of(rows: Sequence[ExpressionScore]) -> dict[str, np.ndarray]:
-    """Slice -> (K,) bool, which rows belong to it. Object sizes are thirds of the split, by the pixels of the truth."""
+    """Slice -> (K,) bool, the rows that belong to it. Object sizes are thirds of the split, by pixels of the truth."""
     texts = [row.sentence.lower() for row in rows]
     words = np.array([len(text.split()) for text in texts])
     slices = {"all": np.ones(len(rows), bool)}
@@ -77,7 +83,7 @@ def slices_of(rows: Sequence[ExpressionScore]) -> dict[str, np.ndarray]:
     location = np.array([bool(_LOCATION.search(text)) for text in texts]) & ~relation
     slices |= {"relation": relation, "location word": location, "neither": ~relation & ~location}
     slices |= {"1-2 words": words <= 2, "3-5 words": (words >= 3) & (words <= 5), "6 words or more": words >= 6}
-    slices["unseen pair"] = np.array([names_held_out(text) for text in texts])  # of generated scenes
+    slices["unseen pair"] = np.array([names_held_out(text) for text in texts])  # occurs in generated scenes only
     sizes = np.array([row.target for row in rows])
     small, large = np.quantile(sizes, [1 / 3, 2 / 3])
     slices |= {
@@ -104,10 +110,10 @@ def compare(
     Args:
         a, b: rows of the same expressions, in any order.
         protocol: the rules that both were scored by.
-        metrics: of METRIC_NAMES.
-        resamples: of the bootstrap.
+        metrics: some of METRIC_NAMES.
+        resamples: number of bootstrap resamples.
         unit: what is drawn: whole images with their sentences, or single sentences.
-        seed: of the draws.
+        seed: seed of the draws.
         slices: rows of A -> slice -> (K,) bool.
 
     Returns:
@@ -117,29 +123,74 @@ def compare(
         UserError: the two are not of the same expressions, or there are none.
     """
     a, b = _paired(a, b)
-    images = np.array([row.image_id if unit == "image" else row.sent_id for row in a])
+    units = np.array([row.image_id if unit == "image" else row.sent_id for row in a])
+    columns = _columns(a, protocol), _columns(b, protocol)
     draw = np.random.default_rng(seed)
-    counted = [_columns(rows, protocol) for rows in (a, b)]
-    found = []
-    for name, chosen in slices(a).items():
-        count = int(chosen.sum())
+    comparisons = []
+    for name, members in slices(a).items():
+        count = int(members.sum())
         if count < FEWEST and name != "all":
             continue
-        _, owner = np.unique(images[chosen], return_inverse=True)
-        sums = [_sums(columns[chosen], owner) for columns in counted]
-        whole = [_scores(part.sum(0, keepdims=True), protocol) for part in sums]
-        differences = {metric: [] for metric in metrics}
-        units = len(sums[0])
-        for at in range(0, resamples, 250):
-            times = _draws(draw, min(250, resamples - at), units)
-            drawn = [_scores(times @ part, protocol) for part in sums]
-            for metric in metrics:
-                differences[metric].append(drawn[1][metric] - drawn[0][metric])
+        _, owner = np.unique(units[members], return_inverse=True)
+        sums_a, sums_b = (_sums(table[members], owner) for table in columns)
+        scores_a, scores_b = (_scores(sums.sum(0, keepdims=True), protocol) for sums in (sums_a, sums_b))
+        intervals = _intervals(sums_a, sums_b, protocol, metrics, resamples, draw)
+        for metric, (low, high) in intervals.items():
+            score_a, score_b = float(scores_a[metric][0]), float(scores_b[metric][0])
+            comparisons.append(Comparison(name, count, metric, score_a, score_b, low, high))
+    return comparisons
+
+
+def _intervals(
+    sums_a: np.ndarray,
+    sums_b: np.ndarray,
+    protocol: ScoringProtocol,
+    metrics: Sequence[str],
+    resamples: int,
+    draw: np.random.Generator,
+) -> dict[str, tuple[float, float]]:
+    """Metric -> bounds of the LEVEL interval of B - A, from the sums of each unit (see `_sums`)."""
+    differences: dict[str, list[np.ndarray]] = {metric: [] for metric in metrics}
+    for start in range(0, resamples, RESAMPLES_AT_ONCE):
+        times = _draws(draw, min(RESAMPLES_AT_ONCE, resamples - start), len(sums_a))
+        drawn_a, drawn_b = (_scores(times @ sums, protocol) for sums in (sums_a, sums_b))
         for metric in metrics:
-            low, high = np.quantile(np.concatenate(differences[metric]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-            score_a, score_b = (float(scored[metric][0]) for scored in whole)
-            found.append(Comparison(name, count, metric, score_a, score_b, float(low), float(high)))
-    return found
+            differences[metric].append(drawn_b[metric] - drawn_a[metric])
+    bounds = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    quantiles = {metric: np.quantile(np.concatenate(parts), bounds) for metric, parts in differences.items()}
+    return {metric: (float(low), float(high)) for metric, (low, high) in quantiles.items()}
+
+
+def compare_results(
+    a: Path,
+    b: Path,
+    *,
+    metrics: Sequence[str] = METRIC_NAMES[:3],
+    resamples: int = 10_000,
+    unit: Literal["image", "expression"] = "image",
+    seed: int = 0,
+) -> list[Comparison]:
+    """Compare two scored models by their files.
+
+    Args:
+        a, b: `expressions.jsonl` of either, or its folder. The `results.json` beside it, where there is one, gives the
+            protocol, else it is ORIGINAL.
+        metrics, resamples, unit, seed: see `compare`.
+
+    Raises:
+        UserError: a file is not as scoring writes it, the protocols differ, or the expressions differ.
+    """
+    protocol = _protocol(a)
+    if _protocol(b) != protocol:
+        raise UserError(f"{a} and {b} were scored by different protocols: score both by the same")
+    rows_a, rows_b = read_expressions(a), read_expressions(b)
+    return compare(rows_a, rows_b, protocol, metrics=metrics, resamples=resamples, unit=unit, seed=seed)
+
+
+def _protocol(path: Path) -> ScoringProtocol:
+    """The protocol of a file of rows, or of its folder."""
+    results = (path if path.is_dir() else path.parent) / RESULTS_FILE
+    return ScoringProtocol(**read_results(results)["protocol"]) if results.is_file() else ORIGINAL
 
 
 def _paired(
@@ -149,22 +200,22 @@ def _paired(
     a, b = (sorted(rows, key=lambda row: row.sent_id) for rows in (a, b))
     if not a or not b:
         raise UserError("there is nothing to compare: a file holds no expression")
-    if other := {row.sent_id for row in a} ^ {row.sent_id for row in b}:
+    if unpaired := {row.sent_id for row in a} ^ {row.sent_id for row in b}:
         raise UserError(
-            f"the two files are not of the same expressions: {len(other)} are in one only, such as sent_id"
-            f" {min(other)}; score both models on the same split"
+            f"the two files must hold the same expressions, but {len(unpaired)} are in one only, such as sent_id"
+            f" {min(unpaired)}: score both models on the same split"
         )
-    for one, same in zip(a, b, strict=True):
-        if (one.sentence, one.image_id, one.target) != (same.sentence, same.image_id, same.target):
+    for row_a, row_b in zip(a, b, strict=True):
+        if (row_a.sentence, row_a.image_id, row_a.target) != (row_b.sentence, row_b.image_id, row_b.target):
             raise UserError(
-                f"expression {one.sent_id} differs between the two files ({shown(one.sentence)} of {one.target}"
-                f" pixels, {shown(same.sentence)} of {same.target}): score both models on the same data"
+                f"expression {row_a.sent_id} differs between the two files ({shown(row_a.sentence)}, {row_a.target}"
+                f" pixels; {shown(row_b.sentence)}, {row_b.target} pixels): score both models on the same data"
             )
     return a, b
 
 
 def _columns(rows: Sequence[ExpressionScore], protocol: ScoringProtocol) -> np.ndarray:
-    """(K, 4 + X) float64: of each expression 1, intersection, union, IoU, and whether it reaches each X of P@X. Every
+    """(K, 4 + X) float64: for each expression 1, intersection, union, IoU, and whether it reaches each X of P@X. Every
     score is a function of the sums of these."""
     columns = [
         [1, row.intersection, row.union, row.iou]
@@ -198,16 +249,14 @@ def _draws(draw: np.random.Generator, resamples: int, units: int) -> np.ndarray:
 def format_comparison(comparisons: Sequence[Comparison], names: tuple[str, str] = ("A", "B")) -> str:
     """A plain text table: percent, the difference in points, its interval, and a star where that leaves out 0."""
     cells = [["slice", "expressions", "metric", *names, f"{names[1]} - {names[0]}", f"{LEVEL:.0%} interval", ""]]
-    for one in comparisons:
-        scores = [f"{100 * one.a:.2f}", f"{100 * one.b:.2f}", f"{100 * one.difference:+.2f}"]
-        interval = f"[{100 * one.low:+.2f}, {100 * one.high:+.2f}]"
-        cells.append([one.slice, str(one.expressions), one.metric, *scores, interval, "*" if one.clear else ""])
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column in (0, 2, 7) else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join(lines)
+    for row in comparisons:
+        scores = [f"{100 * row.a:.2f}", f"{100 * row.b:.2f}", f"{100 * row.difference:+.2f}"]
+        interval = f"[{100 * row.low:+.2f}, {100 * row.high:+.2f}]"
+        cells.append([row.slice, str(row.expressions), row.metric, *scores, interval, "*" if row.clear else ""])
+    return "\n".join(align(cells, left={0, 2, 7}))
+
+
+def write_comparison(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """Write comparisons as JSON: a list of objects with the fields of Comparison and their difference."""
+    rows = [asdict(row) | {"difference": row.difference} for row in comparisons]
+    write_text(path, json.dumps(rows, indent=2) + "\n")

@@ -1,18 +1,19 @@
 """Score a split: every sentence of every reference, at the image's own size, with the same digits on any number of
 processes.
 
-Images are taken in blocks that do not depend on the number of processes; whole blocks are shared out. So nothing is
-padded, nothing counted twice, and every number is computed from the same batch whoever computes it.
+Images form blocks that do not depend on the number of processes, and each process takes whole blocks. So nothing is
+padded, nothing is counted twice, and every number is computed from the same batch in whichever process.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cmmasksd.data.samples import ReferringDataset
@@ -20,7 +21,7 @@ from cmmasksd.data.workers import loaded, outlive_sigterm
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.items import ScoringItem, ScoringItems
 from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
-from cmmasksd.evaluation.results import ExpressionScore
+from cmmasksd.evaluation.results import ExpressionScore, SplitScores
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,21 +30,21 @@ if TYPE_CHECKING:
     from cmmasksd.model.processing import CMMaskSDProcessor
 
 BLOCK = 8
-"""Images that are encoded together."""
+"""Number of images that are encoded together."""
 SENTENCES = 64
-"""Sentences about one image that are encoded and decoded in one call; bounds the memory."""
+"""Number of sentences about one image that are encoded and decoded in one call; bounds the memory."""
 RESTORE_PIXELS = 1 << 24
-"""Pixels of masks that are restored to the image's own size together; bounds the memory. At least one mask is."""
+"""Pixels of the masks that are restored to the image's own size in one call (at least one mask); bounds the memory."""
 
 
 def make_accelerator(precision: str | None = None) -> Accelerator:
     """The device and the processes of this run, for training and scoring alike.
 
     Args:
-        precision: "no" or "bf16"; None: as `accelerate launch` says, else "no".
+        precision: "no" or "bf16"; None: as `accelerate launch` sets it, else "no".
 
     Raises:
-        UserError: when the launcher started more processes than accelerate joins: each would do the whole work alone.
+        UserError: the launcher started more processes than accelerate joins, so each would do the whole work alone.
     """
     from accelerate import Accelerator
 
@@ -68,22 +69,21 @@ def evaluate(
     workers: int = 0,
     references: int = 0,
     progress: bool = True,
-) -> tuple[list[ExpressionScore], dict[str, float], int]:
-    """Score a data set.
+) -> SplitScores:
+    """Score a model on a data set.
 
     Args:
         model, processor: see `from_pretrained`.
         data: the split.
         protocol: threshold and rules.
         accelerator: for the device, and to share the work among its processes; None: this process, the model's device.
-        workers: processes that read images.
-        references: score the images of at least so many references only (0: all).
+        workers: number of processes that read images.
+        references: score whole images until there are at least this many references (0: all).
         progress: show a bar.
 
     Returns:
-        rows: one per sentence, of all processes, sorted by sentence id.
-        scores: oIoU, mIoU, P@0.5 … P@0.9 as fractions of 1, computed from the rows.
-        truncated: sentences that lost words to the limit of tokens.
+        The scores of all sentences, of all processes. Its provenance counts the "truncated_expressions": sentences that
+        lost words to the limit of tokens.
 
     Raises:
         UserError: the split is empty, or two sentences have one id.
@@ -91,47 +91,45 @@ def evaluate(
     from tqdm import tqdm
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    groups = list(data.groups())
-    if references:
-        have, keep = 0, []
-        for group in groups:
-            if have >= references:
-                break
-            have += len(group)
-            keep.append(group)
-        groups = keep
-    blocks = [range(at, min(at + BLOCK, len(groups))) for at in range(0, len(groups), BLOCK)]
-    loader = DataLoader(
-        ScoringItems(data, processor, groups),
-        batch_sampler=[list(block) for block in blocks[rank::world]],
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=outlive_sigterm,
-        generator=torch.Generator().manual_seed(0),
-    )
+    items = ScoringItems(data, processor, _first(data.groups(), references))
     rows: list[ExpressionScore] = []
     truncated = 0
-    was_training = model.training
+    visible = progress and rank == 0
+    training = model.training
     model.eval()
-    shown = progress and rank == 0
-    with tqdm(total=len(groups), desc=f"evaluate {data.name} {data.split}", unit="image", disable=not shown) as bar:
-        for block in loaded(loader):
+    with tqdm(total=len(items), desc=f"evaluate {data.name} {data.split}", unit="image", disable=not visible) as bar:
+        for block in loaded(_loader(items, rank, world, workers)):
             rows += _score_block(model, processor, block, protocol)
             truncated += sum(int(item.tokens.truncated.sum()) for item in block)
             bar.update(min(len(block) * world, bar.total - bar.n))
-            if shown:
-                bar.set_postfix(mIoU=f"{sum(r.iou for r in rows) / len(rows):.3f}")
-    model.train(was_training)
+            if visible:
+                bar.set_postfix(mIoU=f"{sum(row.iou for row in rows) / len(rows):.3f}")
+    model.train(training)
     if world > 1:
         from accelerate.utils import gather_object
 
         rows = gather_object(rows)
         truncated = sum(gather_object([truncated]))
-    rows.sort(key=lambda row: row.sent_id)
-    for row, following in pairwise(rows):
-        if row.sent_id == following.sent_id:
-            raise UserError(f"expression {row.sent_id} was scored twice: each needs an id of its own")
-    return rows, protocol.scores((row.intersection, row.union) for row in rows), truncated
+    return SplitScores(data.split, rows, protocol, {"truncated_expressions": truncated})
+
+
+def _first(groups: Sequence[Sequence[int]], references: int) -> list[Sequence[int]]:
+    """The first images that together have at least so many references; all for 0."""
+    before = accumulate(map(len, groups), initial=0)
+    return [group for group, count in zip(groups, before, strict=False) if not references or count < references]
+
+
+def _loader(items: ScoringItems, rank: int, world: int, workers: int) -> DataLoader:
+    """A loader of this process's blocks of images."""
+    blocks = [list(range(start, min(start + BLOCK, len(items)))) for start in range(0, len(items), BLOCK)]
+    return DataLoader(
+        items,
+        batch_sampler=blocks[rank::world],
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=outlive_sigterm,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 @torch.no_grad()
@@ -140,23 +138,28 @@ def _score_block(
 ) -> Iterator[ExpressionScore]:
     """Encode the block's images once, decode every sentence, count pixels at the original size.
 
-    How sentences are taken together depends on their image alone, so that the digits do not depend on the processes.
+    How sentences are batched depends on their image alone, so that the digits do not depend on the processes.
     """
     device = model.device
     images = model.encode_image(processor.pixel_values(torch.stack([item.image for item in block]).to(device)))
-    for nth, item in enumerate(block):
+    for position, item in enumerate(block):
         height, width = item.placement.original
-        together = max(1, RESTORE_PIXELS // (height * width))
+        at_once = max(1, RESTORE_PIXELS // (height * width))
         for start in range(0, len(item.sentences), SENTENCES):
             tokens = item.tokens.select(slice(start, start + SENTENCES)).to(device)
-            index = torch.full((len(tokens),), nth, device=device)
+            index = torch.full((len(tokens),), position, device=device)
             logits = model.decode(images.select(index), model.encode_text(tokens))
-            for at in range(0, len(tokens), together):
-                part = slice(start + at, start + min(at + together, len(tokens)))
-                predicted = processor.masks(logits[at : at + together], item.placement, protocol.threshold)  # (k, H, W)
-                truth = torch.stack([item.mask(which) for which in range(part.start, part.stop)]).to(device)
-                intersections = (predicted & truth).sum((1, 2)).tolist()
-                unions = (predicted | truth).sum((1, 2)).tolist()
-                targets = truth.sum((1, 2)).tolist()
-                for said, i, u, pixels in zip(item.sentences[part], intersections, unions, targets, strict=True):
-                    yield ExpressionScore(*said, i, u, pixels, protocol.iou(i, u))
+            for offset in range(0, len(tokens), at_once):
+                predicted = processor.masks(logits[offset : offset + at_once], item.placement, protocol.threshold)
+                yield from _count(item, start + offset, predicted, protocol)
+
+
+def _count(item: ScoringItem, first: int, predicted: Tensor, protocol: ScoringProtocol) -> Iterator[ExpressionScore]:
+    """Compare masks with the truth. predicted: (k, H, W) bool, of the k sentences from `first` on."""
+    last = first + len(predicted)
+    truth = torch.stack([item.mask(sentence) for sentence in range(first, last)]).to(predicted.device)
+    intersections = (predicted & truth).sum((1, 2)).tolist()
+    unions = (predicted | truth).sum((1, 2)).tolist()
+    targets = truth.sum((1, 2)).tolist()
+    for sentence, i, u, target in zip(item.sentences[first:last], intersections, unions, targets, strict=True):
+        yield ExpressionScore(*sentence, i, u, target, protocol.iou(i, u))

@@ -44,7 +44,7 @@ from cmmasksd.pretraining.losses import changed_patches, contrastive_losses, len
 from cmmasksd.pretraining.model import build_clip, save_clip, train_tokenizer
 from cmmasksd.pretraining.retrieval import retrieval
 from cmmasksd.training.checkpoint import require_resumable
-from cmmasksd.training.loop import Log
+from cmmasksd.training.log import Log
 from cmmasksd.training.optim import parameter_groups
 
 if TYPE_CHECKING:
@@ -101,9 +101,8 @@ def pretrain(config: PretrainConfig) -> Path:
     )
     collate = Collate(tokenizer)
     loader = DataLoader(data, pairs, num_workers=config.workers, collate_fn=collate, persistent_workers=False)
-    log = Log(
-        out, json.dumps(asdict(config) | {"resume": False}, indent=2, default=str) + "\n", updates=start
-    )  # JSON is YAML
+    settings = json.dumps(asdict(config) | {"resume": False}, indent=2, default=str)  # JSON is YAML
+    log = Log(out, settings + "\n", updates=start)
     bar = tqdm(total=config.steps, initial=start, desc="pretrain", unit="step")
     begin, seen = time.perf_counter(), 0
     running, count = torch.zeros(2), 0

@@ -7,13 +7,11 @@ one that was not.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import reprlib
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -27,13 +25,12 @@ from torch import Tensor, nn
 
 from cmmasksd.config import Config, TrainingConfig
 from cmmasksd.data.datasets import open_dataset
-from cmmasksd.data.loading import Batch, TrainingBatches, TrainingItems, training_loader
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
-from cmmasksd.evaluation.results import write_atomically
+from cmmasksd.training.batches import Batch, TrainingBatches, TrainingItems, training_loader
 from cmmasksd.training.checkpoint import (
     STATE,
     read_state,
@@ -44,6 +41,7 @@ from cmmasksd.training.checkpoint import (
     save_model,
     save_state,
 )
+from cmmasksd.training.log import Log, Meter
 from cmmasksd.training.optim import parameter_groups, rate_scale, set_rates
 
 if TYPE_CHECKING:
@@ -214,9 +212,9 @@ def _run(config: Config, stop: SimpleNamespace) -> dict[str, Any]:
                 raise SystemExit(143)
             bar.set_postfix_str("validating")
             limit = config.data.val_references
-            _, validation, _ = evaluate(
+            validation = evaluate(
                 model, processor, val_data, accelerator=accelerator, workers=workers, references=limit, progress=False
-            )
+            ).scores
             stop.at_once = False
             if log:
                 log.write({"step": update, "epoch": epoch + 1, **validation})
@@ -476,90 +474,3 @@ def _require_finite(health: Tensor, objective: nn.Module, update: int) -> None:
     norm = float(nn.utils.get_total_norm(objective.parameters()))
     if not math.isfinite(norm):
         raise UserError(f"the norm of the weights is {norm} after update {update}: lower training.lr")
-
-
-class Meter:
-    """Means of the named losses, and references per second, since the last `take`."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # apart for each loss: those of the masked branches begin later
-        self.since = time.perf_counter()
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Count one forward pass, without waiting for the device."""
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def take(self, references: int) -> dict[str, float]:
-        """The means, and references per second; start again.
-
-        Args:
-            references: seen since the last `take`, in all processes.
-        """
-        row = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        row["references_per_s"] = references / (time.perf_counter() - self.since)
-        self.__init__()
-        return row
-
-
-class Log:
-    """metrics.jsonl, and TensorBoard where it is installed.
-
-    Args:
-        out: folder of the run.
-        config_yaml: written beside the log.
-        updates: number of updates that a resumed run has done; rows after them are dropped, since they will be written
-            again.
-        validated: last update whose validation is done; later validations are dropped, too. None: all are done.
-
-    Raises:
-        UserError: when the log of a resumed run holds anything but rows.
-    """
-
-    def __init__(self, out: Path, config_yaml: str, updates: int, validated: int | None = None) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / "metrics.jsonl"
-        kept = _rows(file, updates, updates if validated is None else validated) if updates and file.exists() else []
-        (out / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        write_atomically(file, "".join(kept))
-        self.file = file.open("a", encoding="utf-8", newline="\n")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.board = None
-        else:
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=updates or None)
-
-    def write(self, row: dict[str, float]) -> None:
-        """Write one row; "step" is the update."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, int(row["step"]))
-
-    def close(self) -> None:
-        """Close the files."""
-        self.file.close()
-        if self.board:
-            self.board.close()
-
-
-def _rows(file: Path, updates: int, validated: int) -> list[str]:
-    """The lines of a log up to an update. The last line may be cut short, as a crash leaves it."""
-    kept = []
-    *lines, _cut = file.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(row, dict) or type(step) is not int:
-            raise UserError(f"{file}, line {number}, is not a row of a run's log: mend or remove it, then resume")
-        if step <= (validated if "mIoU" in row else updates):
-            kept.append(line.decode("utf-8") + "\n")
-    return kept

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from cmmasksd.model.towers.base import Tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-
 @dataclass(frozen=True, slots=True)
 class Draw:
     """References of one image to load together, in an epoch (which decides their sentences)."""

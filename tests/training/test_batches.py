@@ -8,7 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmmasksd.data.loading import (
+from cmmasksd.data.samples import Expression, Reference
+from cmmasksd.data.scenes import SceneDataset
+from cmmasksd.data.workers import loaded
+from cmmasksd.errors import UserError
+from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.training.batches import (
     Batch,
     Draw,
     TrainingBatches,
@@ -16,11 +21,6 @@ from cmmasksd.data.loading import (
     fade,
     training_loader,
 )
-from cmmasksd.data.samples import Expression, Reference
-from cmmasksd.data.scenes import SceneDataset
-from cmmasksd.data.workers import loaded
-from cmmasksd.errors import UserError
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
 from noise import Noise
 
 

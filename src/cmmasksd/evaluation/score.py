@@ -1,0 +1,59 @@
+"""score(config): a model and a split by their names, scored and written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cmmasksd.config import ScoreConfig
+from cmmasksd.data.datasets import open_dataset
+from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
+from cmmasksd.evaluation.protocols import ORIGINAL
+from cmmasksd.evaluation.results import SplitScores, write_results
+from cmmasksd.model.locating import model_folder, weights_digest
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor
+
+
+def score(config: ScoreConfig, out: Path | None = None) -> SplitScores:
+    """Score a model on a split.
+
+    Every process of a launch calls it; the work is shared, and each gets the scores of the whole split.
+
+    Args:
+        config: model, split and threshold.
+        out: folder for `results.json` and `expressions.jsonl`, which the main process writes; None: write nothing.
+
+    Raises:
+        UserError: the model, the data set or the split cannot be opened, or a threshold is not a probability.
+    """
+    protocol = replace(ORIGINAL, threshold=config.threshold)
+    data = open_dataset(
+        config.data,
+        config.split,
+        root=config.root,
+        references=config.references,
+        seed=config.scene_seed,
+        canvas=config.scene_size,
+    )
+    accelerator = make_accelerator()
+    model = CMMaskSDModel.from_pretrained(config.model).to(accelerator.device)
+    processor = CMMaskSDProcessor.from_pretrained(config.model)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores
+    result = evaluate(model, processor, data, protocol=protocol, accelerator=accelerator, workers=config.workers)
+    result.provenance = _provenance(config, len(data), result.provenance)
+    if out is not None and accelerator.is_main_process:
+        write_results(out, result)
+    return result
+
+
+def _provenance(config: ScoreConfig, references: int, counts: dict[str, Any]) -> dict[str, Any]:
+    """What was scored, with the counts of scoring, in the order of `results.json`."""
+    provenance: dict[str, Any] = {"data": config.data, "model": config.model, **counts}
+    provenance["weights"] = weights_digest(model_folder(config.model))
+    if config.root is None:
+        scenes = {"scene_seed": config.scene_seed, "scene_size": config.scene_size}
+        provenance |= {"references": references, **scenes}
+    return provenance
