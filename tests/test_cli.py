@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from cmmasksd import cli
 from cmmasksd.cli import demo, report
-from cmmasksd.config import DATASETS
+from cmmasksd.config import DATASETS, ScoreConfig
 from cmmasksd.data.masks import decode_segmentation, mask_to_polygons
 from cmmasksd.data.readers.refer import ReferDataset
 from cmmasksd.data.scenes import SceneDataset
@@ -949,7 +950,7 @@ def test_train_evaluate_and_report_on_own_data(kind: str, micro: list[str], tmp_
 def test_demo_twice(
     micro: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(demo, "SCENE_REFERENCES", 6)
+    monkeypatch.setattr(demo, "ScoreConfig", partial(ScoreConfig, references=6))
     kept = ["metrics.jsonl", "best/model.safetensors", "last/state.pt", "val/results.json", "testB/results.json"]
     seen = []
     for resume in ([], ["--resume"]):
@@ -970,7 +971,7 @@ def test_the_shipped_model_in_every_command(
     micro: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """`--model scenes`, offline and from a folder that knows nothing of the package, far above chance."""
-    monkeypatch.setattr(demo, "SCENE_REFERENCES", 60)
+    monkeypatch.setattr(demo, "ScoreConfig", partial(ScoreConfig, references=60))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     data = SceneDataset("scenes", "testB", 3, seed=5)
