@@ -66,7 +66,7 @@ def test_text_files_name_their_encoding(file: Path):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         modes = [part.value for part in [*node.args, *(key.value for key in node.keywords)] if _is_mode(part)]
         opens_text = name == "open" and isinstance(node.func, ast.Attribute) and modes and "b" not in modes[0]
-        if name in ("read_text", "write_text") or opens_text:
+        if (name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)) or opens_text:
             assert any(key.arg == "encoding" for key in node.keywords), f"{file}:{node.lineno}"
 
 
