@@ -36,12 +36,11 @@ def run(settings: Namespace) -> None:
     if model is None:
         train(config)
         model, log = str(out / "best"), out / "metrics.jsonl"
-    scenes = {"scene_seed": data.scene_seed, "scene_size": data.scene_size}
     splits = (data.val_split, "testB")
-    results = [
-        score(ScoreConfig(model, data.name, split, root=data.root, workers=data.workers, **scenes), out / split)
-        for split in splits
-    ]
+    results = []
+    for split in splits:
+        scored = ScoreConfig(**vars(data.of_split(split)) | {"references": 1500}, model=model, workers=data.workers)
+        results.append(score(scored, out / split))
     page = report(model, [out / split for split in splits], out / "report.html", root=data.root, metrics=log)
     print(format_table([result.as_dict() for result in results]))
     print(f"These are scores on generated scenes. Look at the pictures: {page}")
