@@ -202,7 +202,7 @@ class CMMaskSDModel(PreTrainedModel):
         config = kwargs.pop("config", None) or read_config(folder, **sizes)
         return build(cls, super().from_pretrained, config, read_weights(folder / WEIGHTS), folder, *args, **kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # pyright: ignore
         """Refused: transformers would upload the weights without the processor and without a card.
 
         Raises:
