@@ -37,10 +37,8 @@ def run(settings: Namespace) -> None:
         train(config)
         model, log = str(out / "best"), out / "metrics.jsonl"
     splits = (data.val_split, "testB")
-    results = []
-    for split in splits:
-        scored = ScoreConfig(**vars(data.of_split(split)) | {"references": 1500}, model=model, workers=data.workers)
-        results.append(score(scored, out / split))
+    scored = {"model": model, "root": data.root, "scene_seed": data.scene_seed, "scene_size": data.scene_size}
+    results = [score(ScoreConfig(data.name, split, workers=data.workers, **scored), out / split) for split in splits]
     page = report(model, [out / split for split in splits], out / "report.html", root=data.root, metrics=log)
     print(format_table([result.as_dict() for result in results]))
     print(f"These are scores on generated scenes. Look at the pictures: {page}")
