@@ -13,9 +13,11 @@ import torch
 import yaml
 
 from cmmasksd import cli
+from cmmasksd.errors import UserError
 from cmmasksd.model.locating import REQUIRED
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.publishing.hub import push_to_hub
 
 COMMIT = "c" * 40
 
@@ -148,9 +150,11 @@ def test_to_the_hub_and_back(trained: Path, scored: Path, net: Hub, capsys: pyte
 
 
 def test_a_model_in_memory(tiny_model: CMMaskSDModel, tiny_processor: CMMaskSDProcessor, net: Hub):
-    assert tiny_model.push_to_hub("someone/model", tiny_processor) == f"{net.url}/someone/model"
+    assert push_to_hub(tiny_model, tiny_processor, "someone/model") == f"{net.url}/someone/model"
     assert net.files.keys() == PUBLISHED - {"config.yaml"}
     assert same_logits(CMMaskSDModel.from_pretrained("someone/model"), tiny_model)
+    with pytest.raises(UserError, match=r"cmmasksd\.push_to_hub"):  # transformers' own would leave out the processor
+        tiny_model.push_to_hub("someone/other")
 
 
 def test_a_card_of_the_users_own(trained: Path, net: Hub, tmp_path: Path):

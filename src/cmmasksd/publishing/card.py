@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.evaluation.protocols import METRIC_NAMES
 from cmmasksd.evaluation.tables import percentages, protocol_lines
-from cmmasksd.model.auto import MODEL_TYPE
-from cmmasksd.model.locating import read_json, require
+from cmmasksd.model.locating import MODEL_TYPE, read_json, require
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
