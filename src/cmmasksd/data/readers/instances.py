@@ -63,18 +63,18 @@ def read_instances(
     segmentations: dict[int, bytes] = {}
     for ann_id, (image_id, segmentation) in annotations.items():
         _, *size = images[image_id]
-        match segmentation:
-            case [[int(start), int(end)]]:
-                segmentation = content[start:end]
-                if _is_sound(segmentation, *size):
-                    segmentations[ann_id] = segmentation
-                    continue
         try:
-            parsed = json.loads(segmentation) if isinstance(segmentation, bytes) else segmentation
-            usable, without_area = usable_segmentation(parsed, *size)
+            match segmentation:
+                case [[int(start), int(end)]]:
+                    text = content[start:end]
+                    if _is_sound(text, *size):
+                        segmentations[ann_id] = text
+                        continue
+                case _:  # RLE, or something wrong
+                    text = json.dumps(segmentation).encode()
+            usable, without_area = usable_segmentation(json.loads(text), *size)
             if usable:
-                unchanged = isinstance(segmentation, bytes) and not without_area
-                segmentations[ann_id] = segmentation if unchanged else json.dumps(usable).encode()
+                segmentations[ann_id] = json.dumps(usable).encode() if without_area else text
         except (ValueError, RecursionError) as error:  # our own UserError, or JSON's
             raise UserError(f"annotation {ann_id} of {path}: {error}; download the file again") from None
         if without_area:
