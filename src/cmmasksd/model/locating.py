@@ -15,6 +15,8 @@ from typing import Any
 from cmmasksd.assets import located
 from cmmasksd.errors import UserError, reason, shown
 
+MODEL_TYPE = "cmmasksd"
+"""`model_type` in the config.json of our models."""
 REQUIRED = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 FILES = (*REQUIRED, "config.yaml", "distillation.safetensors")
 TOKENIZER_FILES = (

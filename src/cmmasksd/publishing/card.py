@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.model.auto import MODEL_TYPE
-from cmmasksd.model.locating import read_json, require
+from cmmasksd.model.locating import MODEL_TYPE, read_json, require
 
 CARD = "README.md"
 
