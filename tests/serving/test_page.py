@@ -55,7 +55,7 @@ def address(running, segmenter: Segmenter) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A picture file and two sentences about it."""
-    data = SceneDataset("scenes", "val", 40, seed=0, canvas=200)
+    data = SceneDataset("scenes", "val", 40, seed=0, scene_size=200)
     reference = next(one for one in data if one.image_id == 100000010)
     file = tmp_path_factory.mktemp("scene") / "my scene.png"
     Image.fromarray(data.image(reference)[:150]).save(file)
