@@ -26,7 +26,8 @@ import torch
 from PIL import Image
 
 from cmmasksd.data.images import read_image
-from cmmasksd.inference.predictor import Encoded, Segmentation, Segmenter
+from cmmasksd.inference.base import Encoded, Segmentation
+from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.correlation import correlation
 from cmmasksd.serving.settings import ServeSettings
 
