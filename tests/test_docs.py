@@ -92,7 +92,7 @@ def test_the_reference_knows_what_is_called():
     for part in (
         "#### BaseSegmenter.segment",
         "#### Segmenter.from_pretrained",
-        "#### CMMaskSDModel.push_to_hub",
+        "#### push_to_hub",
         "**Raises**",
         "- `threshold`: ",
         "## Data",

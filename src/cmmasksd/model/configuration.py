@@ -16,7 +16,7 @@ from typing import Any
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 from cmmasksd.errors import UserError, shown
-from cmmasksd.model.locating import read_json
+from cmmasksd.model.locating import MODEL_TYPE, read_json
 
 # The largest public CLIPs have 48 layers of width 5,120 and 15,360 hidden channels.
 _OURS = {
@@ -62,7 +62,7 @@ class CMMaskSDConfig(PreTrainedConfig):
         UserError: for sizes that are out of bounds or do not fit together.
     """
 
-    model_type = "cmmasksd"
+    model_type = MODEL_TYPE
     sub_configs = {"clip_config": CLIPConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
 
     clip_config: Any = None
