@@ -253,7 +253,7 @@ MISTAKES = [
     (PREDICT + " --image narrow.png --text x", "narrow.png of 9x910 has sides of a ratio above 100: crop it first"),
     (PREDICT + " --image empty --text x", "empty holds no image (.jpg,"),
     (PREDICT + " --image rows.jsonl --text x", "leave out --text"),
-    (PREDICT + " --image bad.csv", "bad.csv, line 2 has an empty sentence"),
+    (PREDICT + " --image bad.csv", "bad.csv, line 2: a sentence is empty"),
     (PREDICT + " --image absent.jsonl", "absent.jsonl does not exist"),
     (PREDICT + " --image good.png --texts absent.txt", "absent.txt does not exist"),
     (PREDICT + " --image good.png --texts blank.txt", "blank.txt has no sentence"),

@@ -76,10 +76,7 @@ def require_between(option: str, value: int, least: int, most: int) -> None:
 
 
 def require_words(texts: list[str]) -> None:
-    from cmmasksd.data.samples import is_blank, is_text
+    from cmmasksd.data.samples import require_expression
 
     for text in texts:
-        if is_blank(text):
-            raise UserError("--text is empty: give a sentence of at least one word")
-        if not is_text(text):
-            raise UserError(f"--text {text!r} is not UTF-8 text: type it again")
+        require_expression(text, "--text")
