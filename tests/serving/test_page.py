@@ -134,6 +134,16 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
     assert "spotted" in (page.get_attribute("#view", "aria-label") or "")
     page.hover("h1")
     assert changed(drawn, canvas(page)) == 0
+    page.click(".word >> nth=0")
+    pinned = canvas(page)
+    assert changed(drawn, pinned) > 0.9
+    page.hover(".word >> nth=2")
+    assert changed(pinned, canvas(page)) > 0
+    page.hover("h1")
+    assert changed(pinned, canvas(page)) == 0
+    page.click(".word >> nth=0")
+    page.hover("h1")
+    assert changed(drawn, canvas(page)) == 0
     page.uncheck("#legend input >> nth=0")
     assert 0 < changed(drawn, canvas(page)) < 0.2
     assert requests == []  # all of that on the page alone
@@ -212,7 +222,7 @@ def test_by_keyboard_alone(page: Page):
 def test_errors_in_words(page: Page, tmp_path: Path, scene):
     alert = page.get_by_role("alert")
     page.click("#find")
-    assert "picture" in alert.inner_text()
+    assert "image" in alert.inner_text()
     (tmp_path / "notes.txt").write_text("no picture")
     page.set_input_files("#file", tmp_path / "notes.txt")
     page.wait_for_function("() => document.getElementById('error').textContent.includes('notes.txt')")
