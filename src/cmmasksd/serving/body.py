@@ -96,7 +96,7 @@ async def _read_form(request: Request, settings: ServeSettings) -> dict[str, Any
                 else:
                     fields[name] = await value.read() if isinstance(value, UploadFile) else value
             return fields
-    except (MultiPartException, ValueError) as error:  # ValueError: python-multipart's own, in older versions of starlette
+    except (MultiPartException, ValueError) as error:  # ValueError: older versions of starlette
         reason = getattr(error, "message", "it is malformed")
         raise Refusal(400, "bad_form", f"the form cannot be read: {reason}") from None
 
