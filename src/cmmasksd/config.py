@@ -187,6 +187,8 @@ class TrainingConfig:
         log_every: updates between lines of metrics.jsonl.
         validate_every: epochs between validations; the last epoch is always validated.
         save_every: also save after so many updates within an epoch (0: at the end of epochs only).
+        trackers: experiment trackers that get the rows of metrics.jsonl too, by accelerate's names (tensorboard, wandb,
+            mlflow, …), comma-separated. None: TensorBoard where it is installed.
         resume: resume the run in `out` from its last checkpoint, with the same settings.
         allow_change: settings that may differ from those of the run that is resumed: dotted keys, comma-separated.
     """
@@ -207,6 +209,7 @@ class TrainingConfig:
     log_every: int = 10
     validate_every: int = 1
     save_every: int = 0
+    trackers: list[str] | str | None = None
     resume: bool = False
     allow_change: list[str] | str = field(default_factory=list)
 
@@ -218,8 +221,9 @@ class TrainingConfig:
                     "training.batch too, the references per update over all processes"
                 )
             self.batch = 24
-        if isinstance(self.allow_change, str):
-            self.allow_change = re.findall(r"[^\s,]+", self.allow_change)
+        for name in ("allow_change", "trackers"):
+            if isinstance(given := getattr(self, name), str):
+                setattr(self, name, re.findall(r"[^\s,]+", given))
         for name in ("epochs", "batch", "batch_size", "log_every", "validate_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
