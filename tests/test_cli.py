@@ -171,7 +171,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path):
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "cmmasksd train: training.epochs is 0: it must be at least 1\n"
+    assert done.stderr == "cmmasksd train: training.epochs must be at least 1, got 0\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -195,11 +195,11 @@ MISTAKES = [
     ("train --data photos", "--data stands for a group of settings: name one of them, --data.name (see"),
     ("train --model x", "--model.backbone or --model.weights (see"),
     ("train --training x", "--training.KEY (see"),
-    ("train --data.name photos", "--data.name 'photos' is an unknown data set: choose one of scenes,"),
-    ("demo --data.name photos", "--data.name 'photos' is an unknown data set"),
+    ("train --data.name photos", "--data.name: Expected one of 'scenes', 'scenes+', 'scenesg', "),
+    ("demo --data.name photos", "--data.name: Expected one of 'scenes', "),
     ("train --config empty", "empty"),
     ("train --data.workers abc", "--data.workers: Expected a int. Got value: abc"),
-    ("train --training.lr .inf", "training.lr is inf: it must be a positive number"),
+    ("train --training.lr .inf", "training.lr must be above 0, got inf"),
     (
         "train --training.accumulate 2",
         "--training.accumulate 2; it follows from training.batch, the references per update",
@@ -213,24 +213,27 @@ MISTAKES = [
     ("train --model.resize squash", "--model.resize: Expected one of 'warp', 'letterbox'. Got value: squash"),
     ("train --model.size 128", "--model.size"),
     ("train --training.lr nan", "--training.lr"),
-    ("train --distillation.vision_ratio 3", "vision_ratio 3.0"),
+    ("train --distillation.vision_ratio 3", "distillation.vision_ratio must be between 0 and 1 (exclusive), got 3.0"),
     ("train --model.backbone absent", "model folder absent"),
     ("train --training.out {run}", "--resume"),
     ("train --training.out new --resume", "no run to resume"),
     ("demo --data.name refcoco", "cmmasksd train"),
-    ("evaluate", "required: --model"),
-    (EVALUATE + " --data refcoco9 --split val", ", ".join(DATASETS)),
+    ("evaluate", "required: --data, --split, --model, --out"),
+    (EVALUATE + " --data refcoco9 --split val", "--data: Expected one of " + str(DATASETS)[1:-1]),
     (EVALUATE + " --data scenes --split tset", "train, val, testA, testB"),
     (EVALUATE + " --data scenes --split val --root {release}", "leave out --root"),
-    (EVALUATE + " --data scenes --split val --references 0", "--references is 0"),
-    (EVALUATE + " --data scenes --split val --references 99999999999", "from 1 to 10000000"),
-    (EVALUATE + " --data scenes --split val --scene_size 7", "--scene_size is 7: give a whole number from 64"),
-    (EVALUATE + " --data scenes --split val --scene_size 99999", "--scene_size is 99999"),
+    (EVALUATE + " --data scenes --split val --references 0", "references must be between 1 and 10000000, got 0"),
+    (
+        EVALUATE + " --data scenes --split val --references 99999999999",
+        "references must be between 1 and 10000000, got 99999999999",
+    ),
+    (EVALUATE + " --data scenes --split val --scene_size 7", "scene_size must be between 64 and 4096, got 7"),
+    (EVALUATE + " --data scenes --split val --scene_size 99999", "scene_size must be between 64 and 4096, got 99999"),
     (EVALUATE + " --data scenes --split val --threshold .nan", "threshold is nan"),
     (EVALUATE + " --data scenes --split val --threshold x", "--threshold"),
-    (EVALUATE + " --data scenes --split val --workers 9999", "--workers is 9999"),
+    (EVALUATE + " --data scenes --split val --workers 9999", "workers must be between 0 and 256, got 9999"),
     (EVALUATE + " --data scenes --split val --threshold 1.5", "between 0 and 1"),
-    (EVALUATE + " --data scenes --split val --workers -1", "--workers is -1"),
+    (EVALUATE + " --data scenes --split val --workers -1", "workers must be between 0 and 256, got -1"),
     (EVALUATE + " --data refcoco --split val", "--root"),
     (EVALUATE + " --data refcoco --split val --root absent", "absent"),
     (EVALUATE + " --data refcoco --split tset --root {release}", "val"),
@@ -244,8 +247,8 @@ MISTAKES = [
     ("compare absent absent", "absent"),
     ("compare empty empty", "cmmasksd evaluate"),
     ("compare absent absent --metrics IoU", "--metrics"),
-    ("compare absent absent --resamples 5", "--resamples is 5"),
-    ("compare absent absent --seed -1", "--seed is -1"),
+    ("compare absent absent --resamples 5", "--resamples must be between 100 and 10000000, got 5"),
+    ("compare absent absent --seed -1", "--seed must be between 0 and 9223372036854775807, got -1"),
     ("predict --model {model} --image good.png", "no sentence given: say what to look for with --text"),
     (PREDICT + " --image absent.png --text x", "absent.png does not exist"),
     (PREDICT + " --image text.jpg --text x", "not an image"),
@@ -253,7 +256,7 @@ MISTAKES = [
     (PREDICT + " --image narrow.png --text x", "narrow.png of 9x910 has sides of a ratio above 100: crop it first"),
     (PREDICT + " --image empty --text x", "empty holds no image (.jpg,"),
     (PREDICT + " --image rows.jsonl --text x", "leave out --text"),
-    (PREDICT + " --image bad.csv", "bad.csv, line 2 has an empty sentence"),
+    (PREDICT + " --image bad.csv", "bad.csv, line 2: a sentence is empty"),
     (PREDICT + " --image absent.jsonl", "absent.jsonl does not exist"),
     (PREDICT + " --image good.png --texts absent.txt", "absent.txt does not exist"),
     (PREDICT + " --image good.png --texts blank.txt", "blank.txt has no sentence"),
@@ -291,11 +294,14 @@ MISTAKES = [
     ("explain --model {model} --image good.png --text=", "--text is empty"),
     ("explain --model {model} --image absent.png --text x", "absent.png does not exist"),
     ("explain --model {model} --image https://example.org/a.jpg --text x", "URLs are not fetched"),
-    ("explain --model {model} --image good.png --text x --seed -1", "--seed is -1"),
+    (
+        "explain --model {model} --image good.png --text x --seed -1",
+        "--seed must be between 0 and 9223372036854775807, got -1",
+    ),
     ("explain --model absent --image good.png --text x", "model folder absent"),
     ("data scenes --out out --name refcoco", "--name: Expected one of 'scenes', 'scenes+', 'scenesg'"),
-    ("data scenes --out out --train 0", "--train is 0"),
-    ("data scenes --out out --size 10", "--size is 10"),
+    ("data scenes --out out --train 0", "--train must be between 1 and 10000000, got 0"),
+    ("data scenes --out out --size 10", "--size must be between 64 and 4096, got 10"),
     ("data scenes --out {release} --train 3 --test 3 --size 64", "already exists"),
     ("data scenes --out {file}/out --train 3 --test 3 --size 64", "Not a directory"),
     ("push --model absent --to ./pushed", "model folder absent"),
@@ -530,7 +536,7 @@ def test_evaluate_and_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert header.index("mIoU") == header.index("oIoU") + 1
 
     results, rows = json.loads((out / "results.json").read_text()), lines(out / "expressions.jsonl")
-    data = SceneDataset("scenes", "testA", 6, seed=0, canvas=64)
+    data = SceneDataset("scenes", "testA", 6, seed=0, scene_size=64)
     said = {e.sent_id: (r.ref_id, r.image_id, e.text) for r in (data[i] for i in range(6)) for e in r.expressions}
     assert {row["sent_id"]: (row["ref_id"], row["image_id"], row["sentence"]) for row in rows} == said
     assert results["split"] == "testA"
@@ -887,7 +893,10 @@ def test_explain(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 def test_scenes_as_a_release(release: Path):
     """Every sentence is kept, and every mask but for the polygons' rounding."""
     for split, count in {"train": 12, "val": 6, "testA": 6, "testB": 6}.items():
-        read, made = ReferDataset("refcoco", release, split), SceneDataset("scenes", split, count, seed=0, canvas=64)
+        read, made = (
+            ReferDataset("refcoco", release, split),
+            SceneDataset("scenes", split, count, seed=0, scene_size=64),
+        )
         assert len(read) == len(made) == count
         for index in range(count):
             a, b = read[index], made[index]
@@ -917,7 +926,7 @@ def test_train_and_evaluate_on_a_release(release: Path, micro: list[str], tmp_pa
 @pytest.mark.parametrize("kind", ["jsonl", "labelme"])
 def test_train_evaluate_and_report_on_own_data(kind: str, micro: list[str], tmp_path: Path):
     """No row names a split; --data.root is a file, or a folder of labelme files."""
-    scenes, own = SceneDataset("scenes", "train", 18, canvas=64), tmp_path / "own"
+    scenes, own = SceneDataset("scenes", "train", 18, scene_size=64), tmp_path / "own"
     own.mkdir()
     rows = []
     for group in scenes.groups():

@@ -20,7 +20,7 @@ import torch
 from cmmasksd.assets import located
 from cmmasksd.cli import main as cmmasksd
 from cmmasksd.model.modeling import CMMaskSDModel
-from cmmasksd.publishing.hub import contents
+from cmmasksd.publishing.hub import public_settings
 from cmmasksd.training.checkpoint import WEIGHTS
 
 SPLITS = ("val", "testB")
@@ -37,9 +37,7 @@ def store(trained: Path, out: Path) -> CMMaskSDModel:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(trained, out, ignore=shutil.ignore_patterns("model.safetensors", "config.json", "state.pt*"))
     model.save_pretrained(out)
-    settings = contents(out, "").get("config.yaml")  # without folders of this machine
-    if isinstance(settings, bytes):
-        (out / "config.yaml").write_bytes(settings)
+    (out / "config.yaml").write_bytes(public_settings(out))
     return model
 
 

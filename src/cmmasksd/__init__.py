@@ -1,7 +1,6 @@
 """CM-MaskSD: referring image segmentation with cross-modal masked self-distillation.
 
-The names below are loaded when they are first used, so that `import cmmasksd` and `cmmasksd --help` stay quick. The
-import makes transformers' AutoModel and its relatives know our models (see `cmmasksd.model.auto`).
+The names below are loaded when they are first used, so that `import cmmasksd` and `cmmasksd --help` stay fast.
 """
 
 from __future__ import annotations
@@ -9,38 +8,34 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cmmasksd.model.auto import register
-
 if TYPE_CHECKING:
     from cmmasksd.errors import UserError as UserError
+    from cmmasksd.inference.base import Segmentation as Segmentation
     from cmmasksd.inference.formats import overlay_all as overlay_all
     from cmmasksd.inference.formats import to_coco as to_coco
     from cmmasksd.inference.formats import to_detections as to_detections
     from cmmasksd.inference.formats import to_labelme as to_labelme
-    from cmmasksd.inference.predictor import Segmentation as Segmentation
     from cmmasksd.inference.predictor import Segmenter as Segmenter
-    from cmmasksd.model.configuration import CMMaskSDConfig as CMMaskSDConfig
-    from cmmasksd.model.modeling import CMMaskSDModel as CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor as CMMaskSDProcessor
+    from cmmasksd.model.auto import CMMaskSDConfig as CMMaskSDConfig
+    from cmmasksd.model.auto import CMMaskSDModel as CMMaskSDModel
+    from cmmasksd.model.auto import CMMaskSDProcessor as CMMaskSDProcessor
     from cmmasksd.publishing.hub import push_to_hub as push_to_hub
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
     "UserError": "cmmasksd.errors",
-    "Segmentation": "cmmasksd.inference.predictor",
+    "Segmentation": "cmmasksd.inference.base",
     "Segmenter": "cmmasksd.inference.predictor",
     "overlay_all": "cmmasksd.inference.formats",
     "to_coco": "cmmasksd.inference.formats",
     "to_detections": "cmmasksd.inference.formats",
     "to_labelme": "cmmasksd.inference.formats",
-    "CMMaskSDConfig": "cmmasksd.model.configuration",
-    "CMMaskSDModel": "cmmasksd.model.modeling",
-    "CMMaskSDProcessor": "cmmasksd.model.processing",
+    "CMMaskSDConfig": "cmmasksd.model.auto",
+    "CMMaskSDModel": "cmmasksd.model.auto",
+    "CMMaskSDProcessor": "cmmasksd.model.auto",
     "push_to_hub": "cmmasksd.publishing.hub",
 }
-
-register()
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ from cmmasksd.inference.onnx import ExportSettings, resize_bicubic, restore
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer, tokenize
-from cmmasksd.serving.engine import word_maps
+from cmmasksd.serving.results import word_maps
 
 ORT = Path(__file__).parents[2] / "web/node_modules/onnxruntime-web/dist"
 SENTENCES = [
@@ -235,7 +235,7 @@ def test_words_have_maps_and_mistakes_are_said(page, pictures):
         arg=[list(file.read_bytes()), texts],
     ).json_value()
     assert answer["said"] == [
-        "This file is not a picture that the browser can read.",
+        "This file is not an image that the browser can read.",
         "An empty sentence names no object: give at least one word.",
     ]
     assert (answer["width"], answer["height"]) == (128, 128)

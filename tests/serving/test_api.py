@@ -279,7 +279,7 @@ def test_the_examples_are_scenes_of_ours():
     from cmmasksd.data.scenes import SceneDataset
 
     folder = PAGE / "examples"
-    data = SceneDataset("scenes", "val", 40, seed=0, canvas=384)
+    data = SceneDataset("scenes", "val", 40, seed=0, scene_size=384)
     for example in json.loads((folder / "examples.json").read_text())["examples"]:
         references = [one for one in data if one.image_id == example["image_id"]]
         with Image.open(folder / example["file"]) as image:
@@ -628,7 +628,7 @@ def test_one_address_gets_half_of_the_places(
     caplog: pytest.LogCaptureFixture,
     until: Callable,
 ):
-    monkeypatch.setattr("cmmasksd.serving.server._once_a_minute._said", {})
+    monkeypatch.setattr("cmmasksd.serving.server._once_a_minute._last", {})
     good = as_form(png(picture()), ["red"])
     with running(segmenter, "tiny", ServeSettings(port=0, connections=8, body_timeout=300)) as (host, port, _):
         held = [connect(host, port) for _ in range(4)]

@@ -5,7 +5,6 @@ Only the files named here are downloaded: weights without pickle, JSON, YAML. No
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,10 @@ from typing import Any
 
 from cmmasksd.assets import located
 from cmmasksd.errors import UserError, reason, shown
+from cmmasksd.files import sha256
 
+MODEL_TYPE = "cmmasksd"
+"""`model_type` in the config.json of our models."""
 REQUIRED = ("config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
 FILES = (*REQUIRED, "config.yaml", "distillation.safetensors")
 TOKENIZER_FILES = (
@@ -146,5 +148,4 @@ def no_panic() -> Iterator[None]:
 
 def weights_digest(folder: Path) -> str:
     """SHA-256 of a model's weights; `evaluate` stores it, so that no card shows another model's scores."""
-    with (folder / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(folder / "model.safetensors")

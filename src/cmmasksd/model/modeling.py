@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, CLIPModel, PreTrainedModel
+from transformers import CLIPModel, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from cmmasksd.errors import UserError
 from cmmasksd.model.configuration import CMMaskSDConfig, read_config
 from cmmasksd.model.decoder import Attention, FusionDecoder
 from cmmasksd.model.loading import WEIGHTS, build, load_clip, read_weights
@@ -201,11 +202,13 @@ class CMMaskSDModel(PreTrainedModel):
         config = kwargs.pop("config", None) or read_config(folder, **sizes)
         return build(cls, super().from_pretrained, config, read_weights(folder / WEIGHTS), folder, *args, **kwargs)
 
-    def push_to_hub(self, repo_id: str, processor: Any, **options: Any) -> str:  # pyright: ignore
-        """Upload the model with its processor and a generated card: `cmmasksd.push_to_hub` as a method."""
-        from cmmasksd import push_to_hub  # the package's public name: nothing here knows how to publish
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # pyright: ignore
+        """Refused: transformers would upload the weights without the processor and without a card.
 
-        return push_to_hub(self, processor, repo_id, **options)
-
-
-AutoModel.register(CMMaskSDConfig, CMMaskSDModel, exist_ok=True)  # see cmmasksd.model.auto
+        Raises:
+            UserError: always; it names `cmmasksd.push_to_hub`.
+        """
+        raise UserError(
+            "a model is uploaded with its processor and a generated card: use cmmasksd.push_to_hub(model, processor, "
+            "repo_id)"
+        )

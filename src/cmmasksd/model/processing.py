@@ -20,8 +20,8 @@ from torch import Tensor
 
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.model.auto import MODEL_TYPE
 from cmmasksd.model.locating import (
+    MODEL_TYPE,
     TOKENIZER_BYTES,
     TOKENIZER_FILES,
     files_of,
@@ -277,7 +277,8 @@ class CMMaskSDProcessor:
         Raises:
             UserError: when the files are not those of a processor of ours.
         """
-        folder = model_folder(name, **hub)
+        hub = {key: value for key, value in hub.items() if key not in ("trust_remote_code", "_from_auto")}
+        folder = model_folder(name, **hub)  # AutoProcessor also passes the two keys above
         file = folder / FILE_NAME
         require(folder, (FILE_NAME, "tokenizer.json", "tokenizer_config.json"))
         settings = read_json(file)

@@ -1,166 +1,145 @@
-"""The model card: README.md of a published model, from its files and its scores."""
+"""The model card: README.md of a published model, made from card.md.jinja, the model's files and its scores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.model.auto import MODEL_TYPE
-from cmmasksd.model.locating import read_json, require
+from cmmasksd.evaluation.protocols import METRIC_NAMES
+from cmmasksd.evaluation.tables import percentages, protocol_lines
+from cmmasksd.model.locating import MODEL_TYPE, read_json, require
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 CARD = "README.md"
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 def model_card(folder: Path, name: str, results: Sequence[Mapping[str, Any]] = (), *, licence: str = "mit") -> str:
-    """The README.md of a model, from its files and its scores.
+    """Write the README.md of a model.
 
     Args:
-        folder: of the model.
-        name: USER/NAME, or what the folder is called.
-        results: as `cmmasksd.evaluation.results.read_results` gives them, one per scored split.
-        licence: of the weights, by the hub's identifier.
+        folder: folder of the model.
+        name: USER/NAME on the hub, or the name of the published folder.
+        results: one per scored split, as `cmmasksd.evaluation.results.read_results` gives them.
+        licence: licence of the weights, by the hub's identifier.
+
+    Returns:
+        Markdown with the hub's metadata in front.
 
     Raises:
-        UserError: as `contents`.
+        UserError: the folder lacks a file that loading needs or holds another kind of model, or one split was scored
+            by two protocols.
     """
-    import yaml
-
-    check_folder(folder)
-    settings = read_settings(folder)
-    header: dict[str, Any] = {
-        "license": licence,
-        "library_name": "cmmasksd",
-        "pipeline_tag": "image-segmentation",
-        "tags": ["referring-image-segmentation", "clip", "cm-masksd"],
-    }
-    if results:
-        header["model-index"] = [{"name": name.split("/")[-1], "results": [_index_entry(one) for one in results]}]
-    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
-    scenes = str(settings.get("data", {}).get("name", "")).startswith("scenes")
-    parts = [
-        f"---\n{front}---\n",
-        f"# {name}\n",
-        "Referring image segmentation: an image and a sentence in, the mask of what the sentence names out. Made with "
-        "cmmasksd, a public implementation of [CM-MaskSD](https://arxiv.org/abs/2305.11481).\n",
-        "## Use\n",
-        "```python\nfrom cmmasksd import Segmenter  # pip install cmmasksd\n"
-        f'segmenter = Segmenter.from_pretrained("{name}")\n'
-        'mask = segmenter.segment("picture.jpg", "the red circle on the left")[0].mask  # (H, W) bool\n```\n',
-        "## Scores\n",
-        *_scores(results, scenes),
-        "## Data\n",
-        _data(settings),
-        "## Configuration\n",
-        *_configuration(folder, settings),
-        "## Limits\n",
-        *_limits(folder, scenes),
-        "## Licence\n",
-        f"The weights: {licence}. CM-MaskSD is the work of its authors; cmmasksd is independent of them.\n",
-    ]
-    return "\n".join(parts)
-
-
-def _metrics(result: Mapping[str, Any]) -> list[str]:
-    return ["oIoU", "mIoU", *sorted(key for key in result if key.startswith("P@"))]
-
-
-def _index_entry(result: Mapping[str, Any]) -> dict[str, Any]:
-    data, split = str(result.get("data", "unknown")), str(result["split"])
-    return {
-        "task": {"type": "image-segmentation", "name": "Referring image segmentation"},
-        "dataset": {"name": f"{data} {split}", "type": data, "split": split, "args": dict(result["protocol"])},
-        "metrics": [{"type": key, "name": key, "value": round(100 * result[key], 2)} for key in _metrics(result)],
-    }
-
-
-def _scores(results: Sequence[Mapping[str, Any]], scenes: bool) -> Iterable[str]:
-    if not results:
-        yield "None were given when this card was written.\n"
-        return
-    columns = _metrics(results[0])
-    yield f"| data | split | expressions | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 3)}"
-    for result in results:
-        cells = [str(result.get("data", "?")), str(result["split"]), str(result["expressions"])]
-        yield f"| {' | '.join([*cells, *(f'{100 * result[key]:.2f}' for key in columns)])} |"
-    yield (
-        "\nIn percent. oIoU is the sum of intersections over the sum of unions, mIoU the mean over sentences; papers "
-        "print either as IoU."
-    )
-    for protocol in dict.fromkeys(tuple(result["protocol"].items()) for result in results):
-        yield "Protocol: " + ", ".join(f"{key} `{value}`" for key, value in protocol) + "."
-    if any(str(result.get("data", "")).startswith("scenes") for result in results) or scenes:
-        yield "Scores on generated scenes compare with no published figure."
-    yield ""
-
-
-def _data(settings: Mapping[str, Any]) -> str:
-    data = settings.get("data", {})
-    if "name" not in data:
-        return "The model's folder does not record it.\n"
-    if str(data["name"]).startswith("scenes"):
-        return (
-            f"Generated scenes of coloured shapes (style `{data['name']}`, {data.get('train_references')} references, "
-            f"seed {data.get('scene_seed')}); the best checkpoint was chosen on their `{data.get('val_split')}`.\n"
-        )
-    name = "Pictures labelled by the author (`manifest`)" if data["name"] == "manifest" else f"`{data['name']}`"
-    return (
-        f"{name}, trained on `{data.get('train_split')}`; the best checkpoint was chosen on "
-        f"`{data.get('val_split')}`. The images have their own terms of use.\n"
-    )
-
-
-def _configuration(folder: Path, settings: Mapping[str, Any]) -> Iterable[str]:
-    from safetensors import safe_open
+    from huggingface_hub import ModelCard, ModelCardData
 
     from cmmasksd.model.configuration import read_config
     from cmmasksd.model.processing import CMMaskSDProcessor
 
-    config, processor = read_config(folder), CMMaskSDProcessor.from_pretrained(folder)
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118 (no mapping)
-        kinds = sorted({one.get_dtype() for one in slices})
-        count = sum(math.prod(one.get_shape()) for one in slices)
-    height, width = processor.size
-    yield "| | |\n|---|---|"
-    yield f"| weights | {count / 1e6:.1f} M, {', '.join(kinds)} |"
-    yield f"| input | {height}×{width} pixels (`{processor.resize}`), at most {processor.max_tokens} tokens |"
-    joint = config.clip_config.projection_dim
-    yield f"| CLIP | patches of {processor.patch_size} pixels, joint width {joint} |"
-    yield f"| decoder | {config.decoder_layers} layers of width {config.decoder_width} |"
-    if how := settings.get("distillation"):
-        on = [name for key, name in (("vision", "LMVSD"), ("language", "VMLSD")) if how.get(key)]
-        said = f"{' and '.join(on)}, loss `{how.get('loss')}`" if on else "none"
-        yield f"| masked branches, while training | {said} |"
-    yield "\nEvery setting is in `config.yaml`.\n" if settings else ""
+    check_folder(folder)
+    settings = read_settings(folder)
+    data = settings.get("data", {})
+    scenes = str(data.get("name", "")).startswith("scenes")
+    metadata = ModelCardData(
+        license=licence,
+        library_name="cmmasksd",
+        pipeline_tag="image-segmentation",
+        tags=["referring-image-segmentation", "clip", "cm-masksd"],
+        model_name=name.split("/")[-1] if results else None,
+        eval_results=list(_eval_results(results)) or None,
+    )
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        name=name,
+        metrics=METRIC_NAMES,
+        rows=[[_data(result), result["split"], result["expressions"], *percentages(result)] for result in results],
+        protocols=protocol_lines(results),
+        on_scenes=scenes or any(_data(result).startswith("scenes") for result in results),
+        data=data,
+        scenes=scenes,
+        config=read_config(folder),
+        processor=CMMaskSDProcessor.from_pretrained(folder),
+        weights=_weights(folder / "model.safetensors"),
+        branches=_branches(settings.get("distillation", {})),
+    )
+    return f"{card}\n"
 
 
-def _limits(folder: Path, scenes: bool) -> Iterable[str]:
-    if scenes:
-        yield "- It knows generated scenes of coloured shapes and is of no use on photographs."
-    yield "- A sentence that names nothing in the picture may still get a mask."
-    yield "- A score is the mean probability inside the mask, not a calibrated confidence."
-    longest = read_json(folder / "processor_config.json")["max_tokens"]
-    yield f"- A sentence is cut after {longest} tokens. Words that its training did not have are guesses.\n"
+def _data(result: Mapping[str, Any]) -> str:
+    return result.get("data", "unknown")
+
+
+def _eval_results(results: Sequence[Mapping[str, Any]]) -> Iterator[EvalResult]:
+    """The scores as the hub's metadata; the hub keeps one protocol (`dataset_args`) per split of a data set."""
+    from huggingface_hub import EvalResult
+
+    protocols: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for result in results:
+        data, split, protocol = _data(result), result["split"], result["protocol"]
+        if protocols.setdefault((data, split), protocol) != protocol:
+            raise UserError(f"{data} {split} was scored by two protocols: give the results of one")
+        for metric in METRIC_NAMES:
+            yield EvalResult(
+                task_type="image-segmentation",
+                task_name="Referring image segmentation",
+                dataset_type=data,
+                dataset_name=f"{data} {split}",
+                dataset_split=split,
+                dataset_args=dict(protocol),
+                metric_type=metric,
+                metric_name=metric,
+                metric_value=round(100 * result[metric], 2),
+            )
+
+
+def _weights(file: Path) -> str:
+    """Number and types of the weights in a file, as text."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as weights:
+        slices = [weights.get_slice(key) for key in weights.keys()]  # noqa: SIM118 (no mapping)
+        count = sum(math.prod(weight.get_shape()) for weight in slices)
+        return f"{count / 1e6:.1f} M, {', '.join(sorted({weight.get_dtype() for weight in slices}))}"
+
+
+def _branches(distillation: Mapping[str, Any]) -> str:
+    """The masked branches that a training had, as text; empty where its settings are not recorded."""
+    if not distillation:
+        return ""
+    names = [name for key, name in (("vision", "LMVSD"), ("language", "VMLSD")) if distillation.get(key)]
+    return f"{' and '.join(names)}, loss `{distillation.get('loss')}`" if names else "none"
 
 
 def check_folder(folder: Path) -> None:
+    """Stop where a folder does not hold a whole model of ours.
+
+    Raises:
+        UserError: a file that loading needs is missing, or the model is of another kind.
+    """
     require(folder)
     if (kind := read_json(folder / "config.json").get("model_type")) != MODEL_TYPE:
-        raise UserError(f"{folder} is a {shown(kind)} model, not a {MODEL_TYPE!r}: give the folder of a trained model")
+        raise UserError(f"{folder} holds a {shown(kind)} model, not {MODEL_TYPE!r}: give the folder of a trained model")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """config.yaml, or nothing where there is none."""
+    """Read a model's config.yaml; empty where the folder has none.
+
+    Raises:
+        UserError: the file does not hold the settings of a training.
+    """
     import yaml
 
     file = folder / "config.yaml"
     try:
-        read = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({reason(error)}): give a folder that training wrote") from None
-    if not isinstance(read, dict) or not all(isinstance(read.get(key, {}), dict) for key in ("data", "distillation")):
+    sections = ("data", "distillation")
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in sections):
         raise UserError(f"{file} holds no settings: give a folder that training wrote")
-    return read
+    return settings
