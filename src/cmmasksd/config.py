@@ -268,8 +268,8 @@ class TrainingConfig:
     save_every: int = 0
     """updates between checkpoints within an epoch; 0: only at the end of epochs"""
     trackers: list[str] | str | None = None
-    """experiment trackers that also get the rows of metrics.jsonl, by accelerate's names (tensorboard, wandb, mlflow, …),
-    comma-separated. Default: tensorboard if it is installed"""
+    """experiment trackers that also get the rows of metrics.jsonl, by accelerate's names (tensorboard, wandb, mlflow,
+    …), comma-separated. Default: tensorboard if it is installed"""
     resume: bool = False
     """resume the run in `out` from its last checkpoint, with the same settings"""
     allow_change: list[str] | str = field(default_factory=list)
