@@ -39,7 +39,7 @@ def scores(model: Path, references: int) -> list[str]:
     """Rows of the card's table."""
     rows = []
     for split in SPLITS:
-        result = score(ScoreConfig(str(model), "scenes", split, references=references))
+        result = score(ScoreConfig(model=str(model), data="scenes", split=split, references=references))
         cells = [split, str(len(result.rows)), *(f"{100 * result.scores[column]:.1f}" for column in COLUMNS)]
         rows.append(f"| {' | '.join(cells)} |")
     return rows

@@ -287,7 +287,8 @@ def execute(
     scores = {}
     for split in SPLITS:
         data = str(values.get("data.name", "scenes"))
-        scores[split] = score(ScoreConfig(str(out / "last"), data, split, **scoring), out / split).as_dict()
+        scored = ScoreConfig(model=str(out / "last"), data=data, split=split, **scoring)
+        scores[split] = score(scored, out / split).as_dict()
         del scores[split]["model"]  # a path of this machine
         rows = (out / split / "expressions.jsonl").read_bytes()
         (new / f"{split}.jsonl.gz").write_bytes(gzip.compress(rows, mtime=0))

@@ -26,8 +26,8 @@ TOWERS = {"with the early text tower": "clip.text_", "with the early image tower
 
 def scores(model: Path) -> dict[str, dict[str, float]]:
     """Split -> scores."""
-    results = {split: score(ScoreConfig(str(model), "scenes", split)).as_dict() for split in SPLITS}
-    return {split: {key: result[key] for key in ("oIoU", "mIoU", "expressions")} for split, result in results.items()}
+    results = [score(ScoreConfig(model=str(model), data="scenes", split=split)).as_dict() for split in SPLITS]
+    return {result["split"]: {key: result[key] for key in ("oIoU", "mIoU", "expressions")} for result in results}
 
 
 def main() -> None:
