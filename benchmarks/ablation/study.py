@@ -217,7 +217,7 @@ def compute(regime: str) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from cmmasksd.distillation.objective import MaskedSelfDistillation
-    from cmmasksd.training.loop import build
+    from cmmasksd.training.build import build
 
     model, processor = build(config(NETWORK))
     tokens = processor.tokens(["the large red star on the left"] * 3)
