@@ -114,8 +114,8 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
 def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     """Trace the outline of every 4-connected part of a mask. Decoding the polygons gives exactly the mask.
 
-    COCO's polygons have no holes. A part's holes are joined to its outline by vertical cuts of no width, walked down and
-    up again: the even-odd fill of COCO's tools (and the shoelace area) leaves the holes out.
+    COCO's polygons have no holes. A part's holes are joined to its outline by vertical cuts of no width, walked down
+    and up again: the even-odd fill of COCO's tools (and the shoelace area) leaves the holes out.
 
     Args:
         mask: (H, W) bool.

@@ -54,9 +54,9 @@ def load_plain_pickle(data: bytes) -> object:
 # Instructions of text and bytes: number of bytes (little-endian) of the length that follows
 _COUNTED = {0x8C: 1, ord("X"): 4, 0x8D: 8, ord("U"): 1, ord("T"): 4, ord("C"): 1, ord("B"): 4, 0x8E: 8}
 
-# Instructions of lists, dicts, text and numbers, by the size of their argument: no tuples and no integers beyond 60 bits
-# (their hashes can be made slow), no functions. Two are narrower than pickle's own: r and p have the index of a memo
-# entry, up to which Python allocates, of 24 bits or 7 digits here.
+# Instructions of lists, dicts, text and numbers, by the size of their argument: no tuples and no integers beyond 60
+# bits (their hashes can be made slow), no functions. Two are narrower than pickle's own: the index of a memo entry, up
+# to which Python allocates, has 24 bits (r) or 7 digits (p) here.
 _SIMPLE = re.compile(
     rb"""(?:
         [(.012Nldaesu\]}\x88\x89\x94]   # no argument: marks, containers, None, True, False, STOP
