@@ -89,7 +89,7 @@ def _run(config: Config, stop: SimpleNamespace) -> dict[str, Any]:
         state = read_state(resume_from, world)
         _check_progress(state["progress"], resume_from)
         _require_same(config, state["progress"]["config"], out)
-    objective = MaskedSelfDistillation(model, distillation, model.config.clip_config.projection_dim)
+    objective = MaskedSelfDistillation(model, distillation, model.config.encoder.joint_width)
     groups = parameter_groups(objective, lr=how.lr, clip_lr_scale=how.clip_lr_scale, weight_decay=how.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=how.lr, betas=(0.9, 0.98))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
@@ -317,15 +317,12 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     assert how.size is not None
     assert how.resize is not None
     assert how.max_tokens is not None
-    model.clip.logit_scale.requires_grad_(False)  # contrastive training's temperature: nothing here depends on it
+    model.freeze_unused()
     if config.training.freeze_text:
-        model.clip.text_model.requires_grad_(False)
-        model.clip.text_projection.requires_grad_(False)
-    clip = model.config.clip_config
-    context = clip.text_config.max_position_embeddings
-    if not 3 <= how.max_tokens <= context:
-        raise UserError(f"model.max_tokens {how.max_tokens} does not fit {source}: choose from 3 to {context}")
-    patch_size = clip.vision_config.patch_size
+        model.towers.text.requires_grad_(False)
+    patch_size, longest = model.config.encoder.patch_size, model.config.encoder.max_tokens
+    if not 3 <= how.max_tokens <= longest:
+        raise UserError(f"model.max_tokens {how.max_tokens} does not fit {source}: choose from 3 to {longest}")
     if trained is None:
         processor = CMMaskSDProcessor.from_backbone(
             source, how.size, patch_size=patch_size, resize=how.resize, max_tokens=how.max_tokens
