@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import re
 import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
 MODULES = {  # in the order of the page; all public classes and functions of each
-    "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "export.export"),
+    "Segment": ("inference.predictor", "inference.base", "inference.formats", "inference.onnx", "export.export"),
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.locating",
               "publishing.card", "publishing.hub"),
     "Data": ("data.samples", "data.datasets", "data.readers.manifest", "data.readers.refer",
@@ -61,10 +62,25 @@ def _entry(node: ast.ClassDef | ast.FunctionDef, owner: str = "") -> list[str]:
     head = f"{owner}{node.name}{'' if 'property' in names else _signature(node)}"
     found = [f"#### {owner}{node.name}\n", f"```text\n{kind} {head}\n```\n", _text(said)]
     if isinstance(node, ast.ClassDef):
+        if fields := _fields(node):
+            found += ["**Attributes**\n", *fields, ""]
         for part in node.body:
             if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
                 found += _entry(part, f"{node.name}.")
     return found
+
+
+def _fields(node: ast.ClassDef) -> list[str]:
+    """Fields whose note is the docstring below them, as items of a list."""
+    return [
+        f"- `{field.target.id}`: {' '.join(note.value.value.split())}"
+        for field, note in itertools.pairwise(node.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(note, ast.Expr)
+        and isinstance(note.value, ast.Constant)
+        and isinstance(note.value.value, str)
+    ]
 
 
 def _signature(node: ast.ClassDef | ast.FunctionDef) -> str:

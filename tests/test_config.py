@@ -79,9 +79,20 @@ def test_keys_win_over_the_file(tmp_path: Path):
     assert (config.training.epochs, config.training.lr, config.model.size) == (3, 0.5, (64, 96))
 
 
-def test_resume_flag_is_the_setting():
-    assert parse("--resume").training.resume
-    assert not parse().training.resume
+@pytest.mark.parametrize(
+    ("arguments", "resume"),
+    [
+        ([], False),
+        (["--resume"], True),
+        (["--training.resume"], True),
+        (["--training.resume=true"], True),
+        (["--training.resume=false"], False),
+        (["--resume", "--config", "{training: {epochs: 3}}"], True),
+        (["--config", "{training: {resume: true}}"], True),
+    ],
+)
+def test_resume_is_one_setting_with_two_names(arguments: list[str], resume: bool):
+    assert parse(*arguments).training.resume is resume
 
 
 def test_the_saved_text_gives_the_same_config(tmp_path: Path):
@@ -109,16 +120,16 @@ def test_as_dict_holds_plain_values():
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.5, 50, float("nan")])
 @pytest.mark.parametrize("name", ["vision_ratio", "language_ratio"])
 def test_a_ratio_is_between_0_and_1(name: str, value: float):
-    with pytest.raises(UserError, match=rf"{name}.*between 0 and 1"):
+    with pytest.raises(UserError, match=rf"distillation\.{name} must be between 0 and 1 \(exclusive\), got {value}"):
         DistillationConfig(**{name: value})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"warmup": 1.5}, "warmup 1.5"),
-        ({"warmup": -0.1}, "warmup -0.1"),
-        ({"temperature": 0.0}, r"distillation\.temperature is 0\.0"),
+        ({"warmup": 1.5}, r"distillation\.warmup must be between 0 and 1, got 1\.5"),
+        ({"warmup": -0.1}, r"distillation\.warmup must be between 0 and 1, got -0\.1"),
+        ({"temperature": 0.0}, r"distillation\.temperature must be above 0, got 0\.0"),
     ],
 )
 def test_distillation_refuses(values: dict[str, float], message: str):
@@ -128,17 +139,17 @@ def test_distillation_refuses(values: dict[str, float], message: str):
 
 @pytest.mark.parametrize("name", ["epochs", "batch", "batch_size", "log_every", "validate_every"])
 def test_training_counts_are_at_least_1(name: str):
-    with pytest.raises(UserError, match=rf"training\.{name} is 0"):
+    with pytest.raises(UserError, match=rf"training\.{name} must be at least 1, got 0"):
         TrainingConfig(**({"batch": 4} | {name: 0}))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"per_image": 0}, r"data\.per_image is 0"),
-        ({"workers": -1}, r"data\.workers is -1"),
-        ({"greyscale": 1.5}, r"data\.greyscale is 1\.5.*between 0 and 1"),
-        ({"greyscale": float("nan")}, r"data\.greyscale is nan"),
+        ({"per_image": 0}, r"data\.per_image must be at least 1, got 0"),
+        ({"workers": -1}, r"data\.workers must be between 0 and 256, got -1"),
+        ({"greyscale": 1.5}, r"data\.greyscale must be between 0 and 1, got 1\.5"),
+        ({"greyscale": float("nan")}, r"data\.greyscale must be between 0 and 1, got nan"),
     ],
 )
 def test_data_refuses(values: dict[str, float], message: str):
@@ -158,20 +169,20 @@ def test_data_refuses(values: dict[str, float], message: str):
     ],
 )
 def test_numbers_that_make_no_sense(kind: type, name: str, value: float):
-    with pytest.raises(UserError, match=rf"\w+\.{name} is {value}: it must be"):
+    with pytest.raises(UserError, match=rf"\w+\.{name} must be .*, got {value}"):
         kind(**{name: value})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr": 0.0}, r"training\.lr is 0\.0: it must be a positive number$"),
-        ({"max_grad_norm": 0.0}, r"training\.max_grad_norm is 0\.0"),
-        ({"final_lr_scale": 1.5}, r"training\.final_lr_scale is 1\.5: it must be between 0 and 1"),
-        ({"warmup_steps": -1}, r"training\.warmup_steps is -1: it must be at least 0"),
-        ({"save_every": -1}, r"training\.save_every is -1"),
-        ({"seed": -1}, r"training\.seed is -1"),
-        ({"seed": 2**32}, r"training\.seed is 4294967296"),
+        ({"lr": 0.0}, r"training\.lr must be above 0, got 0\.0$"),
+        ({"max_grad_norm": 0.0}, r"training\.max_grad_norm must be above 0, got 0\.0"),
+        ({"final_lr_scale": 1.5}, r"training\.final_lr_scale must be between 0 and 1, got 1\.5"),
+        ({"warmup_steps": -1}, r"training\.warmup_steps must be at least 0, got -1"),
+        ({"save_every": -1}, r"training\.save_every must be at least 0, got -1"),
+        ({"seed": -1}, r"training\.seed must be between 0 and \d+, got -1"),
+        ({"seed": 2**32}, r"training\.seed must be between 0 and 2147483647, got 4294967296"),
         ({"batch_size": 16}, r"batch_size 16 only limits .*: give training\.batch too"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cmmasksd.errors import UserError, shown
+from cmmasksd.errors import UserError, require_between, shown
 
 
 def shared(depth: int) -> list:
@@ -73,3 +73,26 @@ def test_what_was_cut_is_marked():
 def test_a_message_is_one_printable_line():
     error = UserError("image a\n\x1b[31m\udcff.png\r\n is \t not é")
     assert str(error) == "image a \\x1b[31m\\udcff.png is not é"
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "message"),
+    [
+        (0, {"least": 1}, "x must be at least 1, got 0"),
+        (2, {"least": 0, "most": 1}, "x must be between 0 and 1, got 2"),
+        (0.0, {"least": 0, "exclusive": True}, "x must be above 0, got 0.0"),
+        (1.0, {"least": 0, "most": 1, "exclusive": True}, r"x must be between 0 and 1 \(exclusive\), got 1.0"),
+        (float("inf"), {"least": 0}, "x must be at least 0, got inf"),
+        (float("nan"), {"least": 0, "most": 1}, "x must be between 0 and 1, got nan"),
+        (10**400, {"least": 0, "most": 9}, "x must be between 0 and 9, got <a number of 1329 bits>"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused(value: float, bounds: dict, message: str):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        require_between("x", value, **bounds)
+
+
+def test_bounds_are_allowed_values():
+    require_between("x", 0, 0, 1)
+    require_between("x", 1.0, 0, 1)
+    require_between("x", 10**400, 0)

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent."""
+"""Files and folders that are complete or absent; paths that stay inside their folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cmmasksd.files import recover_folder, sha256, whole_file, whole_folder, write_text
+from cmmasksd.errors import UserError
+from cmmasksd.files import recover_folder, safe_path, sha256, whole_file, whole_folder, write_text
 
 
 def test_a_file_keeps_its_content_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -69,3 +70,23 @@ def test_what_a_killed_process_left_is_replaced_or_recovered(tmp_path: Path) -> 
 def test_sha256_is_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     assert sha256(tmp_path / "a") == hashlib.sha256(b"content").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "name", ["../a", "x/../../a", "/a", "\\\\server\\a", "C:\\a", "C:a", "", ".", "a\0", "x" * 256, "\ud800"]
+)
+def test_a_name_that_leaves_the_folder_is_not_a_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"^image 7: file .* is not a path inside {tmp_path}"):
+        safe_path(tmp_path, name, "image 7: file")
+
+
+def test_a_name_inside_the_folder_is_a_path(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/link").symlink_to(tmp_path)
+    for name in ("x/a", "x\\a", "y/../x/a"):
+        assert safe_path(tmp_path / "data", name, "image") == tmp_path / "data/x/a"
+    with pytest.raises(UserError, match="image 'link/a' is a link to a place outside"):
+        safe_path(tmp_path / "data", "link/a", "image")
+    assert safe_path(tmp_path / "data", "link/a", "image", outward_links=True) == tmp_path / "data/link/a"
+    with pytest.raises(UserError, match="image is missing: expected a path"):
+        safe_path(tmp_path, None, "image")

@@ -1,146 +1,207 @@
-"""Every setting of a training run: Data, Model, Distillation, Training. YAML in and out through jsonargparse.
+"""Settings of every command that trains or scores, as dataclasses; YAML in and out through jsonargparse.
 
-[P] marks what the paper says, [I] our reading of what it leaves open; every [I] is a switch. Unknown keys fail, and the
-resolved configuration is saved beside every checkpoint.
+The note below a field is its help on the command line. [P] marks what the paper says, [I] our reading of what it leaves
+open; every [I] is a switch. Unknown keys fail, and the resolved configuration is saved beside every checkpoint.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, require_between
 
-DATASETS = ("scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "manifest")
-MAX_REFERENCES, MAX_SCENE_SIZE = 10_000_000, 4096
-"""Bounds of generated scenes: references per split, and the side of an image in pixels. More is a slip, and would take
-all memory or for ever."""
+DatasetName = Literal[
+    "scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "manifest"
+]
+DATASETS: tuple[str, ...] = get_args(DatasetName)
+MAX_REFERENCES, MAX_SCENE_SIZE, MAX_WORKERS = 10_000_000, 4096, 256
+"""Upper bounds of references per split, of the side of a scene in pixels, and of processes: more is a typing error that
+would exhaust memory or time."""
+
+
+@dataclass
+class SplitConfig:
+    """One split of a data set."""
+
+    data: DatasetName
+    """data set"""
+    split: str
+    """split, such as val, testA, testB or test"""
+    root: Path | None = None
+    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file or a folder of labelme
+    files; not for scenes"""
+    references: int = 1500
+    """number of references (scenes only)"""
+    scene_seed: int = 0
+    """seed of the scenes"""
+    scene_size: int = 128
+    """side of the scenes in pixels"""
+
+    def __post_init__(self) -> None:
+        require_between("references", self.references, 1, MAX_REFERENCES)
+        require_between("scene_size", self.scene_size, 64, MAX_SCENE_SIZE)
+
+
+@dataclass(kw_only=True)
+class ScoreConfig(SplitConfig):
+    """A model and the split that it is scored on."""
+
+    model: str
+    """folder of a trained model, hub id, or scenes, the shipped model"""
+    threshold: float = 0.5
+    """probability above which a pixel is in the mask"""
+    workers: int = 0
+    """number of processes that read images"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_between("workers", self.workers, 0, MAX_WORKERS)
 
 
 @dataclass
 class DataConfig:
-    """What to train and validate on.
+    """Data to train on and to validate on."""
 
-    Attributes:
-        name: one of DATASETS.
-        root: folder that holds `refcoco/…` and `images/train2014/…`; for "manifest", your own data, a .jsonl or .csv
-            file, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); none for scenes.
-        train_split: split to train on.
-        val_split: split that chooses the best checkpoint.
-        train_references: of generated scenes, how many references an epoch has. Real data brings its own number.
-        val_references: score at most this many references while training (0: all). Scenes: how many to generate.
-        scene_seed: seed of the generated scenes.
-        scene_size: side of the generated images in pixels.
-        per_image: references of one image that are trained together in a batch (at most). One image encoding serves
-            them all; 1 draws every reference on its own, as the peers do.
-        greyscale: chance that a training image loses its colours, all or in part, where no sentence that is drawn with
-            it names one (in English): shapes are learned apart from colours.
-        workers: processes that read images.
-    """
-
-    name: str = "scenes"
+    name: DatasetName = "scenes"
+    """data set"""
     root: Path | None = None
+    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file or a folder of labelme
+    files (see cmmasksd/data/readers/manifest.py); not for scenes"""
     train_split: str = "train"
+    """split to train on"""
     val_split: str = "val"
-    train_references: int = 30000
-    val_references: int = 600
-    scene_seed: int = 0
-    scene_size: int = 128
-    per_image: int = 3
-    greyscale: float = 0.0
+    """split that selects the best checkpoint"""
     workers: int = 1
+    """number of processes that read images"""
+
+    # scenes
+    train_references: int = 30000
+    """number of references per epoch (scenes only; other data sets are used whole)"""
+    val_references: int = 600
+    """maximum number of references per validation, 0 for all; for scenes, how many are generated"""
+    scene_seed: int = 0
+    """seed of the scenes"""
+    scene_size: int = 128
+    """side of the scenes in pixels"""
+
+    # sampling and augmentation
+    per_image: int = 3
+    """maximum number of references of one image in a batch; they share one image encoding. 1 draws every reference
+    independently, as other RIS code does"""
+    greyscale: float = 0.0
+    """probability that a training image loses its colours, wholly or partly, where none of its drawn sentences names a
+    colour (in English): shapes are learnt apart from colours"""
 
     def __post_init__(self) -> None:
-        for name, least in (("per_image", 1), ("workers", 0), ("val_references", 0), ("train_references", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"data.{name} is {getattr(self, name)}: it must be at least {least}")
-        if not 0 <= self.greyscale <= 1:
-            raise UserError(f"data.greyscale is {self.greyscale}: a chance lies between 0 and 1")
+        for name, least in (("per_image", 1), ("val_references", 0), ("train_references", 1)):
+            require_between(f"data.{name}", getattr(self, name), least)
+        require_between("data.workers", self.workers, 0, MAX_WORKERS)
+        require_between("data.greyscale", self.greyscale, 0, 1)
+
+    def of_split(self, split: str) -> SplitConfig:
+        """One of the two splits; of scenes, with as many references as it is used with."""
+        references = self.train_references if split == self.train_split else self.val_references
+        return SplitConfig(
+            self.name, split, self.root, references or SplitConfig.references, self.scene_seed, self.scene_size
+        )
 
 
 @dataclass
 class ModelConfig:
-    """The network and how pictures get into it.
-
-    Attributes:
-        backbone: a CLIP in transformers' format by folder or hub id, or "tiny", the small one that this package ships.
-        weights: a trained model of ours to start from, by folder, hub id or "scenes", the one that this package ships.
-            Its own backbone and decoder are used then, and the sizes of both below are not read.
-        size: (height, width) of the input in pixels. None: that of `weights`, or 128x128 for a new model.
-        resize: "warp" to the canvas, or "letterbox". None: as `weights` does, or "warp" for a new model.
-        max_tokens: maximum number of tokens per sentence, start and end included; more are cut (and counted). None:
-            that of `weights`, or 48 for a new model.
-        decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see CMMaskSDConfig. [I]
-    """
+    """The network and its input."""
 
     backbone: str = "tiny"
+    """CLIP in transformers' format: folder, hub id, or tiny, the shipped one"""
     weights: str | None = None
+    """trained model to start from: folder, hub id, or scenes, the shipped one. It brings its own backbone and decoder,
+    so that the keys of both are ignored"""
+
+    # input; None: that of `weights`, or the default for a new model
     size: tuple[int, int] | None = None
+    """height and width of the input in pixels; default that of `weights`, or 128x128 for a new model"""
     resize: Literal["warp", "letterbox"] | None = None
+    """warp: stretch to `size`; letterbox: keep the aspect ratio and pad; default that of `weights`, or warp for a new
+    model"""
     max_tokens: int | None = None
+    """maximum number of tokens per sentence, start and end included; further ones are cut and counted; default that of
+    `weights`, or 48 for a new model"""
+
+    # decoder [I]; the defaults of CMMaskSDConfig, too
     decoder_width: int = 128
+    """channels of the fusion decoder; 512 in CRIS and ETRIS [I]"""
     decoder_layers: int = 3
+    """layers of the fusion decoder; 3 in CRIS and ETRIS [I]"""
     decoder_heads: int = 4
+    """attention heads of the fusion decoder; must divide decoder_width [I]"""
     decoder_mlp: int = 256
+    """hidden channels of the fusion decoder's MLP [I]"""
     head_width: int = 48
+    """channels of the mask head at twice the patch grid, a multiple of 16; half as many at four times [I]"""
     dropout: float = 0.0
+    """dropout rate in the decoder [I]"""
 
 
 @dataclass
 class DistillationConfig:
-    """Masked self-distillation (training only).
+    """Masked self-distillation (training only)."""
 
-    Attributes:
-        vision: LMVSD, the branch with masked patches. [P]
-        language: VMLSD, the branch with masked words. [P]
-        vision_which: which patches are masked: those of high or low correlation, or random ones. [I]
-        language_which: the same for words. [I]
-        vision_guide: a patch's score is its max or mean correlation over the words, or that with the sentence. [I]
-        correlation: from the patches, or from the values of CLIP's last attention (MaskCLIP's dense features). [I]
-        vision_ratio: fraction of the patches that is masked. [I]
-        language_ratio: fraction of the words that is masked, at least one word. [I]
-        vision_level: "feature" masks after the encoder; "input" drops patches from a second encoder pass; "blank"
-            paints them over and runs the whole pass again, as MaskRIS does. [I]
-        language_level: "input" runs the text tower again without the words; "feature" hides them from the decoder only,
-            so they leak through the end-of-text token. [I]
-        hide_single_word: also hide the word of a sentence that has only one. [I]
-        loss: per-pixel Bernoulli KL, mean squared error of probabilities, or soft-target cross-entropy. [I]
-        temperature: of both distributions in "kl" and "soft_bce". [I]
-        vision_weight, language_weight: lambda_v and lambda_l. [I]
-        joint: one masked branch that hides patches and words at once, in place of the two. Not CM-MaskSD: with "blank"
-            and random masks it is MaskRIS's way, for comparison.
-        start: fraction of the training that passes before the branches begin; until then they cost nothing. [I]
-        warmup: fraction of the training, after `start`, over which both weights rise from 0: the teacher is poor at
-            first. [I]
-        share_weights: one decoder for all three branches [P]; off: a decoder of its own for each (ablation).
-        ground_truth: weight of the ground-truth loss on the masked branches. [I]
-        segmentation: loss of the main branch, BCE + Dice or BCE alone. [I]
-    """
-
+    # branches
     vision: bool = True
+    """LMVSD, the branch with masked patches [P]"""
     language: bool = True
-    vision_which: Literal["high", "low", "random"] = "high"
-    language_which: Literal["high", "low", "random"] = "high"
-    vision_guide: Literal["max", "mean", "sentence"] = "max"
-    correlation: Literal["patches", "values"] = "patches"
-    vision_ratio: float = 0.5
-    language_ratio: float = 0.3
-    vision_level: Literal["feature", "input", "blank"] = "feature"
-    language_level: Literal["feature", "input"] = "input"
-    hide_single_word: bool = False
-    loss: Literal["kl", "mse", "soft_bce"] = "kl"
-    temperature: float = 1.0
-    vision_weight: float = 1.0
-    language_weight: float = 1.0
+    """VMLSD, the branch with masked words [P]"""
     joint: bool = False
-    start: float = 0.8
-    warmup: float = 0.1
+    """one branch that masks patches and words at once, in place of the two. Not CM-MaskSD: with vision_level blank and
+    random masks it is MaskRIS, for comparison"""
     share_weights: bool = True
-    ground_truth: float = 0.0
+    """one decoder for all branches [P]; false: a decoder for each (ablation)"""
+
+    # vision branch: which patches are masked
+    vision_which: Literal["high", "low", "random"] = "high"
+    """patches that are masked: those of high or low correlation, or random ones [I]"""
+    vision_guide: Literal["max", "mean", "sentence"] = "max"
+    """correlation of a patch: maximum or mean over the words, or that with the sentence [I]"""
+    correlation: Literal["patches", "values"] = "patches"
+    """image features for the correlation: the patches, or the values of CLIP's last attention, as in MaskCLIP [I]"""
+    vision_ratio: float = 0.5
+    """fraction of the patches that is masked [I]"""
+    vision_level: Literal["feature", "input", "blank"] = "feature"
+    """feature: mask after the encoder; input: drop patches from a second encoder pass; blank: paint them over and run
+    the whole pass again, as MaskRIS does [I]"""
+
+    # language branch: which words are masked
+    language_which: Literal["high", "low", "random"] = "high"
+    """words that are masked: those of high or low correlation, or random ones [I]"""
+    language_ratio: float = 0.3
+    """fraction of the words that is masked, at least one word [I]"""
+    language_level: Literal["feature", "input"] = "input"
+    """input: run the text tower again without the words; feature: hide them from the decoder only, so that they leak
+    through the end-of-text token [I]"""
+    hide_single_word: bool = False
+    """also mask the word of a one-word sentence [I]"""
+
+    # loss
     segmentation: Literal["bce_dice", "bce"] = "bce_dice"
+    """loss of the main branch: BCE + Dice, or BCE alone [I]"""
+    loss: Literal["kl", "mse", "soft_bce"] = "kl"
+    """distillation loss: Bernoulli KL per pixel, mean squared error of probabilities, or soft-target BCE [I]"""
+    temperature: float = 1.0
+    """temperature of teacher and student in kl and soft_bce [I]"""
+    vision_weight: float = 1.0
+    """lambda_v, the weight of LMVSD's distillation loss [I]"""
+    language_weight: float = 1.0
+    """lambda_l, the weight of VMLSD's distillation loss [I]"""
+    ground_truth: float = 0.0
+    """weight of the segmentation loss on the masked branches [I]"""
+
+    # schedule
+    start: float = 0.8
+    """fraction of the training after which the branches begin; until then they cost nothing [I]"""
+    warmup: float = 0.1
+    """fraction of the training, after `start`, over which both weights rise from 0: the teacher is poor at first [I]"""
 
     def ramp(self, progress: float) -> float:
         """Factor of the distillation weights when `progress` (0 to 1) of the training is done."""
@@ -151,64 +212,65 @@ class DistillationConfig:
 
     def __post_init__(self) -> None:
         for name in ("vision_ratio", "language_ratio"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)} is no fraction: give a number between 0 and 1")
+            require_between(f"distillation.{name}", getattr(self, name), 0, 1, exclusive=True)
         for name in ("start", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} {getattr(self, name)} is no fraction of the training: give one from 0 to 1")
+            require_between(f"distillation.{name}", getattr(self, name), 0, 1)
+        for name in ("vision_weight", "language_weight", "ground_truth"):
+            require_between(f"distillation.{name}", getattr(self, name), 0)
+        require_between("distillation.temperature", self.temperature, 0, exclusive=True)
         if self.joint and not (self.vision and self.language):
-            raise UserError("joint hides patches and words at once: it needs vision: true and language: true")
-        _require_positive(self, "distillation", "temperature")
-        _require_positive(self, "distillation", "vision_weight", "language_weight", "ground_truth", zero=True)
+            raise UserError("distillation.joint masks patches and words at once: set vision and language to true")
 
 
 @dataclass
 class TrainingConfig:
-    """The run.
-
-    Attributes:
-        out: folder of the run: checkpoints, log, resolved configuration.
-        epochs: passes over the references; each draws one sentence per reference. With `resume`, a larger number
-            extends the run.
-        batch: references per update, over all processes. 24 where neither it nor `batch_size` is given.
-        batch_size: maximum number of references per step and process, for what memory holds. An update takes as many
-            steps (gradients are accumulated) as `batch` needs. None: one step.
-        lr: of the new layers (AdamW). [I, from relatives]
-        clip_lr_scale: CLIP trains at this fraction of it. [I]
-        freeze_text: CLIP's text tower keeps its weights. On a long training with few kinds of sentences it learns by
-            heart which words go together, and unseen pairs suffer (scenes, 190,000 references: testB mIoU 0.38, with
-            the text tower of the first 40,000 put back 0.51).
-        weight_decay: of matrices; biases, norms and embeddings have none.
-        warmup_steps: of the learning rate, linear.
-        final_lr_scale: the cosine ends at this fraction.
-        max_grad_norm: gradients are clipped to this norm.
-        precision: "no" is float32; "bf16" autocasts.
-        seed: of weights, order, sentences and masks.
-        log_every: updates between lines of metrics.jsonl.
-        validate_every: epochs between validations; the last epoch is always validated.
-        save_every: also save after so many updates within an epoch (0: at the end of epochs only).
-        resume: resume the run in `out` from its last checkpoint, with the same settings.
-        allow_change: settings that may differ from those of the run that is resumed: dotted keys, comma-separated.
-    """
+    """The run."""
 
     out: Path = Path("runs/train")
-    epochs: int = 1
-    batch: int | None = None
-    batch_size: int | None = None
-    lr: float = 1e-3
-    clip_lr_scale: float = 0.1
-    freeze_text: bool = False
-    weight_decay: float = 0.05
-    warmup_steps: int = 50
-    final_lr_scale: float = 0.01
-    max_grad_norm: float = 1.0
-    precision: Literal["no", "bf16"] = "no"
+    """folder of the run: checkpoints, log, resolved configuration"""
     seed: int = 0
+    """seed of weights, order, sentences and masks"""
+    precision: Literal["no", "bf16"] = "no"
+    """no: float32; bf16: autocast"""
+
+    # length and batches
+    epochs: int = 1
+    """passes over the references, each with one sentence per reference; a resumed run may have more"""
+    batch: int | None = None
+    """references per update, over all processes; default 24"""
+    batch_size: int | None = None
+    """maximum number of references per step and process, as memory allows; gradients are accumulated up to `batch`.
+    Default: one step per update"""
+
+    # optimiser: AdamW, linear warm-up, cosine
+    lr: float = 1e-3
+    """peak learning rate of the new layers [I, from related methods]"""
+    clip_lr_scale: float = 0.1
+    """learning rate of CLIP as a fraction of `lr`"""
+    freeze_text: bool = False
+    """keep the weights of CLIP's text tower. In long trainings with few kinds of sentences it memorises word
+    co-occurrences, which hurts unseen pairs (scenes, 190,000 references: testB mIoU 0.38, with the text tower of the
+    first 40,000 put back 0.51)"""
+    weight_decay: float = 0.05
+    """weight decay of matrices; biases, norms and embeddings have none"""
+    warmup_steps: int = 50
+    """updates over which the learning rate rises"""
+    final_lr_scale: float = 0.01
+    """learning rate at the end as a fraction of the peak"""
+    max_grad_norm: float = 1.0
+    """maximum norm of the gradients; larger ones are clipped"""
+
+    # log, validation, checkpoints
     log_every: int = 10
+    """updates between rows of metrics.jsonl"""
     validate_every: int = 1
+    """epochs between validations; the last epoch is always validated"""
     save_every: int = 0
+    """updates between checkpoints within an epoch; 0: only at the end of epochs"""
     resume: bool = False
+    """resume the run in `out` from its last checkpoint, with the same settings"""
     allow_change: list[str] | str = field(default_factory=list)
+    """settings that may differ from those of the resumed run: dotted keys, comma-separated"""
 
     def __post_init__(self) -> None:
         if self.batch is None:
@@ -221,25 +283,14 @@ class TrainingConfig:
         if isinstance(self.allow_change, str):
             self.allow_change = re.findall(r"[^\s,]+", self.allow_change)
         for name in ("epochs", "batch", "batch_size", "log_every", "validate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"training.{name} is {value}: it must be at least 1")
-        for name in ("warmup_steps", "save_every", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 0")
-        if self.seed >= 2**31:
-            raise UserError(f"training.seed is {self.seed}: it must be below {2**31}")
-        _require_positive(self, "training", "lr", "max_grad_norm")
-        _require_positive(self, "training", "clip_lr_scale", "weight_decay", zero=True)
-        if not 0 <= self.final_lr_scale <= 1:
-            raise UserError(f"training.final_lr_scale is {self.final_lr_scale}: it must be between 0 and 1")
-
-
-def _require_positive(settings: Any, part: str, *names: str, zero: bool = False) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-            raise UserError(f"{part}.{name} is {value}: it must be a positive number{' or 0' if zero else ''}")
+            if (value := getattr(self, name)) is not None:
+                require_between(f"training.{name}", value, 1)
+        for name in ("warmup_steps", "save_every", "clip_lr_scale", "weight_decay"):
+            require_between(f"training.{name}", getattr(self, name), 0)
+        for name in ("lr", "max_grad_norm"):
+            require_between(f"training.{name}", getattr(self, name), 0, exclusive=True)
+        require_between("training.seed", self.seed, 0, 2**31 - 1)
+        require_between("training.final_lr_scale", self.final_lr_scale, 0, 1)
 
 
 @dataclass
@@ -264,90 +315,69 @@ class Config:
         return plain(asdict(self))
 
     def as_yaml(self) -> str:
-        """The settings of the run as YAML; --resume is not one of them."""
+        """The settings of the run as YAML, without those that say how it was resumed."""
         import yaml
 
         settings = self.as_dict()
-        settings["training"] |= {"resume": False, "allow_change": []}
+        del settings["training"]["resume"], settings["training"]["allow_change"]
         return yaml.safe_dump(settings, sort_keys=False)
 
 
 @dataclass
-class ScoreConfig:
-    """A model and the split that it is scored on.
-
-    Attributes:
-        model: folder of a trained model, hub id, or scenes: the one that ships.
-        data: scenes, scenes+, scenesg, refcoco, refcoco+, refcocog-umd, refcocog-google or manifest.
-        split: such as val, testA, testB or test.
-        root: folder of RefCOCO, or for manifest its file or folder; None for generated scenes.
-        references: number of references (generated scenes only).
-        scene_seed: seed of the generated scenes.
-        scene_size: side of the generated images in pixels.
-        threshold: a pixel above this probability is in the mask.
-        workers: number of processes that read images.
-    """
-
-    model: str
-    data: str
-    split: str
-    root: Path | None = None
-    references: int = 1500
-    scene_seed: int = 0
-    scene_size: int = 128
-    threshold: float = 0.5
-    workers: int = 0
-
-
-@dataclass
 class PretrainConfig:
-    """Contrastive training of a small CLIP.
-
-    Attributes:
-        out: folder for the model, its log and the state to resume from.
-        init: a CLIP to begin with, by folder or hub id, with its tokenizer; it decides the sizes. None: fresh weights.
-        steps: optimiser steps.
-        batch_size: images per step (an even number: a scene and its twin each).
-        phrases: phrases about single objects per scene.
-        lr: peak learning rate of AdamW, after `warmup` steps, then a cosine down to a hundredth.
-        weight_decay: of matrices; biases, norms and embeddings have none.
-        region_weight: of the late-interaction term.
-        image_size: side of the scenes in pixels.
-        patch_size: side of a patch in pixels.
-        width: of both towers and of the joint space.
-        vision_layers: blocks of the image tower.
-        text_layers: blocks of the text tower.
-        vocabulary: entries of the tokenizer, at least 514 (256 bytes, twice, and the two ends).
-        context: the most tokens of a sentence, start and end included.
-        workers: processes that draw scenes.
-        seed: of everything.
-        bf16: autocast to bfloat16.
-        save_every: steps between states to resume from.
-        resume: resume the run in `out` from its last state.
-    """
+    """Contrastive training of a small CLIP."""
 
     out: Path = Path("runs/tiny-clip")
+    """folder for the model, its log and the state to resume from"""
     init: str | None = None
-    steps: int = 6000
-    batch_size: int = 64
-    phrases: int = 4
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: int = 150
-    region_weight: float = 1.0
-    image_size: int = 128
-    patch_size: int = 16
-    width: int = 192
-    vision_layers: int = 6
-    text_layers: int = 3
-    vocabulary: int = 768
-    context: int = 64
-    workers: int = 1
+    """CLIP to start from, with its tokenizer and sizes: folder or hub id; default: fresh weights"""
     seed: int = 0
+    """seed of weights and scenes"""
+
+    # data
+    image_size: int = 128
+    """side of the scenes in pixels"""
+    batch_size: int = 64
+    """images per step, an even number: each scene comes with its twin"""
+    phrases: int = 4
+    """phrases about single objects per scene"""
+    workers: int = 1
+    """number of processes that draw scenes"""
+
+    # model
+    patch_size: int = 16
+    """side of a patch in pixels"""
+    width: int = 192
+    """channels of both towers and of the joint space"""
+    vision_layers: int = 6
+    """layers of the image tower"""
+    text_layers: int = 3
+    """layers of the text tower"""
+    vocabulary: int = 768
+    """entries of the tokenizer, at least 514: 256 bytes, twice, and the two ends"""
+    context: int = 64
+    """maximum number of tokens per sentence, start and end included"""
+
+    # optimiser: AdamW, linear warm-up, cosine to a hundredth
+    steps: int = 6000
+    """optimiser steps"""
+    lr: float = 1e-3
+    """peak learning rate"""
+    warmup: int = 150
+    """steps over which the learning rate rises"""
+    weight_decay: float = 0.05
+    """weight decay of matrices; biases, norms and embeddings have none"""
+    region_weight: float = 1.0
+    """weight of the late-interaction loss"""
     bf16: bool = True
+    """autocast to bfloat16"""
+
+    # checkpoints
     save_every: int = 250
+    """steps between states to resume from"""
     resume: bool = False
+    """resume the run in `out` from its last state"""
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or self.batch_size % 2:
-            raise UserError(f"pretrain.batch_size is {self.batch_size}: it must be an even number, at least 2")
+            raise UserError(f"pretrain.batch_size must be an even number of at least 2, got {self.batch_size}")

@@ -1,5 +1,6 @@
 """The one exception that means "the user's input is wrong"; the command line prints it as one line and exits with 2."""
 
+import math
 import reprlib
 from itertools import islice
 
@@ -20,6 +21,26 @@ def shown(value: object, limit: int = 60) -> str:
     """A value from a file or a user as it appears in an error: at most `limit` characters, on one line, escaped."""
     text = _printable(_Short(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def require_between(name: str, value: float, least: float, most: float = math.inf, *, exclusive: bool = False) -> None:
+    """Refuse a number outside its bounds.
+
+    Args:
+        name: name of the setting or option.
+        value: its value; infinity and NaN are refused.
+        least, most: the bounds, which are allowed values unless `exclusive`.
+
+    Raises:
+        UserError: the value is refused.
+    """
+    if (least < value < most if exclusive else least <= value <= most) and value != math.inf:
+        return
+    if most == math.inf:
+        bounds = f"{'above' if exclusive else 'at least'} {least}"
+    else:
+        bounds = f"between {least} and {most}{' (exclusive)' if exclusive else ''}"
+    raise UserError(f"{name} must be {bounds}, got {shown(value)}")
 
 
 def _printable(line: str) -> str:

@@ -628,7 +628,7 @@ def test_one_address_gets_half_of_the_places(
     caplog: pytest.LogCaptureFixture,
     until: Callable,
 ):
-    monkeypatch.setattr("cmmasksd.serving.server._once_a_minute._said", {})
+    monkeypatch.setattr("cmmasksd.serving.server._once_a_minute._last", {})
     good = as_form(png(picture()), ["red"])
     with running(segmenter, "tiny", ServeSettings(port=0, connections=8, body_timeout=300)) as (host, port, _):
         held = [connect(host, port) for _ in range(4)]

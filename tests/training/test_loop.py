@@ -277,7 +277,8 @@ def test_a_setting_may_change_where_it_is_named(micro_clip, tmp_path, monkeypatc
     assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
     assert {group["peak_lr"] for group in groups} == {0.25, 0.025}
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]
-    assert (saved["lr"], saved["resume"], saved["allow_change"]) == (0.25, False, [])
+    assert saved["lr"] == 0.25
+    assert not {"resume", "allow_change"} & saved.keys()
 
 
 def test_more_epochs_extend_a_run_and_its_schedule_is_told(micro_clip, straight, tmp_path, capsys):

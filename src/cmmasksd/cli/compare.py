@@ -5,7 +5,8 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import MAX_SEED, require_between
+from cmmasksd.cli.options import MAX_SEED
+from cmmasksd.errors import require_between
 from cmmasksd.evaluation.protocols import METRIC_NAMES
 
 MAX_RESAMPLES = 10_000_000

@@ -5,8 +5,8 @@ from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import require_between
 from cmmasksd.config import MAX_REFERENCES, MAX_SCENE_SIZE
+from cmmasksd.errors import require_between
 
 HELP = "write generated scenes to files"
 DESCRIPTION = "Make and look at data."

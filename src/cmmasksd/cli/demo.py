@@ -36,12 +36,9 @@ def run(settings: Namespace) -> None:
     if model is None:
         train(config)
         model, log = str(out / "best"), out / "metrics.jsonl"
-    scenes = {"scene_seed": data.scene_seed, "scene_size": data.scene_size}
     splits = (data.val_split, "testB")
-    results = [
-        score(ScoreConfig(model, data.name, split, root=data.root, workers=data.workers, **scenes), out / split)
-        for split in splits
-    ]
+    scored = {"model": model, "root": data.root, "scene_seed": data.scene_seed, "scene_size": data.scene_size}
+    results = [score(ScoreConfig(data.name, split, workers=data.workers, **scored), out / split) for split in splits]
     page = report(model, [out / split for split in splits], out / "report.html", root=data.root, metrics=log)
     print(format_table([result.as_dict() for result in results]))
     print(f"These are scores on generated scenes. Look at the pictures: {page}")

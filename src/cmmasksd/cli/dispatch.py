@@ -56,7 +56,7 @@ UNLISTED = {"pretrain": pretrain}
 
 def build_parser(*, unlisted: bool = False) -> ArgumentParser:
     """The parser of all commands, with those of UNLISTED if asked for."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the notes in config.py
     # a file's name that is not UTF-8 is no YAML either, as which every value is tried first
     set_loader("yaml", get_loader("yaml"), (yaml.YAMLError, UnicodeEncodeError))
     parser = ArgumentParser(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import MAX_SEED, require_between, require_words
+from cmmasksd.cli.options import MAX_SEED, require_words
+from cmmasksd.errors import require_between
 
 HELP = "show what the masked branches see"
 DESCRIPTION = "Show what the masked branches see: the correlation, what is hidden, and what each branch predicts."

@@ -10,13 +10,13 @@ from jsonargparse import (
     Namespace,
 )
 
-from cmmasksd.config import DATASETS, Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
-from cmmasksd.errors import UserError, shown
+from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
+from cmmasksd.errors import UserError
 
 MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
 CONFIGS = Path(__file__).parents[1] / "configs"
-MAX_WORKERS, MAX_SEED = 256, 2**63 - 1
-"""Bounds of numbers on the command line: what is beyond them is a slip, and would take all memory or for ever."""
+MAX_SEED = 2**63 - 1
+"""Largest seed that torch takes."""
 
 
 class ConfigFile(ActionConfigFile):
@@ -41,22 +41,30 @@ def _config_file(given: str) -> str:
 
 def add_config(parser: ArgumentParser) -> None:
     """Add the options of a training run."""
-    parser.add_argument("--resume", action="store_true", help="resume the run in training.out")
-    for kind, key in (
-        (DataConfig, "data"),
-        (ModelConfig, "model"),
-        (DistillationConfig, "distillation"),
-        (TrainingConfig, "training"),
-    ):
-        parser.add_class_arguments(kind, key)
+    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_class_arguments(DistillationConfig, "distillation")
+    parser.add_class_arguments(TrainingConfig, "training", skip={"resume"})
+    add_resume(parser, "training")
+
+
+def add_resume(parser: ArgumentParser, key: str) -> None:
+    """Add the setting `resume` of a group of settings, with --resume as its short name."""
+    parser.add_argument(
+        "--resume",
+        f"--{key}.resume",
+        dest=f"{key}.resume",
+        type=bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help=f"resume the run in {key}.out from its last checkpoint, with the same settings",
+    )
 
 
 def run_config(settings: Namespace) -> Config:
     """The settings of a training run."""
-    config = Config(settings.data, settings.model, settings.distillation, settings.training)
-    require_dataset(config.data.name, "--data.name")
-    config.training.resume |= settings.resume
-    return config
+    return Config(settings.data, settings.model, settings.distillation, settings.training)
 
 
 def is_main_process() -> bool:
@@ -64,22 +72,8 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def require_dataset(name: str, option: str) -> None:
-    """Refuse an unknown data set before torch is imported, which takes seconds."""
-    if name not in DATASETS:
-        raise UserError(f"{option} {shown(name)} is an unknown data set: choose one of {', '.join(DATASETS)}")
-
-
-def require_between(option: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise UserError(f"{option} is {value}: give a whole number from {least} to {most}")
-
-
 def require_words(texts: list[str]) -> None:
-    from cmmasksd.data.samples import is_blank, is_text
+    from cmmasksd.data.samples import require_expression
 
     for text in texts:
-        if is_blank(text):
-            raise UserError("--text is empty: give a sentence of at least one word")
-        if not is_text(text):
-            raise UserError(f"--text {text!r} is not UTF-8 text: type it again")
+        require_expression(text, "--text")

@@ -5,6 +5,7 @@ Only maintainers need it, to replace the models that ship: `cmmasksd --help` doe
 
 from jsonargparse import ArgumentParser, Namespace
 
+from cmmasksd.cli.options import add_resume
 from cmmasksd.config import PretrainConfig
 
 HELP = "train the small CLIP that the package ships"
@@ -13,12 +14,11 @@ DESCRIPTION = "Train a small CLIP on generated scenes and their captions."
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--config", action="config", help="YAML file of settings")
-    parser.add_argument("--resume", action="store_true", help="resume the run in pretrain.out")
-    parser.add_class_arguments(PretrainConfig, "pretrain")
+    parser.add_class_arguments(PretrainConfig, "pretrain", skip={"resume"})
+    add_resume(parser, "pretrain")
 
 
 def run(settings: Namespace) -> None:
     from cmmasksd.pretraining.loop import pretrain
 
-    settings.pretrain.resume |= settings.resume
     print(f"the CLIP is in {pretrain(settings.pretrain)}")

@@ -141,17 +141,6 @@ def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]
         raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
 
 
-def can_be_path(name: str) -> bool:
-    """Whether text from a file can be the path of a file: not too long, no control characters.
-
-    Bytes of a name that is not UTF-8 are the characters U+DC80 to U+DCFF, as Python has it.
-    """
-    if re.search("[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]", name):
-        return False
-    parts = [len(part.encode("utf-8", "surrogateescape")) for part in re.split(r"[/\\]", name)]
-    return max(parts) <= 255 and sum(parts) <= 2000
-
-
 def require_file(file: Path, shown: str) -> None:
     """Refuse a path that is no file, or not there."""
     if not os.path.isfile(file):  # Path.is_file raises where a name is too long

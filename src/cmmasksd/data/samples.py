@@ -1,13 +1,13 @@
-"""The typed records that every other module passes around: a reference, its expressions, and where they come from.
+"""References, expressions, and the interface of a data set.
 
-The names are those of the field (REFER, Kazemzadeh et al. 2014; Yu et al. 2016): a *reference* ("ref") is one object in
-one image; it carries one or more *expressions* (sentences) that each name it. An image may hold several references.
+The terms are those of REFER (Kazemzadeh et al. 2014; Yu et al. 2016): a *reference* ("ref") is one object in one image,
+with one or more *expressions* (sentences) that each name it. An image may hold several references.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,13 +17,26 @@ from cmmasksd.errors import UserError, shown
 
 
 def is_blank(text: str) -> bool:
-    """Whether text says nothing: white space and invisible characters (control, format) only, or nothing at all."""
-    return not any(not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf") for char in text)
+    """Whether text is empty or consists of white space and invisible characters (control, format) only."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
-def is_text(text: str) -> bool:
-    """Whether text can be written as UTF-8: bytes that are not, and broken JSON, leave lone surrogates."""
-    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+def require_expression(text: str, what: str) -> None:
+    """Refuse a sentence that cannot be used.
+
+    Args:
+        text: the sentence.
+        what: its name in the message, such as "expression 7" or "--text".
+
+    Raises:
+        UserError: it is blank, or has lone surrogates (from broken JSON, or bytes that are not UTF-8).
+    """
+    if is_blank(text):
+        raise UserError(f"{what} is empty: give a sentence of at least one word")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not UTF-8 text ({shown(text)}): write it as UTF-8") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +47,7 @@ class Expression:
     text: str
 
     def __post_init__(self) -> None:
-        if is_blank(self.text):
-            raise UserError(f"expression {self.sent_id} is empty: every expression needs at least one word")
-        if not is_text(self.text):
-            raise UserError(f"expression {self.sent_id} is not text ({shown(self.text)}): write it as UTF-8")
+        require_expression(self.text, f"expression {self.sent_id}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +56,10 @@ class Reference:
 
     Attributes:
         ref_id: unique within a data set.
-        image_id: references with the same image_id share their image.
-        ann_ids: annotations whose union is the object's mask (RefCOCO has one; gRefCOCO several or none).
-        split: "train", "val", "testA", "testB" or "test".
-        expressions: never empty.
+        image_id: shared by the references of one image.
+        ann_ids: annotations whose union is the object's mask (one in RefCOCO; several or none in gRefCOCO).
+        split: the split it belongs to, such as "train".
+        expressions: at least one.
     """
 
     ref_id: int
@@ -63,18 +73,28 @@ class Reference:
             raise UserError(f"reference {self.ref_id} has no expression: remove it or give it a sentence")
 
 
+def group_by_image(references: Iterable[Reference]) -> list[list[int]]:
+    """Indices of the references that share an image, images in the order of their first reference."""
+    groups: dict[int, list[int]] = {}
+    for index, reference in enumerate(references):
+        groups.setdefault(reference.image_id, []).append(index)
+    return list(groups.values())
+
+
 class ReferringDataset(Protocol):
-    """One split of a data set. Readers implement it; training and evaluation know nothing else."""
+    """One split of a data set: all that training and evaluation know of it. It pickles, for workers."""
 
     name: str
-    """The name the command line uses, such as "refcoco+"."""
+    """Name in the command line, such as "refcoco+"."""
     split: str
 
     def __len__(self) -> int:
         """Number of references."""
         ...
 
-    def __getitem__(self, index: int) -> Reference: ...
+    def __getitem__(self, index: int) -> Reference:
+        """The reference at an index from 0; IndexError beyond the last, so that a loop over the data set ends."""
+        ...
 
     def image(self, reference: Reference) -> np.ndarray:
         """The reference's image, (H, W, 3) uint8 RGB."""
@@ -85,5 +105,5 @@ class ReferringDataset(Protocol):
         ...
 
     def groups(self) -> Sequence[Sequence[int]]:
-        """Indices of the references that share an image, one sequence per image, in a fixed order."""
+        """Indices of the references that share an image: one sequence per image, in a fixed order."""
         ...

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
+from cmmasksd.config import ModelConfig
 from cmmasksd.errors import UserError, shown
 from cmmasksd.model.locating import MODEL_TYPE, read_json
 from cmmasksd.model.towers.base import EncoderSizes
@@ -52,13 +53,8 @@ class CMMaskSDConfig(PreTrainedConfig):
     """Sizes of a CMMaskSDModel.
 
     Args:
-        clip_config: of the backbone.
-        decoder_width: channels of the fusion decoder.
-        decoder_layers: of the fusion decoder, 3 as in CRIS and ETRIS.
-        decoder_heads: attention heads; must divide the width.
-        decoder_mlp: hidden channels of the decoder's MLP.
-        head_width: channels of the mask head at twice the patch grid, a multiple of 16; half as many at four times.
-        dropout: in the decoder, while training.
+        clip_config: configuration of the backbone.
+        decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see `ModelConfig`.
 
     Raises:
         UserError: for sizes that are out of bounds or do not fit together.
@@ -68,12 +64,12 @@ class CMMaskSDConfig(PreTrainedConfig):
     sub_configs = {"clip_config": CLIPConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
 
     clip_config: Any = None
-    decoder_width: int = 512
-    decoder_layers: int = 3
-    decoder_heads: int = 8
-    decoder_mlp: int = 1024
-    head_width: int = 256
-    dropout: float = 0.0
+    decoder_width: int = ModelConfig.decoder_width
+    decoder_layers: int = ModelConfig.decoder_layers
+    decoder_heads: int = ModelConfig.decoder_heads
+    decoder_mlp: int = ModelConfig.decoder_mlp
+    head_width: int = ModelConfig.head_width
+    dropout: float = ModelConfig.dropout
 
     def __post_init__(self, **kwargs: Any) -> None:
         _bounded(vars(self), _OURS, "")

@@ -1,12 +1,12 @@
-"""The HTTP API and the page, as one FastAPI application; server.py puts it behind uvicorn.
+"""The HTTP API and the page as one FastAPI application; server.py runs it on uvicorn.
 
     POST /v1/segment    an image and sentences -> masks, scores, boxes (multipart/form-data or application/json)
-    GET  /v1/health     is it ready, which model, which limits
+    GET  /v1/health     readiness, model, limits
     GET  /metrics       for Prometheus
-    GET  /openapi.json  all of this for machines
+    GET  /openapi.json  the schema of the API
     GET  /page/         the web page
 
-Every refusal has one shape, `{"error": {"code", "message"}}`. Neither images nor sentences are logged or kept.
+Neither images nor sentences are logged or stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi.security import APIKeyHeader, HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -33,9 +32,10 @@ from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.serving.body import read_job
 from cmmasksd.serving.engine import Busy, Engine, Stopped
+from cmmasksd.serving.metrics import Metrics
 from cmmasksd.serving.middleware import HEADERS, HEALTH, Gate, Headers
-from cmmasksd.serving.refusals import Refusal, documented, refusal_response
-from cmmasksd.serving.schemas import Answer, Health, request_body, request_model
+from cmmasksd.serving.refusals import Refusal, openapi_refusals, refusal_response
+from cmmasksd.serving.schemas import Health, SegmentResponse, request_body, request_model
 from cmmasksd.serving.settings import ServeSettings, checked_key
 from cmmasksd.serving.shares import Shares, address_of
 
@@ -48,31 +48,19 @@ def create_app(
     """The application.
 
     Args:
-        segmenter: the model; used by one thread of the application alone from now on.
-        name: of the model, to show.
+        segmenter: the model; from now on used by one thread of the application only.
+        name: name of the model, shown to clients.
         settings: limits.
-        key: which clients must send, see `Gate`; None lets everybody in.
+        key: key that clients must send, see `Gate`; None: no key is required.
 
     Raises:
         UserError: for a key that no client can send.
     """
     settings, key = settings or ServeSettings(), checked_key(key)
-    registry = CollectorRegistry()
-    answered = Counter("cmmasksd_requests", "Requests to /v1/segment by status", ["status"], registry=registry)
-    taken = Histogram("cmmasksd_request_seconds", "From the request's head to its answer", registry=registry)
-    together = Histogram(
-        "cmmasksd_batch_requests", "Requests computed together", buckets=[1, 2, 4, 8, 16, 32], registry=registry
-    )
-    computing = Histogram("cmmasksd_batch_seconds", "Time of a batch", registry=registry)
-    sentences = Counter("cmmasksd_sentences", "Sentences computed", registry=registry)
-
-    def observe(requests: int, said: int, seconds: float) -> None:
-        together.observe(requests)
-        sentences.inc(said)
-        computing.observe(seconds)
-
-    engine = Engine(segmenter, settings, observe)
-    Gauge("cmmasksd_waiting", "Requests in the queue", registry=registry).set_function(lambda: engine.waiting)
+    metrics = Metrics()
+    engine = Engine(segmenter, settings, metrics.count_batch)
+    metrics.watch_queue(lambda: engine.waiting)
+    held_bytes, model = Shares(settings.max_held), request_model(settings)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
@@ -88,38 +76,30 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.engine = engine
-    model = request_model(settings)
-
-    bodies = Shares(settings.max_held)
     app.add_middleware(Gate, settings=settings, key=key)
     app.add_middleware(Headers)
 
-    @app.exception_handler(Refusal)
-    async def refusal(_: Request, error: Refusal) -> JSONResponse:
-        return refusal_response(error.status, error.code, error.message, error.headers)
-
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "refused")
-        return refusal_response(error.status_code, code, str(error.detail), dict(error.headers or {}))
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        return refusal_response(error)
 
     @app.exception_handler(Exception)
-    async def mistake(_: Request, error: Exception) -> JSONResponse:
-        return refusal_response(500, "internal", "the server made a mistake; it is in its log", HEADERS)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return refusal_response(_internal_error(**HEADERS))  # this handler runs outside of the middleware
 
     async def segment(request: Request) -> JSONResponse:
         address, held = address_of(request.scope), 0
 
         def hold(size: int) -> None:
             nonlocal held
-            if not bodies.take(address, size):
+            if not held_bytes.take(address, size):
                 raise Busy
             held += size
 
         try:
             engine.check()
             job = await read_job(request, settings, model, hold)
-            return JSONResponse(await _answer(request, engine.submit(job), settings.timeout))
+            return JSONResponse(await _result(request, engine.submit(job), settings.timeout))
         except Busy:
             raise Refusal(429, "busy", "too many requests wait: try again", **{"Retry-After": "1"}) from None
         except Stopped:
@@ -131,39 +111,37 @@ def create_app(
         except ClientDisconnect:
             raise Refusal(400, "truncated", "the request ended too early") from None
         finally:
-            bodies.give_back(address, held)
+            held_bytes.release(address, held)
 
-    # for OpenAPI only: Gate reads the key
-    schemes = (APIKeyHeader(name="X-API-Key", auto_error=False), HTTPBearer(auto_error=False))
-    keys, asked = ([Security(one) for one in schemes], [401]) if key else ([], [])
+    # for OpenAPI only: Gate checks the key
+    security = [Security(APIKeyHeader(name="X-API-Key", auto_error=False)), Security(HTTPBearer(auto_error=False))]
+    keys, key_refusal = (security, [401]) if key else ([], [])
 
     @app.post(
         "/v1/segment",
-        response_model=Answer,
+        response_model=SegmentResponse,
         dependencies=keys,
-        responses=documented(*asked, 400, 403, 408, 413, 415, 422, 429, 500, 503, 504),
+        responses=openapi_refusals(*key_refusal, 400, 403, 408, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={"requestBody": request_body(model)},
-        summary="Find what sentences name in an image",
+        summary="Segment what sentences name in an image",
     )
-    async def counted(request: Request) -> Any:
+    async def counted_segment(request: Request) -> Any:
         started, status = time.monotonic(), 500
         try:
-            answer = await segment(request)
-            status = answer.status_code
-            return answer
+            response = await segment(request)
+            status = response.status_code
+            return response
         except Refusal as error:
-            status = error.status
+            status = error.status_code
             raise
         finally:
-            answered.labels(str(status)).inc()
-            taken.observe(time.monotonic() - started)
+            metrics.count_request(status, time.monotonic() - started)
 
-    @app.get(HEALTH, response_model=Health, responses=documented(403, 503), summary="Is it ready, and what may I ask")
+    @app.get(HEALTH, response_model=Health, responses=openapi_refusals(403, 503), summary="Readiness, model and limits")
     async def health() -> Any:
         try:
-            engine.check()
-        except Busy:
-            pass
+            with suppress(Busy):
+                engine.check()
         except Stopped:
             raise Refusal(503, "stopping", "the server is shutting down") from None
         limits = {
@@ -176,11 +154,11 @@ def create_app(
         "/metrics",
         response_class=Response,
         dependencies=keys,
-        responses={200: {"content": {"text/plain": {}}}, **documented(*asked, 403, 503)},
+        responses={200: {"content": {"text/plain": {}}}, **openapi_refusals(*key_refusal, 403, 503)},
         summary="Metrics",
     )
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def prometheus() -> Response:
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -190,22 +168,25 @@ def create_app(
     return app
 
 
-async def _answer(request: Request, future: Future[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Wait for the engine; a cancelled future is work that it drops."""
+async def _result(request: Request, future: Future[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Wait for the engine. If the client leaves or the time is up, the future is cancelled and the engine drops it."""
     waiting = asyncio.wrap_future(future)
-    # the body has been read, so what comes is the end of the connection
-    gone = asyncio.ensure_future(request.receive())
+    disconnected = asyncio.ensure_future(request.receive())  # the body has been read: only the disconnect can follow
     try:
-        await asyncio.wait({waiting, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({waiting, disconnected}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
             return waiting.result()
-        if gone.done():
+        if disconnected.done():
             raise ClientDisconnect
-        raise Refusal(504, "too_late", f"not done in {seconds:g} s, so it was dropped")
+        raise Refusal(504, "too_late", f"dropped: not computed within {seconds:g} s")
     except (UserError, Stopped, ClientDisconnect, Refusal):
         raise
-    except Exception:  # the engine's log says where; its message may hold a sentence
-        raise Refusal(500, "internal", "the server made a mistake; it is in its log") from None
+    except Exception:  # logged by the engine, without the message, which may hold a sentence
+        raise _internal_error() from None
     finally:
         waiting.cancel()
-        gone.cancel()
+        disconnected.cancel()
+
+
+def _internal_error(**headers: str) -> Refusal:
+    return Refusal(500, "internal", "internal error; see the log of the server", **headers)

@@ -1,4 +1,4 @@
-"""What every request passes before its route: who may ask, how many at once, and the security headers."""
+"""Middleware: access checks, a limit of concurrent requests, and security headers."""
 
 from __future__ import annotations
 
@@ -32,23 +32,22 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 DRAIN_BYTES, DRAIN_SECONDS = 50_000_000, 10
-"""What is still read of a request that has its refusal: a connection closed before is reset, and the answer lost."""
+"""Limits on reading the rest of a refused request. Closing the connection earlier resets it and loses the refusal."""
 HEALTH = "/v1/health"
 PORT = re.compile(rb":\d+$")
 log = logging.getLogger(__name__)
 
 
 class Gate:
-    """What every request passes first.
+    """Checks host name, origin and key of every request, and limits the number of concurrent requests.
 
-    It must name a host that the server answers to (else any web page could reach a server of this machine by a name of
-    its own that leads here), must not be sent by another site's page, and must bring the key: as X-API-Key, as a bearer
-    token, or as the password of HTTP Basic, which browsers ask for. Then it takes one of the `connections` places.
-    /v1/health needs neither key nor place.
+    The host must be one of the server's (DNS rebinding: a web page may point its own name to this machine), the request
+    must not come from a page of another site, and it must have the key: as X-API-Key, as a bearer token, or as the
+    password of HTTP Basic, which browsers ask for. /v1/health needs no key and is not counted.
     """
 
     def __init__(self, app: ASGIApp, settings: ServeSettings, key: str | None) -> None:
-        self.app, self.requests, self.hosts = app, Shares(settings.connections), settings.answers_to
+        self.app, self.requests, self.host_names = app, Shares(settings.connections), settings.host_names
         self.key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,7 +57,7 @@ class Gate:
         try:
             self._check(scope["method"], scope["path"], dict(scope["headers"]))
         except Refusal as error:
-            await refusal_response(error.status, error.code, error.message, error.headers)(scope, receive, send)
+            await refusal_response(error)(scope, receive, send)
             return
         if scope["path"] == HEALTH:
             await self.app(scope, receive, send)
@@ -66,27 +65,27 @@ class Gate:
         address = address_of(scope)
         if not self.requests.take(address, 1):
             log.warning("refused a request: too many at once")
-            refused = refusal_response(503, "too_many", "too many requests at once: try again", {"Retry-After": "1"})
-            await refused(scope, receive, send)
+            refusal = Refusal(503, "too_many", "too many requests at once: try again", **{"Retry-After": "1"})
+            await refusal_response(refusal)(scope, receive, send)
             return
         try:
             await self.app(scope, receive, send)
         finally:
-            self.requests.give_back(address, 1)
+            self.requests.release(address, 1)
 
     def _check(self, method: str, path: str, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").lower()  # HTTP/1.0 knows none, and browsers do not speak it
+        host = headers.get(b"host", b"").lower()  # optional in HTTP/1.0, which browsers do not speak
         name = host.decode("latin-1").rpartition(":")[0] if PORT.search(host) else host.decode("latin-1")
-        if self.hosts is not None and name and name not in self.hosts and not _is_ip(name):
-            raise Refusal(403, "unknown_host", "not a host name of this server: start it with --allowed_hosts NAME")
+        if self.host_names is not None and name and name not in self.host_names and not _is_ip(name):
+            raise Refusal(403, "unknown_host", "unknown host name: start the server with --allowed_hosts NAME")
         if method not in ("GET", "HEAD", "OPTIONS"):
             site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")  # browsers send these
-            ours = site in (b"same-origin", b"none") if site else not origin or origin.partition(b"://")[2] == host
-            if not ours:
+            same = site in (b"same-origin", b"none") if site else not origin or origin.partition(b"://")[2] == host
+            if not same:
                 raise Refusal(403, "cross_site", "a page of another site may not send requests to this server")
         if self.key is None or path in (HEALTH, "/openapi.json"):
             return
-        if not any(hmac.compare_digest(given, self.key) for given in _keys(headers)):
+        if not any(hmac.compare_digest(candidate, self.key) for candidate in _keys(headers)):
             raise Refusal(
                 401,
                 "no_key",
@@ -103,28 +102,31 @@ def _is_ip(host: str) -> bool:
 
 
 def _keys(headers: dict[bytes, bytes]) -> list[bytes]:
-    """What a request brings as the key."""
+    """Values of the headers that may hold the key."""
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-    found = [headers.get(b"x-api-key", b"")]
+    keys = [headers.get(b"x-api-key", b"")]
     if scheme.lower() == b"bearer":
-        found.append(token.strip())
+        keys.append(token.strip())
     if scheme.lower() == b"basic":
         with suppress(binascii.Error):
-            found.append(base64.b64decode(token).partition(b":")[2])
-    return found
+            keys.append(base64.b64decode(token).partition(b":")[2])
+    return keys
 
 
 class Headers:
-    """Puts the security headers on every answer. Where a body was refused before its end, it reads on for a while, so
-    that the client hears why, and ends the connection: uvicorn would read on for ever."""
+    """Adds the security headers to every response.
+
+    If a request is answered before its body ends, the rest of the body is read within limits, so that the client gets
+    the response, and the connection is closed. uvicorn alone would read without end.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        given = dict(scope.get("headers", ()))
-        unread = b"transfer-encoding" in given or given.get(b"content-length", b"0") != b"0"
-        coming = b"expect" not in given  # else the client sends the body only when it is read
+        request_headers = dict(scope.get("headers", ()))
+        unread = b"transfer-encoding" in request_headers or request_headers.get(b"content-length", b"0") != b"0"
+        coming = b"expect" not in request_headers  # else the client waits until the body is read
 
         async def watched() -> Message:
             nonlocal unread, coming
@@ -151,12 +153,12 @@ class Headers:
 
 
 async def _drain(receive: Receive) -> None:
-    """Read what still comes of a request and drop it, within limits of bytes and seconds."""
+    """Read the rest of a request and drop it, within limits of bytes and seconds."""
     left = DRAIN_BYTES
     with suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_SECONDS):
             while left > 0:
                 message = await receive()
                 left -= len(message.get("body", b""))
-                if not message.get("more_body"):  # all has come, or the client is gone
+                if not message.get("more_body"):  # complete, or the client has left
                     return

@@ -1,4 +1,4 @@
-"""uvicorn around the application: the listening socket, and limits on connections that uvicorn does not have."""
+"""The application on uvicorn: the listening socket, and limits on connections that uvicorn lacks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cmmasksd.errors import UserError
 from cmmasksd.serving import middleware
 from cmmasksd.serving.middleware import HEADERS
-from cmmasksd.serving.refusals import refusal_response
+from cmmasksd.serving.refusals import Refusal, refusal_response
 from cmmasksd.serving.settings import ServeSettings
 from cmmasksd.serving.shares import address_of, half
 
 HEAD_SECONDS = 10
-"""In which a client must have sent the head of a request."""
+"""Time in which a client must send the head of a request."""
 
 
 class _Connection(H11Protocol):
-    """uvicorn waits for ever for the head of a request, on any number of connections; this one hangs up.
+    """An HTTP connection with limits; uvicorn waits for request heads without end, on any number of connections.
 
-    Connections with no request under way (silent ones, too) are bounded as requests are: of too many, the one that has
-    been so for longest is closed. So a new one always has the time to ask for the server's health.
+    Idle connections, silent ones included, have the same limit as requests: beyond it, the one that has been idle for
+    longest is closed. So the health of the server can always be asked.
     """
 
     _timer: TimerHandle | None = None
@@ -37,38 +37,38 @@ class _Connection(H11Protocol):
     cycle: Any
     connections: set[Any]
 
-    def __init__(self, most: int, **settings: Any) -> None:
+    def __init__(self, limit: int, **settings: Any) -> None:
         super().__init__(**settings)
-        self._most, self._since = most, time.monotonic()
+        self._limit, self._idle_since = limit, time.monotonic()
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way, or only the rest of one that has been answered."""
+        """Whether no request is under way, or only the rest of an answered one."""
         return self.cycle is None or self.cycle.response_started
 
     def _make_room(self) -> None:
         address = address_of({"client": self.client})
-        everyone = [one for one in self.connections if not one.transport.is_closing()]
-        own = [one for one in everyone if address_of({"client": one.client}) == address]
-        for crowd, most in ((own, half(self._most)), (everyone, self._most)):
-            idle = [one for one in crowd if one.idle]
-            if len(idle) > most:
-                min(idle, key=lambda one: one._since).transport.close()
-            elif len(crowd) > 2 * most:
+        connections = [other for other in self.connections if not other.transport.is_closing()]
+        same_address = [other for other in connections if address_of({"client": other.client}) == address]
+        for group, limit in ((same_address, half(self._limit)), (connections, self._limit)):
+            idle = [other for other in group if other.idle]
+            if len(idle) > limit:
+                min(idle, key=lambda other: other._idle_since).transport.close()
+            elif len(group) > 2 * limit:
                 self.transport.abort()
 
     def on_response_complete(self) -> None:
-        self._since = time.monotonic()
+        self._idle_since = time.monotonic()
         super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """In the shape of all refusals."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
-            answer = refusal_response(400, "bad_http", "this is no HTTP request: check what was sent", HEADERS)
-            headers = [*answer.raw_headers, (b"connection", b"close")]
+        """Send the refusal in the shape of all others."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else a response has begun
+            response = refusal_response(Refusal(400, "bad_http", "not a valid HTTP request", **HEADERS))
+            headers = [*response.raw_headers, (b"connection", b"close")]
             for event in (
                 h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=bytes(answer.body)),
+                h11.Data(data=bytes(response.body)),
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
@@ -94,23 +94,23 @@ class _Connection(H11Protocol):
 
 
 class _OnceAMinute(logging.Filter):
-    """Of a warning that repeats, one line a minute with the number of those that were left out."""
+    """Limits a repeated warning to one line per minute, which counts the suppressed ones."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno != logging.WARNING:
             return True
         now = time.monotonic()
-        last, left_out = self._said.get(record.msg, (now - 60, 0))
+        last, suppressed = self._last.get(record.msg, (now - 60, 0))
         if now - last < 60:
-            self._said[record.msg] = last, left_out + 1
+            self._last[record.msg] = last, suppressed + 1
             return False
-        self._said[record.msg] = now, 0
-        if left_out:
-            record.msg = f"{record.msg} ({left_out} times more since the last line)"
+        self._last[record.msg] = now, 0
+        if suppressed:
+            record.msg = f"{record.msg} ({suppressed} more since the last line)"
         return True
 
 
@@ -118,10 +118,10 @@ _once_a_minute = _OnceAMinute()
 
 
 def make_server(app: FastAPI, settings: ServeSettings) -> tuple[uvicorn.Server, socket.socket]:
-    """A server and the socket it is to `run` on; the socket already listens.
+    """A server, and the listening socket to `run` it on.
 
     Raises:
-        UserError: when the address is not to be had.
+        UserError: the address is not available.
     """
     try:
         listening = socket.create_server(
@@ -133,7 +133,7 @@ def make_server(app: FastAPI, settings: ServeSettings) -> tuple[uvicorn.Server, 
         ) from None
     config = uvicorn.Config(
         app,
-        http=partial(_Connection, settings.connections),  # pyright: ignore (called like a class)
+        http=partial(_Connection, settings.connections),  # pyright: ignore (uvicorn only calls it)
         ws="none",
         log_level="warning",
         access_log=False,
@@ -142,9 +142,9 @@ def make_server(app: FastAPI, settings: ServeSettings) -> tuple[uvicorn.Server, 
         timeout_graceful_shutdown=int(settings.timeout) + 5,
         h11_max_incomplete_event_size=16_384,
     )
-    for one in (middleware.log, logging.getLogger("uvicorn.error")):
-        one.addFilter(_once_a_minute)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; accepted sockets inherit it
-        # ends connections of clients that do not read their answer
+    for logger in (middleware.log, logging.getLogger("uvicorn.error")):
+        logger.addFilter(_once_a_minute)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; inherited by accepted sockets
+        # closes connections of clients that do not read their response
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000)
     return uvicorn.Server(config), listening

@@ -1,4 +1,4 @@
-"""What a server is told: where it listens and what it refuses. Light: the command line reads it for `--help`."""
+"""Settings of a server: its address and its limits. The command line reads them for `--help`, so imports are light."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ KEY_VARIABLE = "CMMASKSD_API_KEY"
 
 
 def checked_key(key: str | None) -> str | None:
-    """The key, if clients can send it in a header; None stays None: nobody is asked for one.
+    """The key, if clients can send it in a header. None stays None: no key is required.
 
     Raises:
-        UserError: it is empty, or has control characters or white space at its ends.
+        UserError: it is empty, or has control characters, or white space at its ends.
     """
     if key is not None and (not key or key != key.strip() or not key.isprintable()):
-        what = "is empty" if not key.strip() else "has characters that no client can send, or spaces at its ends"
-        raise UserError(f"{KEY_VARIABLE} {what}: set it to the key, or unset it to let everybody in")
+        problem = "has characters that no client can send, or spaces at its ends" if key.strip() else "is empty"
+        raise UserError(f"{KEY_VARIABLE} {problem}: set it to the key, or unset it to let everybody in")
     return key
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Where to listen, and the limits that keep one client from hurting the others.
+    """Address of a server, and limits that keep one client from hurting the others.
 
     Attributes:
         host: address to listen on; 0.0.0.0 lets other machines in.
-        port: to listen on; 0 takes a free one.
-        allowed_hosts: names in the addresses that clients use, such as masks.example.com. IP addresses and localhost
-            always are. None given: any name where `host` is the address of a network, else `host`.
-        max_bytes: of a request; reading stops there.
-        max_held: bytes of all requests that are held at once; further ones are told to come again (429).
-        max_pixels: of an image, judged before it is decoded.
-        max_sentences: of a request.
-        max_characters: of a sentence.
-        max_batch: requests that are computed together.
-        max_wait: seconds to wait for others to fill a batch.
-        queue: requests that may wait; the next one is told to come again (429).
-        timeout: seconds that a request may wait and be computed, then it is dropped (504).
-        body_timeout: seconds in which a client must have sent its request (408).
-        connections: requests under way at once, and idle connections, at most. One address gets half of these, and of
-            `max_held`.
+        port: port to listen on; 0 takes a free one.
+        allowed_hosts: host names in the addresses that clients use, such as masks.example.com. IP addresses and
+            localhost are always allowed. Empty: any name if `host` is a network address, else `host`.
+        max_bytes: maximum size of a request in bytes (413).
+        max_held: maximum size of all requests held at once, in bytes (429).
+        max_pixels: maximum number of pixels of an image, checked before it is decoded (413).
+        max_sentences: maximum number of sentences per request (422).
+        max_characters: maximum length of a sentence (422).
+        max_batch: maximum number of requests per batch.
+        max_wait: seconds to wait for a batch to fill.
+        queue: maximum number of waiting requests (429).
+        timeout: seconds until a request that is not answered is dropped (504).
+        body_timeout: seconds in which a client must send its request (408).
+        connections: maximum number of requests under way (503), and of idle connections. One client address gets half
+            of these, and of `max_held`.
     """
 
     host: str = "127.0.0.1"
@@ -64,8 +64,8 @@ class ServeSettings:
     connections: int = 100
 
     @property
-    def answers_to(self) -> frozenset[str] | None:
-        """Host names beside IP addresses that a request may name, in lower case; None: any."""
+    def host_names(self) -> frozenset[str] | None:
+        """Host names that a request may use beside IP addresses, in lower case; None: any."""
         if not self.allowed_hosts:
             try:
                 if not ip_address(self.host).is_loopback:
@@ -77,18 +77,19 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels", "max_sentences", "max_characters", "max_batch", "queue", "connections"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}: give at least 1")
+                raise UserError(f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in self.allowed_hosts:
             if not re.fullmatch(r"[A-Za-z0-9._-]{1,253}", name):
                 raise UserError(
-                    f"--allowed_hosts {name[:60]!r}: give names without scheme, port or path, such as masks.example.com"
+                    f"--allowed_hosts must be names without scheme, port or path, such as masks.example.com,"
+                    f" got {name[:60]!r}"
                 )
         if self.max_held < 2 * self.max_bytes:
-            raise UserError(f"--max_held is {self.max_held}: give at least twice --max_bytes, {2 * self.max_bytes}")
+            raise UserError(f"--max_held must be at least twice --max_bytes, {2 * self.max_bytes}, got {self.max_held}")
         for name in ("timeout", "body_timeout"):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{name} is {getattr(self, name)}: give seconds above 0")
+                raise UserError(f"--{name} must be above 0 seconds, got {getattr(self, name)}")
         if not 0 <= self.max_wait <= 1:
-            raise UserError(f"--max_wait is {self.max_wait}: give seconds from 0 to 1")
+            raise UserError(f"--max_wait must be between 0 and 1 second, got {self.max_wait}")
         if not 0 <= self.port < 65536:
-            raise UserError(f"--port is {self.port}: give a number below 65536; 0 takes a free one")
+            raise UserError(f"--port must be between 0 (any free port) and 65535, got {self.port}")

@@ -358,7 +358,7 @@ def test_names_that_are_not_utf8(folder: Path):
     data = ManifestDataset(folder, "all")
     assert data.mask(data[0]).sum() == 36
     labelme(folder / odd / f"{odd}.json", label("x"), imagePath="\ud800.png")
-    with pytest.raises(UserError, match="is no path inside"):
+    with pytest.raises(UserError, match="is not a path inside"):
         ManifestDataset(folder, "all")
 
 
@@ -368,29 +368,29 @@ def test_names_that_are_not_utf8(folder: Path):
 ROWS = [
     ({"image": None}, "has no image"),
     ({"image": "absent.png"}, "absent.png does not exist"),
-    ({"image": "../a.png"}, "'../a.png' is no path inside"),
-    ({"image": "x/../../a.png"}, "no path inside"),
-    ({"image": "/etc/passwd"}, "no path inside"),
-    ({"image": "C:\\a.png"}, "no path inside"),
-    ({"image": "\\\\server\\a.png"}, "no path inside"),
-    ({"image": "a\0.png"}, "no path inside"),
-    ({"image": "."}, "no path inside"),
+    ({"image": "../a.png"}, "'../a.png' is not a path inside"),
+    ({"image": "x/../../a.png"}, "not a path inside"),
+    ({"image": "/etc/passwd"}, "not a path inside"),
+    ({"image": "C:\\a.png"}, "not a path inside"),
+    ({"image": "\\\\server\\a.png"}, "not a path inside"),
+    ({"image": "a\0.png"}, "not a path inside"),
+    ({"image": "."}, "not a path inside"),
     ({"image": 5}, "image is 5: expected a path"),
     ({"image": "m.jsonl"}, "not an image"),
     ({"expressions": None}, "give its sentences"),
     ({"text": "b"}, "not none and not both"),
     ({"expressions": []}, "expected a list of texts"),
-    ({"expressions": [""]}, "empty sentence"),
-    ({"expressions": ["a", " \t"]}, "empty sentence"),
-    ({"expressions": ["\x1c\u3000\u200b\ufeff"]}, "empty sentence"),
-    ({"image": "x" * 300}, "no path inside"),
-    ({"image": "\ud800"}, "no path inside"),
+    ({"expressions": [""]}, "a sentence is empty"),
+    ({"expressions": ["a", " \t"]}, "a sentence is empty"),
+    ({"expressions": ["\x1c\u3000\u200b\ufeff"]}, "a sentence is empty"),
+    ({"image": "x" * 300}, "not a path inside"),
+    ({"image": "\ud800"}, "not a path inside"),
     ({"polygon": [[4, 2, 10, 2, 6, 2]]}, "covers no pixel"),
     ({"polygon": [[50, 50, 60, 50, 60, 60]]}, "covers no pixel"),
     ({"polygon": [[-200, -200, 220, 230] * 30000]}, "pixels long"),
     ({"x" * 10**6: 1}, r"unknown key 'x*\.\.\."),
     ({"expressions": [3]}, "expected a list of texts"),
-    ({"expressions": ["\ud800"]}, "no text"),
+    ({"expressions": ["\ud800"]}, "a sentence is not UTF-8 text"),
     ({"polygon": None}, "no mask: give one of mask, polygon, rle"),
     ({"mask": "square.png"}, "has mask and polygon"),
     ({"polygon": []}, "segmentation is empty"),
@@ -405,7 +405,7 @@ ROWS = [
     ({"polygon": None, "mask": "absent.png"}, "absent.png does not exist"),
     ({"polygon": None, "mask": "small.png"}, "5x4 pixels and its picture 24x16"),
     ({"polygon": None, "mask": "turned.png"}, "16x24 pixels and its picture 24x16"),
-    ({"polygon": None, "mask": "../square.png"}, "no path inside"),
+    ({"polygon": None, "mask": "../square.png"}, "not a path inside"),
     ({"sentence": "a"}, "unknown key 'sentence': expected some of image, expressions"),
     ({"split": "tset"}, "split 'tset': choose one of train, val, test"),
     ({"split": ["val"]}, "choose one of train, val, test"),
@@ -461,7 +461,7 @@ def test_mistakes_of_csv(folder: Path):
     refused("line 2 has 4 cells and the header 3", "image,text,mask", "a.png,x, y,square.png")
     refused("line 2 is not CSV", "image,text,mask", 'a.png,"x,square.png')
     refused("line 2: rle is not JSON", "image,text,rle", "a.png,x,{")
-    refused("line 2 has an empty sentence", "image,expressions,mask", "a.png,x|,square.png")
+    refused("line 2: a sentence is empty", "image,expressions,mask", "a.png,x|,square.png")
     refused("line 2 has no mask", "image,expressions,mask", "a.png,x,")
 
 
@@ -474,14 +474,14 @@ def test_mistakes_of_labelme(folder: Path):
 
     refused("not a labelme file", shapes=None)
     refused("not a labelme file", imagePath=None)
-    refused("imagePath './../a.png' is no path inside", label("x"), imagePath="../a.png")
+    refused("imagePath './../a.png' is not a path inside", label("x"), imagePath="../a.png")
     refused("shape 1: .*absent.png does not exist", label("x"), imagePath="absent.png")
     refused("shape 2 has no label", label("x"), {"points": []})
     refused(r"shape 1 has the group_id \[\[\[", label("x", group_id=[[[[[]]]]]))
     refused("shape 1: its outline covers no pixel", label("x", points=[[1, 2], [3, 2], [8, 2]]))
     refused("its points are", label("x", points=[[1, 2**2000]] * 3))
     refused("its points are", label("x", points=[[1, True]] * 3))
-    refused("shape 2 has an empty sentence", label("x"), label(" "))
+    refused("shape 2: a sentence is empty", label("x"), label(" "))
     refused("labelled at 100x16 pixels and its picture has 24x16", label("x"), imageWidth=100)
     refused("shape 1: a shape of the type 'line' has no area", label("x", shape_type="line"))
     refused("its points are", label("x", points=[[1, 2, 3]]))

@@ -15,8 +15,9 @@ import numpy as np
 
 from cmmasksd.data.images import read_mask
 from cmmasksd.data.masks import decode_segmentation
-from cmmasksd.data.readers.rows import Row, Shapes, inside, sentences
+from cmmasksd.data.readers.rows import Row, Shapes, sentences
 from cmmasksd.errors import UserError, shown
+from cmmasksd.files import safe_path
 
 
 def labelme_rows(file: Path, root: Path) -> Iterator[Row]:
@@ -31,7 +32,7 @@ def labelme_rows(file: Path, root: Path) -> Iterator[Row]:
     if not isinstance(shapes, list) or not isinstance(content.get("imagePath"), str):
         raise UserError(f"{file} is not a labelme file (no 'shapes' or no 'imagePath'): move it out of {root}")
     below = posixpath.join(file.parent.relative_to(root).as_posix(), content["imagePath"].replace("\\", "/"))
-    image = inside(root, below, f"{file}: imagePath")
+    image = safe_path(root, below, f"{file}: imagePath")
     objects: dict[object, list[tuple[int, dict[str, Any]]]] = {}
     for number, shape in enumerate(shapes, start=1):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):

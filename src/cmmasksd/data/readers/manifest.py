@@ -40,7 +40,7 @@ from cmmasksd.data.masks import decode_segmentation, mask_to_rle
 from cmmasksd.data.readers.labelme import labelme_mask, labelme_rows
 from cmmasksd.data.readers.rows import ALL, SPLITS, SUFFIXES, Row, Shapes, read_rows
 from cmmasksd.data.readers.splits import with_splits
-from cmmasksd.data.samples import Expression, Reference
+from cmmasksd.data.samples import Expression, Reference, group_by_image
 from cmmasksd.errors import UserError, shown
 
 log = logging.getLogger(__name__)
@@ -127,11 +127,8 @@ class ManifestDataset:
             return read_mask(mask)
 
     def groups(self) -> list[list[int]]:
-        """Indices of the references that share a picture, pictures in the order in which they first appear."""
-        groups: dict[int, list[int]] = {}
-        for index, reference in enumerate(self._references):
-            groups.setdefault(reference.image_id, []).append(index)
-        return list(groups.values())
+        """Indices of the references that share an image; see `ReferringDataset`."""
+        return group_by_image(self._references)
 
 
 @contextmanager

@@ -4,46 +4,29 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cmmasksd.data.masks import mask_to_box, mask_to_polygons
-from cmmasksd.data.readers.refer import IMAGE_FOLDERS, checked_file_name
+from cmmasksd.data.readers.refer import IMAGE_FOLDERS
 from cmmasksd.data.samples import Reference, ReferringDataset
 from cmmasksd.errors import UserError
+from cmmasksd.files import write_bytes
 
 
-def coco_file_name(image_id: int) -> str:
-    """The file name that COCO gives to an image of train2014."""
-    return f"COCO_train2014_{image_id:012d}.jpg"
+def write_refer_release(out: str | Path, datasets: Sequence[ReferringDataset]) -> None:
+    """Write splits of a data set as a REFER release, which ``ReferDataset`` reads as "refcoco", as do other tools.
 
-
-def write_refer_release(
-    out: str | Path,
-    datasets: Iterable[ReferringDataset],
-    *,
-    folder: str = "refcoco",
-    by: str = "unc",
-    file_name: Callable[[int], str] = coco_file_name,
-    quality: int = 95,
-) -> None:
-    """Write splits of a data set in the files of a REFER release, which ``ReferDataset`` and other tools read.
-
-    The refs file comes last, so that a release without it was not finished. Masks are kept exactly (polygons along the
-    pixel edges); images are JPEG without chroma subsampling. Everything belongs to one category, "object".
+    The refs file comes last: a release without it is incomplete. Masks are kept exactly (polygons along the pixel
+    edges); images are JPEG without chroma subsampling. Everything belongs to one category, "object".
 
     Args:
         out: the release's root; made where missing.
         datasets: one per split. Their ids are kept and must not repeat.
-        folder: the data set's folder under the root.
-        by: the name in ``refs(<by>).p``.
-        file_name: image_id -> name of the image file.
-        quality: of the JPEG files, 1 to 95.
 
     Raises:
         UserError: a release or another image is already there, an id appears twice, or a reference cannot be written
@@ -52,8 +35,8 @@ def write_refer_release(
     from PIL import Image
     from tqdm import tqdm
 
-    out, datasets = Path(out), list(datasets)
-    refs_path, instances_path = out / folder / f"refs({by}).p", out / folder / "instances.json"
+    out = Path(out)
+    refs_path, instances_path = out / "refcoco/refs(unc).p", out / "refcoco/instances.json"
     for path in (refs_path, instances_path):
         if path.exists():
             raise UserError(f"{path} already exists: delete that release or write to another folder")
@@ -63,27 +46,25 @@ def write_refer_release(
     image_folder.mkdir(parents=True, exist_ok=True)
     refs_path.parent.mkdir(parents=True, exist_ok=True)
 
-    seen: set[tuple[str, int | str]] = set()
+    seen: set[tuple[str, int]] = set()
 
-    def claim(kind: str, value: int | str) -> None:
+    def claim(kind: str, value: int) -> None:
         if (kind, value) in seen:
             raise UserError(f"{kind} {value} appears twice: a release needs it once over all its splits, renumber them")
         seen.add((kind, value))
 
     refs, images, annotations = [], [], []
-    progress = tqdm(total=sum(len(dataset) for dataset in datasets), desc=f"writing {folder}", unit="ref", disable=None)
-    with progress:
+    with tqdm(total=sum(map(len, datasets)), desc="writing refcoco", unit="ref", disable=None) as progress:
         for dataset in datasets:
             for group in dataset.groups():
                 image_id = dataset[group[0]].image_id
                 pixels = dataset.image(dataset[group[0]])
-                file = checked_file_name(file_name(image_id), f"image {image_id}")
                 claim("image_id", image_id)
-                claim("file name", file)
+                file = f"COCO_train2014_{image_id:012d}.jpg"
                 height, width = pixels.shape[:2]
                 images.append({"id": image_id, "file_name": file, "height": height, "width": width, "license": 0})
                 content = io.BytesIO()
-                Image.fromarray(pixels).save(content, "JPEG", quality=quality, subsampling="4:4:4")
+                Image.fromarray(pixels).save(content, "JPEG", quality=95, subsampling="4:4:4")
                 _write_image(image_folder / file, content.getvalue())
                 for index in group:
                     reference = dataset[index]
@@ -93,30 +74,29 @@ def write_refer_release(
                     for expression in reference.expressions:
                         claim("sent_id", expression.sent_id)
                     annotations.append(annotation)
-                    refs.append(_ref(reference, file))
+                    refs.append(_ref(reference))
                     progress.update()
     instances = {
-        "info": {"description": folder},
+        "info": {"description": "refcoco"},
         "licenses": [],
         "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object", "supercategory": "object"}],
     }
-    _write_whole(instances_path, json.dumps(instances).encode())
-    _write_whole(refs_path, pickle.dumps(refs, protocol=2))  # the newest that the original toolbox's Python reads
+    write_bytes(instances_path, json.dumps(instances).encode())
+    write_bytes(refs_path, pickle.dumps(refs, protocol=2))  # the newest that the original toolbox's Python reads
 
 
-def _ref(reference: Reference, image_file: str) -> dict[str, Any]:
+def _ref(reference: Reference) -> dict[str, Any]:
     """One entry of a refs file."""
     (ann_id,) = reference.ann_ids
-    image = PurePosixPath(image_file)
     return {
         "ref_id": reference.ref_id,
         "ann_id": ann_id,
         "image_id": reference.image_id,
         "category_id": 1,
         "split": reference.split,
-        "file_name": str(image.with_name(f"{image.stem}_{ann_id}{image.suffix}")),
+        "file_name": f"COCO_train2014_{reference.image_id:012d}_{ann_id}.jpg",
         "sent_ids": [expression.sent_id for expression in reference.expressions],
         "sentences": [
             {
@@ -152,17 +132,8 @@ def _annotation(reference: Reference, mask: np.ndarray, size: tuple[int, int]) -
 
 
 def _write_image(path: Path, content: bytes) -> None:
-    """Write an image; the very same one may be there already, from a run that was cut off or a sister release."""
-    if path.exists():
-        if path.read_bytes() != content:
-            raise UserError(f"{path} already exists and is another image: write to another folder")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, content)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either complete or absent."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    """Write an image; an equal one may be there from a run that was cut off."""
+    if not path.exists():
+        write_bytes(path, content)
+    elif path.read_bytes() != content:
+        raise UserError(f"{path} already exists and is another image: write to another folder")

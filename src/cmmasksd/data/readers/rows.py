@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
-from cmmasksd.data.images import can_be_path
-from cmmasksd.data.samples import is_blank, is_text
+from cmmasksd.data.samples import require_expression
 from cmmasksd.errors import UserError, shown
+from cmmasksd.files import safe_path
 
 SPLITS = ("train", "val", "test")
 ALL = "all"
@@ -146,7 +144,7 @@ def _row(record: dict[str, Any], where: str, file: Path, masks: bool) -> Row:
     if masks:
         mask = record[given[0]]
         if given[0] == "mask":
-            mask = inside(file.parent, mask, f"{where}: mask")
+            mask = safe_path(file.parent, mask, f"{where}: mask")
         elif not isinstance(mask, list if given[0] == "polygon" else dict):
             form = "[[x0, y0, x1, y1, ...], ...]" if given[0] == "polygon" else '{"size": ..., "counts": ...}'
             raise UserError(f"{where}: {given[0]} is {shown(mask)}: expected {form}")
@@ -158,7 +156,7 @@ def _row(record: dict[str, Any], where: str, file: Path, masks: bool) -> Row:
         raise UserError(f"{where} has the id {shown(name)}: give a whole number or text")
     return Row(
         where,
-        inside(file.parent, record["image"], f"{where}: image"),
+        safe_path(file.parent, record["image"], f"{where}: image"),
         sentences(texts, where),
         mask,
         split,
@@ -166,30 +164,13 @@ def _row(record: dict[str, Any], where: str, file: Path, masks: bool) -> Row:
     )
 
 
-def inside(folder: Path, name: object, where: str) -> Path:
-    """A path below the folder on any system: it comes from a file that others may have written."""
-    if not isinstance(name, str):
-        raise UserError(f"{where} is {shown(name)}: expected a path")
-    plain = posixpath.normpath(name.replace("\\", "/"))
-    leaves = plain.startswith("/") or PureWindowsPath(plain).anchor or plain.split("/")[0] == ".."
-    if leaves or plain == "." or not can_be_path(plain):
-        raise UserError(f"{where} {shown(name)} is no path inside {folder}: put the file there and name it from there")
-    if not Path(os.path.realpath(folder / plain)).is_relative_to(os.path.realpath(folder)):
-        raise UserError(f"{where} {shown(name)} is a link to a place outside {folder}: put the file itself there")
-    return folder / plain
-
-
 def sentences(given: object, where: str) -> tuple[str, ...]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: the sentences are {shown(given)}: expected a list of texts, or one text")
-    texts = [" ".join(text.split()) for text in texts]
     for text in texts:
-        if is_blank(text):
-            raise UserError(f"{where} has an empty sentence: write at least one word or remove it")
-        if not is_text(text):
-            raise UserError(f"{where} has a sentence that is no text ({shown(text)}): write it as UTF-8")
-    return tuple(texts)
+        require_expression(text, f"{where}: a sentence")
+    return tuple(" ".join(text.split()) for text in texts)
 
 
 def _unknown(where: str, key: object) -> UserError:
