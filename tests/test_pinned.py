@@ -28,7 +28,7 @@ def scenes() -> dict[str, dict[str, str]]:
     pinned = {}
     for style in STYLES:
         for split in ("train", "val", "testA", "testB"):
-            data = open_dataset(style, split, references=60, seed=0, canvas=96)
+            data = open_dataset(style, split, references=60, seed=0, scene_size=96)
             digests = {name: hashlib.sha256() for name in ("sentences", "images", "masks")}
             for index in range(len(data)):
                 reference = data[index]

@@ -49,7 +49,7 @@ def look(name: str, data: str, references: int) -> dict[str, float]:
         config.model.backbone = name
         model, processor = build(config)
     model.eval()
-    split = open_dataset(data, "val", root=None, references=references, seed=SCORED_SEED, canvas=128)
+    split = open_dataset(data, "val", root=None, references=references, seed=SCORED_SEED, scene_size=128)
     items = TrainingItems(split, processor, stride=model.stride)
     batches = TrainingBatches(split.groups(), 24, per_image=3, seed=0).at(0)
     sums: dict[str, list[float]] = {}

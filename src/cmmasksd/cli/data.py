@@ -36,7 +36,7 @@ def run(settings: Namespace) -> None:
 
     counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
     splits = [
-        open_dataset(how.name, split, references=count, seed=how.seed, canvas=how.size)
+        open_dataset(how.name, split, references=count, seed=how.seed, scene_size=how.size)
         for split, count in counts.items()
     ]
     write_refer_release(how.out, splits)

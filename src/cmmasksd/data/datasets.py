@@ -10,7 +10,7 @@ from cmmasksd.errors import UserError, shown
 
 
 def open_dataset(
-    name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, canvas: int = 128
+    name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, scene_size: int = 128
 ) -> ReferringDataset:
     """Open one split of a data set by the name the command line uses.
 
@@ -18,7 +18,7 @@ def open_dataset(
         name: see `cmmasksd.config.DATASETS`.
         split: of the data set.
         root: folder of the real data sets, or the file or folder of one's own (see `cmmasksd.data.readers.manifest`).
-        references, seed, canvas: of generated scenes, see `SceneDataset`.
+        references, seed, scene_size: of generated scenes, see `SceneDataset`.
 
     Raises:
         UserError: for an unknown name, and whatever the reader finds wrong.
@@ -32,7 +32,7 @@ def open_dataset(
             raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
         if split == "pretrain":
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
-        return SceneDataset(name, split, references or 1500, seed=seed, canvas=canvas)
+        return SceneDataset(name, split, references or 1500, seed=seed, scene_size=scene_size)
     if name == "manifest":
         if root is None:
             raise UserError(

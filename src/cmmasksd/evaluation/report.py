@@ -74,7 +74,7 @@ def report(
         root=root,
         references=first.get("references", 0),
         seed=first.get("scene_seed", 0),
-        canvas=first.get("scene_size", 128),
+        scene_size=first.get("scene_size", 128),
     )
     segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
     chosen = choose_examples(read_expressions(folders[0]), EXAMPLES)

@@ -35,7 +35,7 @@ def score(config: ScoreConfig, out: Path | None = None) -> SplitScores:
         root=config.root,
         references=config.references,
         seed=config.scene_seed,
-        canvas=config.scene_size,
+        scene_size=config.scene_size,
     )
     accelerator = make_accelerator()
     model = CMMaskSDModel.from_pretrained(config.model).to(accelerator.device)

@@ -345,7 +345,7 @@ def open_split(config: Config, split: str) -> ReferringDataset:
     data = config.data
     count = data.train_references if split == data.train_split else data.val_references
     return open_dataset(
-        data.name, split, root=data.root, references=count, seed=data.scene_seed, canvas=data.scene_size
+        data.name, split, root=data.root, references=count, seed=data.scene_seed, scene_size=data.scene_size
     )
 
 
