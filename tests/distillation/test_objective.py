@@ -363,7 +363,7 @@ def test_the_joint_branch_sees_neither_the_patches_nor_the_words(
 
 
 def test_a_joint_branch_needs_both_modalities():
-    with pytest.raises(UserError, match="needs vision: true and language: true"):
+    with pytest.raises(UserError, match="set vision and language to true"):
         DistillationConfig(joint=True, language=False)
 
 
