@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.masking import patch_scores
@@ -23,7 +22,7 @@ from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import heat, overlay
 from cmmasksd.model.locating import model_folder
-from cmmasksd.model.processing import Placement
+from cmmasksd.model.placement import Placement
 from cmmasksd.training.checkpoint import WEIGHTS
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Explanation:
 
     Attributes:
         text: the sentence.
-        words: its words as the network reads them, and for each whether VMLSD hides it.
+        words: its words, and for each whether VMLSD hides it.
         image: (H, W, 3) uint8, the canvas.
         correlation: (h, w), of each patch with the word it matches best.
         hidden_patches: (h, w) bool, what LMVSD hides; None without it.
@@ -137,7 +136,10 @@ def explain(
         found.append(
             Explanation(
                 said,
-                _words(processor, tokens.input_ids[nth], tokens.word_ids[nth], hidden_words[nth]),
+                tuple(
+                    (said[word.start : word.end], bool(hidden_words[nth, word.tokens].any()))
+                    for word in tokens.words(nth)
+                ),
                 canvas.permute(1, 2, 0).cpu().numpy(),
                 scores[nth].cpu().numpy(),
                 None if hidden is None else hidden[nth].unflatten(0, main.grid).cpu().numpy(),
@@ -145,15 +147,6 @@ def explain(
             )
         )
     return found
-
-
-def _words(processor: CMMaskSDProcessor, ids: Tensor, word_ids: Tensor, hidden: Tensor) -> tuple[tuple[str, bool], ...]:
-    """The words of one sentence, put together from their pieces, and whether each is hidden."""
-    words = []
-    for word in range(int(word_ids.max()) + 1):
-        of_word = word_ids == word
-        words.append((str(processor.tokenizer.decode(ids[of_word])).strip(), bool(hidden[of_word].any())))
-    return tuple(words)
 
 
 def _hide(image: np.ndarray, patches: np.ndarray) -> np.ndarray:
