@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from cmmasksd.errors import UserError, reason
 from cmmasksd.files import whole_file
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.processing import load_tokenizer, normalize
-from cmmasksd.model.towers.clip import encode_image, encode_text
+from cmmasksd.model.towers.clip import dual_encoder, encoder_sizes
 from cmmasksd.pretraining.captions import CaptionedBatch, CaptionedScenes, Collate
 from cmmasksd.pretraining.losses import changed_patches, contrastive_losses, lend_patches
 from cmmasksd.pretraining.model import build_clip, save_clip, train_tokenizer
@@ -126,11 +126,11 @@ def _build(config: PretrainConfig) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
             tokenizer = train_tokenizer(config.vocabulary, config.context, config.seed)
         return build_clip(config, tokenizer), tokenizer
     clip = load_clip(config.init)
-    vision: Any = clip.config.vision_config
-    if (vision.image_size, vision.patch_size) != (config.image_size, config.patch_size):
+    sizes = encoder_sizes(clip.config)
+    if (sizes.image_size, sizes.patch_size) != (config.image_size, config.patch_size):
         raise UserError(
-            f"{config.init} is for images of {vision.image_size} pixels in patches of {vision.patch_size}: give"
-            f" --pretrain.image_size {vision.image_size} --pretrain.patch_size {vision.patch_size}"
+            f"{config.init} is for images of {sizes.image_size} pixels in patches of {sizes.patch_size}: give"
+            f" --pretrain.image_size {sizes.image_size} --pretrain.patch_size {sizes.patch_size}"
         )
     return clip, load_tokenizer(saved if saved.is_dir() else config.init)
 
@@ -150,11 +150,11 @@ def _restore(clip: CLIPModel, optimizer: torch.optim.Optimizer, file: Path) -> i
 
 def _losses(clip: CLIPModel, batch: CaptionedBatch, config: PretrainConfig) -> dict[str, Tensor]:
     """Both losses of a batch, "loss_clip" and "loss_region"."""
-    device = clip.device
+    device, towers = clip.device, dual_encoder(clip)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        features, pooled = encode_image(clip, normalize(batch.images.to(device).permute(0, 3, 1, 2)))
-        captions = encode_text(clip, batch.captions.to(device)).sentence
-        phrases = encode_text(clip, batch.phrases.to(device)).sentence
+        features, pooled = towers.image(normalize(batch.images.to(device).permute(0, 3, 1, 2)))
+        captions = towers.text(batch.captions.to(device)).sentence
+        phrases = towers.text(batch.phrases.to(device)).sentence
     changed = changed_patches(batch.images, config.patch_size).to(device)
     loss_clip, loss_region = contrastive_losses(
         pooled,
