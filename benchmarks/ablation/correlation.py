@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from study import HERE, SCORED_SEED
 
-from cmmasksd.config import Config, DistillationConfig
+from cmmasksd.config import Config, DistillationConfig, SplitConfig
 from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.masking import choose_patches, patch_scores
@@ -49,7 +49,7 @@ def look(name: str, data: str, references: int) -> dict[str, float]:
         config.model.backbone = name
         model, processor = build(config)
     model.eval()
-    split = open_dataset(data, "val", root=None, references=references, seed=SCORED_SEED, canvas=128)
+    split = open_dataset(SplitConfig(data, "val", references=references, scene_seed=SCORED_SEED))
     items = TrainingItems(split, processor, stride=model.stride)
     batches = TrainingBatches(split.groups(), 24, per_image=3, seed=0).at(0)
     sums: dict[str, list[float]] = {}

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from cmmasksd.config import Config, TrainingConfig
 from cmmasksd.data.datasets import open_dataset
-from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
@@ -95,7 +94,7 @@ def _run(config: Config, stop: SimpleNamespace) -> dict[str, Any]:
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     set_seed(how.seed + accelerator.process_index)  # but different masks
 
-    train_data, val_data = open_split(config, config.data.train_split), open_split(config, config.data.val_split)
+    train_data, val_data = open_dataset(config.data.training), open_dataset(config.data.validation)
     items = TrainingItems(train_data, processor, stride=model.stride, seed=how.seed, greyscale=config.data.greyscale)
     batches = TrainingBatches(
         train_data.groups(),
@@ -341,15 +340,6 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
             std=trained.std,
         )
     return model, processor
-
-
-def open_split(config: Config, split: str) -> ReferringDataset:
-    """One split of the configured data set; generated splits have `train_references` or `val_references` references."""
-    data = config.data
-    count = data.train_references if split == data.train_split else data.val_references
-    return open_dataset(
-        data.name, split, root=data.root, references=count, seed=data.scene_seed, canvas=data.scene_size
-    )
 
 
 def _resume_point(out: Path, resume: bool) -> Path | None:
