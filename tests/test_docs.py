@@ -90,7 +90,7 @@ def test_the_site_has_every_page():
 def test_the_reference_knows_what_is_called():
     made = runpy.run_path(str(DOCS / "make_api.py"))["api"]()
     for part in (
-        "#### Segments.segment",
+        "#### BaseSegmenter.segment",
         "#### Segmenter.from_pretrained",
         "#### push_to_hub",
         "**Raises**",
