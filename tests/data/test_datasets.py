@@ -12,7 +12,7 @@ from cmmasksd.errors import UserError
 def test_open_dataset_opens_scenes():
     data = open_dataset(SplitConfig("scenes+", "testB", references=9, scene_seed=4, scene_size=64))
     assert (data.name, data.split, len(data)) == ("scenes+", "testB", 9)
-    same = SceneDataset("scenes+", "testB", 9, seed=4, canvas=64)
+    same = SceneDataset("scenes+", "testB", 9, seed=4, scene_size=64)
     assert data[3] == same[3]
     assert np.array_equal(data.image(data[3]), same.image(same[3]))
 

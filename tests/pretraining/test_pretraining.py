@@ -87,8 +87,8 @@ def test_pieces_are_numbered_by_their_merges(tokenizer):
 
 
 def test_captioned_scenes_are_a_function_of_their_index():
-    data = CaptionedScenes(6, phrases=2, seed=0, canvas=64)
-    later = CaptionedScenes(2, phrases=2, seed=0, canvas=64, start=4)
+    data = CaptionedScenes(6, phrases=2, seed=0, scene_size=64)
+    later = CaptionedScenes(2, phrases=2, seed=0, scene_size=64, start=4)
     assert (len(data), len(later)) == (6, 2)
     item, same = data[4], later[0]
     assert torch.equal(item.images, same.images)
@@ -100,7 +100,7 @@ def test_captioned_scenes_are_a_function_of_their_index():
 
 
 def test_what_is_said_of_an_image_is_true_of_it_and_tells_it_from_its_twin():
-    data = CaptionedScenes(60, phrases=3, seed=0, canvas=64)
+    data = CaptionedScenes(60, phrases=3, seed=0, scene_size=64)
     apart = []
     for item in (data[i] for i in range(60)):
         for nth in (0, 1):
@@ -112,7 +112,7 @@ def test_what_is_said_of_an_image_is_true_of_it_and_tells_it_from_its_twin():
 
 
 def test_captions_speak_of_relations_and_phrases_of_orders():
-    data = CaptionedScenes(120, phrases=3, seed=0, canvas=64)
+    data = CaptionedScenes(120, phrases=3, seed=0, scene_size=64)
     captions = [text for i in range(120) for text, _ in data[i].captions]
     phrases = [text for i in range(120) for own in data[i].phrases for text, _ in own]
     assert any(" above the " in text for text in captions)
@@ -130,7 +130,7 @@ def test_a_claim_is_true_of_an_image_with_one_object_that_has_it_all():
 
 
 def test_collate_knows_of_which_images_a_text_is_true(tokenizer):
-    data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
+    data = CaptionedScenes(4, phrases=2, seed=0, scene_size=64)
     items = [data[i] for i in range(4)]
     images, captions, phrases, caption_true, phrase_true = Collate(tokenizer)(items)
     assert images.shape == (8, 64, 64, 3)
@@ -149,7 +149,7 @@ def test_collate_knows_of_which_images_a_text_is_true(tokenizer):
 def test_pretraining_may_see_every_pair_of_colour_and_shape():
     from cmmasksd.data.scenes import make_scene
 
-    pairs = {(o.colour, o.shape) for i in range(150) for o in make_scene(0, "pretrain", i, canvas=64).objects}
+    pairs = {(o.colour, o.shape) for i in range(150) for o in make_scene(0, "pretrain", i, scene_size=64).objects}
     assert pairs >= HELD_OUT
     assert len(pairs) == len(COLOURS) * len(SHAPES)
 
@@ -168,7 +168,7 @@ def test_patches_of_twins_that_look_the_same_are_exchanged():
 
 
 def test_twins_of_scenes_differ_where_the_object_is():
-    data = CaptionedScenes(40, phrases=1, seed=0, canvas=128)
+    data = CaptionedScenes(40, phrases=1, seed=0, scene_size=128)
     share = [changed_patches(data[i].images, 16).float().mean().item() for i in range(40)]
     assert min(share) > 0
     assert sum(share) / 40 < 0.3
@@ -243,7 +243,7 @@ def test_matching_features_lose_less_than_swapped_ones():
 def test_the_losses_fall_on_a_batch(tokenizer):
     torch.manual_seed(0)
     clip = build_clip(micro(), tokenizer)
-    data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
+    data = CaptionedScenes(4, phrases=2, seed=0, scene_size=64)
     images, captions, phrases, caption_true, phrase_true = Collate(tokenizer)([data[i] for i in range(4)])
     images = normalize(images.permute(0, 3, 1, 2))
     true = {"caption_true": caption_true, "phrase_true": phrase_true}

@@ -35,8 +35,7 @@ def run(settings: Namespace) -> None:
     from cmmasksd.data.scenes import SceneDataset
 
     counts = {"train": scenes.train, "val": scenes.test, "testA": scenes.test, "testB": scenes.test}
-    splits = [
-        SceneDataset(scenes.name, split, count, seed=scenes.seed, canvas=scenes.size) for split, count in counts.items()
-    ]
+    scene = {"seed": scenes.seed, "scene_size": scenes.size}
+    splits = [SceneDataset(scenes.name, split, count, **scene) for split, count in counts.items()]
     write_refer_release(scenes.out, splits)
     print(f"{sum(map(len, splits))} references in {scenes.out}; read them with --data refcoco --root {scenes.out}")

@@ -22,7 +22,7 @@ def open_dataset(config: SplitConfig) -> ReferringDataset:
             raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
         if split == "pretrain":
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
-        return SceneDataset(name, split, config.references, seed=config.scene_seed, canvas=config.scene_size)
+        return SceneDataset(name, split, config.references, seed=config.scene_seed, scene_size=config.scene_size)
     if name == "manifest":
         if root is None:
             raise UserError(

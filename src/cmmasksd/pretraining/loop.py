@@ -96,7 +96,7 @@ def pretrain(config: PretrainConfig) -> Path:
         (config.steps - start) * pairs,
         phrases=config.phrases,
         seed=config.seed,
-        canvas=config.image_size,
+        scene_size=config.image_size,
         start=start * pairs,
     )
     collate = Collate(tokenizer)

@@ -30,7 +30,7 @@ def retrieval(
     """
     clip.eval()
     vision: Any = clip.config.vision_config
-    device, canvas, size = clip.device, vision.image_size, vision.patch_size
+    device, size = clip.device, vision.patch_size
     images, texts, owners = [], [], []
     named: dict[str, list[tuple[str, list[bool]]]] = {  # text, and whether each object may be meant
         "pointing": [],
@@ -38,7 +38,7 @@ def retrieval(
         "pointing_referring": [],
     }
     for index in range(scenes):
-        scene = make_scene(seed, "val", index, canvas=canvas)
+        scene = make_scene(seed, "val", index, scene_size=vision.image_size)
         draw = random.Random(f"{seed}/retrieval/{index}")
         image, owner = render(scene)
         images.append(torch.from_numpy(image))
