@@ -31,7 +31,7 @@ from cmmasksd.model.correlation import correlation, pointing, sentence_correlati
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training.batches import TrainingBatches, TrainingItems, training_loader
-from cmmasksd.training.loop import build
+from cmmasksd.training.build import build
 
 FILE = "correlation.json"
 

@@ -193,7 +193,7 @@ def compute(regime: str) -> float:
 
     from cmmasksd.config import Config, DistillationConfig
     from cmmasksd.distillation.objective import MaskedSelfDistillation
-    from cmmasksd.training.loop import build
+    from cmmasksd.training.build import build
 
     config = Config()
     for key, value in NETWORK.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,11 +38,12 @@ RESTORE_PIXELS = 1 << 24
 """Pixels of the masks that are restored to the image's own size in one call (at least one mask); bounds the memory."""
 
 
-def make_accelerator(precision: str | None = None) -> Accelerator:
+def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """The device and the processes of this run, for training and scoring alike.
 
     Args:
-        precision: "no" or "bf16"; None: as `accelerate launch` sets it, else "no".
+        trackers: experiment trackers, by accelerate's names.
+        folder: where those trackers write that write files.
 
     Raises:
         UserError: the launcher started more processes than accelerate joins, so each would do the whole work alone.
@@ -49,7 +51,13 @@ def make_accelerator(precision: str | None = None) -> Accelerator:
     from accelerate import Accelerator
 
     # Without an accelerator device, accelerate joins the processes of torchrun only where it is told to use the CPU.
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    # It keeps its precision for the whole process, so training casts by itself.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
     launched = os.environ.get("WORLD_SIZE", "1")
     if launched != str(accelerator.num_processes):
         raise UserError(
