@@ -1,4 +1,4 @@
-"""Data sets by their names: the one place that knows every reader."""
+"""Data sets by name: the one place that knows every reader."""
 
 from __future__ import annotations
 
