@@ -34,7 +34,7 @@ BLOCK = 8
 SENTENCES = 64
 """Number of sentences about one image that are encoded and decoded in one call; bounds the memory."""
 RESTORE_PIXELS = 1 << 24
-"""Number of mask pixels that are restored to the image's own size in one call (at least one mask); bounds the memory."""
+"""Number of mask pixels restored to the image's own size in one call (at least one mask); bounds the memory."""
 
 
 def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:

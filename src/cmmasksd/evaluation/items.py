@@ -71,7 +71,7 @@ class ScoringItems(Dataset):
             if mask.shape != placement.original:
                 raise UserError(
                     f"the mask of reference {reference.ref_id} is {mask.shape}, its image {placement.original}: "
-                    "they must have the same size"
+                    "they must have one size"
                 )
             masks.append(torch.from_numpy(np.packbits(mask)))
             for expression in reference.expressions:
