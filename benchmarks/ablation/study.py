@@ -221,13 +221,13 @@ def compute(regime: str) -> float:
 
     model, processor = build(config(NETWORK))
     tokens = processor.tokens(["the large red star on the left"] * 3)
-    size = model.config.clip_config.vision_config.image_size
+    size = model.config.encoder.image_size
     cells = size // 4
     inputs = torch.zeros(1, 3, size, size), tokens, torch.zeros(3, cells, cells), torch.zeros(3, dtype=torch.long)
 
     def flops(values: Mapping[str, object]) -> int:
         distillation = config(values).distillation
-        objective = MaskedSelfDistillation(model, distillation, model.config.clip_config.projection_dim)
+        objective = MaskedSelfDistillation(model, distillation, model.config.encoder.joint_width)
         with FlopCounterMode(display=False) as counter:
             objective(*inputs)["loss"].backward()
         return counter.get_total_flops()

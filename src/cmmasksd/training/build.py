@@ -52,15 +52,12 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     assert settings.size is not None
     assert settings.resize is not None
     assert settings.max_tokens is not None
-    model.clip.logit_scale.requires_grad_(False)  # temperature of contrastive training: no loss depends on it here
+    model.freeze_unused()
     if config.training.freeze_text:
-        model.clip.text_model.requires_grad_(False)
-        model.clip.text_projection.requires_grad_(False)
-    clip = model.config.clip_config
-    context = clip.text_config.max_position_embeddings
-    if not 3 <= settings.max_tokens <= context:
-        raise UserError(f"model.max_tokens {settings.max_tokens} does not fit {source}: choose from 3 to {context}")
-    patch_size = clip.vision_config.patch_size
+        model.towers.text.requires_grad_(False)
+    patch_size, longest = model.config.encoder.patch_size, model.config.encoder.max_tokens
+    if not 3 <= settings.max_tokens <= longest:
+        raise UserError(f"model.max_tokens {settings.max_tokens} does not fit {source}: choose from 3 to {longest}")
     if trained is None:
         processor = CMMaskSDProcessor.from_backbone(
             source, settings.size, patch_size=patch_size, resize=settings.resize, max_tokens=settings.max_tokens
