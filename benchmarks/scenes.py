@@ -1,7 +1,7 @@
 """How many generated scenes one core draws in a second: layout and sentences, and with the image rendered.
 
     python benchmarks/scenes.py                       # train, 128 x 128
-    python benchmarks/scenes.py --splits train testB --canvas 200
+    python benchmarks/scenes.py --splits train testB --scene-size 200
 
 Unusual here: it counts this process's own CPU seconds, so that other programs on the machine disturb it less, and the
 best of a few rounds is printed. Each round draws scenes that no earlier round has drawn. A warm-up fills the caches of
@@ -30,19 +30,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=200, help="scenes of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="the fastest one counts (default: %(default)s)")
-    parser.add_argument("--canvas", type=int, default=128, help="side of the images in pixels (default: %(default)s)")
+    parser.add_argument(
+        "--scene-size", type=int, default=128, help="side of the images in pixels (default: %(default)s)"
+    )
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["train"], help="(default: train)")
     options = parser.parse_args()
 
     def made(split: str, style: str) -> Callable[[int], object]:
-        return lambda index: make_scene(1, split, index, style=style, canvas=options.canvas)
+        return lambda index: make_scene(1, split, index, style=style, scene_size=options.scene_size)
 
     def drawn(split: str, style: str) -> Callable[[int], object]:
-        return lambda index: render(make_scene(1, split, index, style=style, canvas=options.canvas))
+        return lambda index: render(make_scene(1, split, index, style=style, scene_size=options.scene_size))
 
     for index in range(-200, 0):
         drawn("pretrain", "scenes+")(index)
-    print(f"scenes per second on one core, {options.canvas} x {options.canvas}")
+    print(f"scenes per second on one core, {options.scene_size} x {options.scene_size}")
     print(f"{'style':8} {'split':8} {'layout + sentences':>18} {'with the image':>15}")
     for style in STYLES:
         for split in options.splits:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
 MODULES = {  # in the order of the page; all public classes and functions of each
-    "Segment": ("inference.predictor", "inference.formats", "inference.onnx", "export.export"),
+    "Segment": ("inference.predictor", "inference.base", "inference.formats", "inference.onnx", "export.export"),
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.locating",
               "publishing.card", "publishing.hub"),
     "Data": ("data.samples", "data.datasets", "data.readers.manifest", "data.readers.refer",
              "data.readers.refer_release", "data.scenes.dataset", "data.masks", "data.images"),
-    "Train": ("config", "training.loop", "pretraining.loop"),
+    "Train": ("config", "training.loop", "training.build", "pretraining.loop"),
     "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),
     "Score": ("evaluation.protocols", "evaluation.score", "evaluation.evaluate", "evaluation.results",
               "evaluation.compare", "evaluation.report"),

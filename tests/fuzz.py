@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from cmmasksd.errors import UserError
-from cmmasksd.inference.predictor import Segments
+from cmmasksd.inference.base import BaseSegmenter
 
 HOLE = "the value that is replaced"
 # as they stand in the file: not all of them can be written by json.dumps
@@ -39,7 +39,7 @@ def with_a_hole(draw: st.DrawFn, content: Any) -> Any:
     return content
 
 
-def check(load: Callable[[Path], Segments], original: Path, copied: Path, name: str, data: st.DataObject) -> None:
+def check(load: Callable[[Path], BaseSegmenter], original: Path, copied: Path, name: str, data: st.DataObject) -> None:
     content = data.draw(with_a_hole(json.loads((original / name).read_text())))
     nasty = data.draw(st.sampled_from(NASTY))
     (copied / name).write_text(json.dumps(content).replace(json.dumps(HOLE), nasty), encoding="utf-8")

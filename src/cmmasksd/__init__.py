@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cmmasksd.errors import UserError as UserError
+    from cmmasksd.inference.base import Segmentation as Segmentation
     from cmmasksd.inference.formats import overlay_all as overlay_all
     from cmmasksd.inference.formats import to_coco as to_coco
     from cmmasksd.inference.formats import to_detections as to_detections
     from cmmasksd.inference.formats import to_labelme as to_labelme
-    from cmmasksd.inference.predictor import Segmentation as Segmentation
     from cmmasksd.inference.predictor import Segmenter as Segmenter
     from cmmasksd.model.auto import CMMaskSDConfig as CMMaskSDConfig
     from cmmasksd.model.auto import CMMaskSDModel as CMMaskSDModel
@@ -25,7 +25,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "UserError": "cmmasksd.errors",
-    "Segmentation": "cmmasksd.inference.predictor",
+    "Segmentation": "cmmasksd.inference.base",
     "Segmenter": "cmmasksd.inference.predictor",
     "overlay_all": "cmmasksd.inference.formats",
     "to_coco": "cmmasksd.inference.formats",

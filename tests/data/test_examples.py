@@ -27,11 +27,11 @@ def test_the_command_names_each_file_with_its_sentences(tmp_path, capsys):
     assert len(lines) == 3
     assert lines[0] == f"{tmp_path / 'new' / 'shapes-1.png'}: 'left circle', 'circle top', 'plain yellow thing'"
     assert main(["examples", "--out", str(tmp_path / "new")]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_no_file_is_overwritten(tmp_path):
     (tmp_path / "shapes-2.png").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"shapes-2\.png is there already"):
+    with pytest.raises(UserError, match=r"shapes-2\.png already exists"):
         write_examples(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["shapes-2.png"]

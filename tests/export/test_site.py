@@ -235,7 +235,7 @@ def test_words_have_maps_and_mistakes_are_said(page, pictures):
         arg=[list(file.read_bytes()), texts],
     ).json_value()
     assert answer["said"] == [
-        "This file is not a picture that the browser can read.",
+        "This file is not an image that the browser can read.",
         "An empty sentence names no object: give at least one word.",
     ]
     assert (answer["width"], answer["height"]) == (128, 128)

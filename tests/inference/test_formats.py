@@ -19,8 +19,8 @@ import cmmasksd
 from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.readers.manifest import ManifestDataset
 from cmmasksd.errors import UserError
+from cmmasksd.inference.base import Segmentation
 from cmmasksd.inference.formats import overlay_all, to_coco, to_detections, to_labelme
-from cmmasksd.inference.predictor import Segmentation
 from cmmasksd.inference.visualize import PALETTE
 
 HEIGHT, WIDTH = 24, 40

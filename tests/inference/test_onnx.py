@@ -7,10 +7,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from contract import SegmenterContract, assert_close, scenes
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,9 +30,9 @@ pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 
 @pytest.fixture(scope="module")
 def segmenter(exported: Path) -> OnnxSegmenter:
-    found = load_segmenter(exported)
-    assert isinstance(found, OnnxSegmenter)
-    return found
+    segmenter = load_segmenter(exported)
+    assert isinstance(segmenter, OnnxSegmenter)
+    return segmenter
 
 
 @pytest.fixture
@@ -39,34 +41,27 @@ def copied(exported: Path, tmp_path: Path) -> Path:
 
 
 def test_masks_are_torchs(segmenter: OnnxSegmenter):
-    data, requests = SceneDataset("scenes", "val", 12), []
-    for nth, group in enumerate(data.groups()):
-        image = data.image(data[group[0]])
-        image = np.asarray(Image.fromarray(image).resize((203, 301))) if nth % 2 else image  # an odd size, and shape
-        requests.append((image, [expression.text for index in group for expression in data[index].expressions]))
-    expected = load_segmenter("scenes", device="cpu").segment_batch(requests)
-    found, masks = segmenter.segment_batch(requests), 0
-    for (image, texts), left, right in zip(requests, expected, found, strict=True):
-        assert [one.text for one in right] == texts
-        for a, b in zip(left, right, strict=True):
-            assert b.mask.shape == b.probability.shape == image.shape[:2]
-            assert (b.mask.dtype, b.probability.dtype) == (np.bool_, np.float32)
-            union = (a.mask | b.mask).sum()
-            assert (a.mask & b.mask).sum() >= 0.99 * union
-            np.testing.assert_allclose(a.probability, b.probability, atol=1e-4)
-            assert a.score == pytest.approx(b.score, abs=1e-3)
+    torch_segmenter, masks = load_segmenter("scenes", device="cpu"), 0
+    requests = scenes()
+    for left, right in zip(torch_segmenter.segment_batch(requests), segmenter.segment_batch(requests), strict=True):
+        for expected, result in zip(left, right, strict=True):
+            union = (expected.mask | result.mask).sum()
+            assert (expected.mask & result.mask).sum() >= 0.99 * union
+            assert_close(expected, result)
             masks += union > 0
     assert masks >= 6
 
 
-def test_many_sentences_and_a_threshold(exported: Path, segmenter: OnnxSegmenter):
-    image = np.full((40, 50, 3), 200, np.uint8)
-    texts = ["red circle"] * 40 + ["the star"]  # more than are decoded together
-    found = segmenter.segment(image, texts)
-    np.testing.assert_allclose(found[0].probability, found[39].probability, atol=1e-5)
-    low = OnnxSegmenter.from_pretrained(exported, threshold=0.01).segment(image, "red circle")[0]
-    np.testing.assert_array_equal(low.mask, low.probability > 0.01)
-    with pytest.raises(UserError, match="no probability"):
+@pytest.mark.parametrize("resize", ["warp", "letterbox"])
+class TestContract(SegmenterContract):
+    @pytest.fixture
+    def segmenter(self, segmenter: OnnxSegmenter, resize: Literal["warp", "letterbox"]) -> OnnxSegmenter:
+        settings = replace(segmenter.settings, resize=resize)
+        return OnnxSegmenter(settings, segmenter.tokenizer, segmenter.sessions)
+
+
+def test_a_wrong_threshold_is_refused_at_once(exported: Path):
+    with pytest.raises(UserError, match="between 0 and 1"):
         OnnxSegmenter.from_pretrained(exported, threshold=1.0)
 
 
@@ -126,13 +121,10 @@ def test_tokens_are_the_processors(segmenter: OnnxSegmenter):
     processor = CMMaskSDProcessor.from_pretrained("scenes")
     texts = ["red circle", "it's the <|endoftext|> Ärger", "word " * 90, "红 circle"]
     expected = processor.tokens(texts)
-    ids, attention, is_word = segmenter.tokens(texts)
-    np.testing.assert_array_equal(ids, expected.input_ids.numpy())
-    np.testing.assert_array_equal(attention, expected.attention_mask.numpy())
-    np.testing.assert_array_equal(is_word, expected.word_ids.numpy() >= 0)
-    for mistake in ([], [" "]):
-        with pytest.raises(UserError, match="sentence"):
-            segmenter.segment(np.zeros((9, 9, 3), np.uint8), mistake)
+    tokens = segmenter.tokens(texts)
+    np.testing.assert_array_equal(tokens["input_ids"], expected.input_ids.numpy())
+    np.testing.assert_array_equal(tokens["attention_mask"], expected.attention_mask.numpy())
+    np.testing.assert_array_equal(tokens["word_mask"], expected.word_ids.numpy() >= 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

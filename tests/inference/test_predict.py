@@ -1,32 +1,39 @@
 """`predict`: sources to predictions, with a segmenter that only counts. The command is tested in tests/test_cli.py."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from cmmasksd.inference.base import BaseSegmenter, Encoded
 from cmmasksd.inference.predict import Failure, Prediction, Unit, predict
-from cmmasksd.inference.predictor import Segmentation, Segments
 from cmmasksd.inference.rows import json_row
 from cmmasksd.inference.sources import Source
+from cmmasksd.model.placement import Placement, place
 
 
-class Counting(Segments):
-    """Names everything in the image, and counts how often it encodes one."""
+class Counting(BaseSegmenter):
+    """Takes the whole image for every sentence, and counts how often it encodes one."""
 
-    encoded = 0
+    def __init__(self) -> None:
+        super().__init__(0.5)
+        self.encoded = 0
 
-    def encode(self, requests: Sequence[tuple[Any, Sequence[str] | str]]) -> Any:
-        self.encoded += 1
-        return requests[0]
+    def canvas(self, image: np.ndarray) -> tuple[None, Placement]:
+        return None, place(*image.shape[:2], canvas=(8, 8), resize="warp")
 
-    def decode(self, encoded: Any, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
-        pixels, texts = encoded
-        for text in texts:
-            yield Segmentation(text, np.ones(pixels.shape[:2], bool), 1.0, pixels, np.ones(pixels.shape[:2], "float32"))
+    def encode_images(self, canvases: list[None]) -> None:
+        self.encoded += len(canvases)
+
+    def encode_texts(self, texts: list[str]) -> tuple[None, None]:
+        return None, None
+
+    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for owner in encoded.owner[part]:
+            ones = np.ones(encoded.placements[owner].original, "float32")
+            yield ones, ones
 
 
 @pytest.fixture

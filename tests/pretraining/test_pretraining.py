@@ -13,7 +13,7 @@ from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
 from cmmasksd.errors import UserError
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.processing import load_tokenizer, normalize
-from cmmasksd.model.towers.clip import encode_image, encode_text
+from cmmasksd.model.towers.clip import dual_encoder
 from cmmasksd.pretraining import loop as module
 from cmmasksd.pretraining.captions import CaptionedScenes, Collate, true_of
 from cmmasksd.pretraining.loop import pretrain
@@ -87,8 +87,8 @@ def test_pieces_are_numbered_by_their_merges(tokenizer):
 
 
 def test_captioned_scenes_are_a_function_of_their_index():
-    data = CaptionedScenes(6, phrases=2, seed=0, canvas=64)
-    later = CaptionedScenes(2, phrases=2, seed=0, canvas=64, start=4)
+    data = CaptionedScenes(6, phrases=2, seed=0, scene_size=64)
+    later = CaptionedScenes(2, phrases=2, seed=0, scene_size=64, start=4)
     assert (len(data), len(later)) == (6, 2)
     item, same = data[4], later[0]
     assert torch.equal(item.images, same.images)
@@ -100,7 +100,7 @@ def test_captioned_scenes_are_a_function_of_their_index():
 
 
 def test_what_is_said_of_an_image_is_true_of_it_and_tells_it_from_its_twin():
-    data = CaptionedScenes(60, phrases=3, seed=0, canvas=64)
+    data = CaptionedScenes(60, phrases=3, seed=0, scene_size=64)
     apart = []
     for item in (data[i] for i in range(60)):
         for nth in (0, 1):
@@ -112,7 +112,7 @@ def test_what_is_said_of_an_image_is_true_of_it_and_tells_it_from_its_twin():
 
 
 def test_captions_speak_of_relations_and_phrases_of_orders():
-    data = CaptionedScenes(120, phrases=3, seed=0, canvas=64)
+    data = CaptionedScenes(120, phrases=3, seed=0, scene_size=64)
     captions = [text for i in range(120) for text, _ in data[i].captions]
     phrases = [text for i in range(120) for own in data[i].phrases for text, _ in own]
     assert any(" above the " in text for text in captions)
@@ -130,7 +130,7 @@ def test_a_claim_is_true_of_an_image_with_one_object_that_has_it_all():
 
 
 def test_collate_knows_of_which_images_a_text_is_true(tokenizer):
-    data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
+    data = CaptionedScenes(4, phrases=2, seed=0, scene_size=64)
     items = [data[i] for i in range(4)]
     images, captions, phrases, caption_true, phrase_true = Collate(tokenizer)(items)
     assert images.shape == (8, 64, 64, 3)
@@ -149,7 +149,7 @@ def test_collate_knows_of_which_images_a_text_is_true(tokenizer):
 def test_pretraining_may_see_every_pair_of_colour_and_shape():
     from cmmasksd.data.scenes import make_scene
 
-    pairs = {(o.colour, o.shape) for i in range(150) for o in make_scene(0, "pretrain", i, canvas=64).objects}
+    pairs = {(o.colour, o.shape) for i in range(150) for o in make_scene(0, "pretrain", i, scene_size=64).objects}
     assert pairs >= HELD_OUT
     assert len(pairs) == len(COLOURS) * len(SHAPES)
 
@@ -168,7 +168,7 @@ def test_patches_of_twins_that_look_the_same_are_exchanged():
 
 
 def test_twins_of_scenes_differ_where_the_object_is():
-    data = CaptionedScenes(40, phrases=1, seed=0, canvas=128)
+    data = CaptionedScenes(40, phrases=1, seed=0, scene_size=128)
     share = [changed_patches(data[i].images, 16).float().mean().item() for i in range(40)]
     assert min(share) > 0
     assert sum(share) / 40 < 0.3
@@ -243,15 +243,16 @@ def test_matching_features_lose_less_than_swapped_ones():
 def test_the_losses_fall_on_a_batch(tokenizer):
     torch.manual_seed(0)
     clip = build_clip(micro(), tokenizer)
-    data = CaptionedScenes(4, phrases=2, seed=0, canvas=64)
+    towers = dual_encoder(clip)
+    data = CaptionedScenes(4, phrases=2, seed=0, scene_size=64)
     images, captions, phrases, caption_true, phrase_true = Collate(tokenizer)([data[i] for i in range(4)])
     images = normalize(images.permute(0, 3, 1, 2))
     true = {"caption_true": caption_true, "phrase_true": phrase_true}
     optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-3)
     history = []
     for _ in range(30):
-        features, pooled = encode_image(clip, images)
-        sentences, said = encode_text(clip, captions).sentence, encode_text(clip, phrases).sentence
+        features, pooled = towers.image(images)
+        sentences, said = towers.text(captions).sentence, towers.text(phrases).sentence
         losses = contrastive_losses(pooled, features.patches, sentences, said, clip.logit_scale.exp(), **true)
         optimizer.zero_grad()
         sum(losses).backward()
@@ -312,7 +313,7 @@ def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, mo
     # a finished run is left as it is
     assert pretrain(micro(tmp_path / "cut", resume=True)) == tmp_path / "cut" / "clip"
     assert rows_of(tmp_path / "cut") == rows
-    with pytest.raises(UserError, match=r"batch_size is 3: .* an even number"):
+    with pytest.raises(UserError, match=r"batch_size must be an even number"):
         micro(batch_size=3)
     with pytest.raises(UserError, match="has had 3 steps already"):
         pretrain(micro(tmp_path / "cut", resume=True, steps=2))

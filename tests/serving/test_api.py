@@ -279,7 +279,7 @@ def test_the_examples_are_scenes_of_ours():
     from cmmasksd.data.scenes import SceneDataset
 
     folder = PAGE / "examples"
-    data = SceneDataset("scenes", "val", 40, seed=0, canvas=384)
+    data = SceneDataset("scenes", "val", 40, seed=0, scene_size=384)
     for example in json.loads((folder / "examples.json").read_text())["examples"]:
         references = [one for one in data if one.image_id == example["image_id"]]
         with Image.open(folder / example["file"]) as image:

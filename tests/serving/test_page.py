@@ -55,7 +55,7 @@ def address(running, segmenter: Segmenter) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A picture file and two sentences about it."""
-    data = SceneDataset("scenes", "val", 40, seed=0, canvas=200)
+    data = SceneDataset("scenes", "val", 40, seed=0, scene_size=200)
     reference = next(one for one in data if one.image_id == 100000010)
     file = tmp_path_factory.mktemp("scene") / "my scene.png"
     Image.fromarray(data.image(reference)[:150]).save(file)
@@ -132,6 +132,16 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
     page.hover(".word >> nth=0")
     assert changed(drawn, canvas(page)) > 0.9
     assert "spotted" in (page.get_attribute("#view", "aria-label") or "")
+    page.hover("h1")
+    assert changed(drawn, canvas(page)) == 0
+    page.click(".word >> nth=0")
+    pinned = canvas(page)
+    assert changed(drawn, pinned) > 0.9
+    page.hover(".word >> nth=2")
+    assert changed(pinned, canvas(page)) > 0
+    page.hover("h1")
+    assert changed(pinned, canvas(page)) == 0
+    page.click(".word >> nth=0")
     page.hover("h1")
     assert changed(drawn, canvas(page)) == 0
     page.uncheck("#legend input >> nth=0")
@@ -212,7 +222,7 @@ def test_by_keyboard_alone(page: Page):
 def test_errors_in_words(page: Page, tmp_path: Path, scene):
     alert = page.get_by_role("alert")
     page.click("#find")
-    assert "picture" in alert.inner_text()
+    assert "image" in alert.inner_text()
     (tmp_path / "notes.txt").write_text("no picture")
     page.set_input_files("#file", tmp_path / "notes.txt")
     page.wait_for_function("() => document.getElementById('error').textContent.includes('notes.txt')")

@@ -31,7 +31,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def scenes():
-    return SceneDataset("scenes", "train", 15, canvas=64)
+    return SceneDataset("scenes", "train", 15, scene_size=64)
 
 
 def references(batch):
@@ -115,7 +115,7 @@ def test_starting_in_the_middle_gives_the_remaining_batches():
 
 def test_length_comes_from_the_data():
     for count in (12, 15, 27):
-        groups = SceneDataset("scenes", "train", count, canvas=64).groups()
+        groups = SceneDataset("scenes", "train", count, scene_size=64).groups()
         assert sum(map(len, groups)) == count
         assert len(TrainingBatches(groups, 4)) == count // 4
         assert len(TrainingBatches(groups, 2, world=3)) == count // 6

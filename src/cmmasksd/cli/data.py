@@ -58,14 +58,12 @@ def _scenes(settings: Namespace) -> None:
     require_between("--train", settings.train, 1, MAX_REFERENCES)
     require_between("--test", settings.test, 1, MAX_REFERENCES)
     require_between("--size", settings.size, 64, MAX_SCENE_SIZE)
-    from cmmasksd.data.datasets import open_dataset
     from cmmasksd.data.readers.refer_release import write_refer_release
+    from cmmasksd.data.scenes import SceneDataset
 
     counts = {"train": settings.train, "val": settings.test, "testA": settings.test, "testB": settings.test}
-    splits = [
-        open_dataset(settings.name, split, references=count, seed=settings.seed, canvas=settings.size)
-        for split, count in counts.items()
-    ]
+    scene = {"seed": settings.seed, "scene_size": settings.size}
+    splits = [SceneDataset(settings.name, split, count, **scene) for split, count in counts.items()]
     write_refer_release(settings.out, splits)
     print(f"{sum(map(len, splits))} references in {settings.out}; read them with --data refcoco --root {settings.out}")
 

@@ -1,30 +1,20 @@
-"""Data sets by their names: the one place that knows every reader."""
+"""Data sets by name: the one place that knows every reader."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from cmmasksd.config import DATASETS, SplitConfig
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.scenes import STYLES, SceneDataset
 from cmmasksd.errors import UserError, shown
 
 
-def open_dataset(
-    name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, canvas: int = 128
-) -> ReferringDataset:
-    """Open one split of a data set by the name the command line uses.
-
-    Args:
-        name: see `cmmasksd.config.DATASETS`.
-        split: of the data set.
-        root: folder of the real data sets, or the file or folder of one's own (see `cmmasksd.data.readers.manifest`).
-        references, seed, canvas: of generated scenes, see `SceneDataset`.
+def open_dataset(config: SplitConfig) -> ReferringDataset:
+    """Open one split of a data set.
 
     Raises:
-        UserError: for an unknown name, and whatever the reader finds wrong.
+        UserError: the data set is unknown, `root` is missing or superfluous, or the reader refuses the files.
     """
-    from cmmasksd.config import DATASETS
-
+    name, split, root = config.data, config.split, config.root
     if name not in DATASETS:
         raise UserError(f"unknown data set {shown(name)}: choose one of {', '.join(DATASETS)}")
     if name in STYLES:
@@ -32,7 +22,7 @@ def open_dataset(
             raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
         if split == "pretrain":
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
-        return SceneDataset(name, split, references or 1500, seed=seed, canvas=canvas)
+        return SceneDataset(name, split, config.references, seed=config.scene_seed, scene_size=config.scene_size)
     if name == "manifest":
         if root is None:
             raise UserError(

@@ -19,7 +19,7 @@ from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import PALETTE, overlay
 
 if TYPE_CHECKING:
-    from cmmasksd.inference.predictor import Segmentation
+    from cmmasksd.inference.base import Segmentation
 
 
 def to_coco(found: Sequence[Segmentation], *, file_name: str = "image", image_id: int = 1) -> dict[str, Any]:

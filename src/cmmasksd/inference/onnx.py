@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from cmmasksd.data.images import Picture, as_pixels
-from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.inference.predictor import DECODE_TOGETHER, Segmentation, Segments
+from cmmasksd.inference.base import ENCODE_TOGETHER, BaseSegmenter, Encoded, slices
 from cmmasksd.model.locating import TOKENIZER_BYTES, no_panic, read_json, small
 from cmmasksd.model.placement import (
     MAX_SIDE,
@@ -28,7 +26,6 @@ from cmmasksd.model.placement import (
     inside,
     mean_and_std,
     place,
-    threshold_to_logit,
     whole,
 )
 
@@ -126,37 +123,17 @@ class ExportSettings:
         return cls(**found)
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedArrays:
-    """B images and K sentences, ready to be decoded pair by pair; `Encoded` in numpy.
-
-    Attributes:
-        images: B times (H, W, 3) uint8.
-        texts: the K sentences.
-        owner: (K,) which image each sentence is about.
-        placements: B, how each image was laid on the model's canvas.
-        of_images: what the image graph gives, and of_texts: what the text graph gives, by the decoder's names.
-    """
-
-    images: list[np.ndarray]
-    texts: list[str]
-    owner: list[int]
-    placements: list[Placement]
-    of_images: dict[str, np.ndarray]
-    of_texts: dict[str, np.ndarray]
-
-
-class OnnxSegmenter(Segments):
-    """An exported model, ready to use: `segment` and `segment_batch` are those of `Segments`.
+class OnnxSegmenter(BaseSegmenter):
+    """An exported model, ready to use; `segment` and `segment_batch` are those of `BaseSegmenter`.
 
     Args:
-        settings: of the export.
+        settings: settings of the export.
         tokenizer: its tokenizer.
         sessions: the graphs by name, see GRAPHS.
         threshold: a pixel belongs to the mask when its probability is above it.
 
     Raises:
-        UserError: for a threshold that is no probability.
+        UserError: the threshold is not between 0 and 1.
     """
 
     def __init__(
@@ -167,9 +144,8 @@ class OnnxSegmenter(Segments):
         *,
         threshold: float = 0.5,
     ) -> None:
-        self._level = threshold_to_logit(threshold)
-        self.settings, self.sessions, self.threshold = settings, sessions, threshold
-        self.tokenizer = tokenizer
+        super().__init__(threshold)
+        self.settings, self.tokenizer, self.sessions = settings, tokenizer, sessions
         tokenizer.enable_truncation(settings.max_tokens)
         tokenizer.enable_padding(pad_id=settings.pad_token)
         tokenizer.encode_special_tokens = True  # a user who types "<|endoftext|>" does not end the sentence
@@ -179,7 +155,7 @@ class OnnxSegmenter(Segments):
         """Load a folder that `cmmasksd export --format onnx` wrote.
 
         Raises:
-            UserError: when it is none, a file of it is missing or damaged, or the device is not the CPU.
+            UserError: the folder is not such an export, a file is missing or damaged, or the device is not the CPU.
         """
         folder = Path(name)
         settings = ExportSettings.read(folder)
@@ -197,62 +173,22 @@ class OnnxSegmenter(Segments):
                 tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{file} cannot be read ({reason(error)}): export again") from None
-        found = cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
-        ids = found.tokens(["a"])[0][0].tolist()
+        segmenter = cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
+        ids = segmenter.tokens(["a"])["input_ids"][0].tolist()
         try:
             largest = max(tokenizer.get_vocab().values())
             probe = np.array([[settings.start_token, largest, settings.end_token, settings.pad_token]])
-            found.sessions["text"].run(None, {"input_ids": probe, "attention_mask": np.ones_like(probe)})
+            segmenter.sessions["text"].run(None, {"input_ids": probe, "attention_mask": np.ones_like(probe)})
         except Exception as error:  # the library's exceptions have no common class
             raise UserError(f"{file} does not fit the text encoder beside it ({reason(error)}): export again") from None
         if len(ids) < 3 or [ids[0], ids[-1]] != [settings.start_token, settings.end_token]:
             raise UserError(f"{file} does not fit {EXPORT_FILE} beside it ('a' is {shown(ids)}): export again")
-        return found
+        return segmenter
 
-    def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> EncodedArrays:
-        """See `Segments.encode`."""
-        images, placements, canvases, texts, owner = [], [], [], [], []
-        for nth, (image, said) in enumerate(requests):
-            said = [said] if isinstance(said, str) else list(said)
-            if not said:
-                raise UserError("no sentence given: say what to look for")
-            pixels = as_pixels(image)
-            canvas, placement = self.canvas(pixels)
-            images.append(pixels)
-            placements.append(placement)
-            canvases.append(canvas)
-            texts += said
-            owner += [nth] * len(said)
-        ids, attention, is_word = self.tokens(texts)
-        of_images = self._run("image", pixel_values=self.pixel_values(np.stack(canvases)))
-        of_texts = self._run("text", input_ids=ids, attention_mask=attention)
-        return EncodedArrays(images, texts, owner, placements, of_images, of_texts | {"word_mask": is_word})
-
-    def decode(self, encoded: EncodedArrays, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
-        """See `Segments.decode`."""
-        above = [threshold_to_logit(one) for one in thresholds or [self.threshold] * len(encoded.images)]
-        for start in range(0, len(encoded.texts), DECODE_TOGETHER):
-            part = slice(start, start + DECODE_TOGETHER)
-            of_images = {name: value[encoded.owner[part]] for name, value in encoded.of_images.items()}
-            of_texts = {name: value[part] for name, value in encoded.of_texts.items()}
-            logits = self._run("decoder", **of_images, **of_texts)["logits"]
-            for text, owner, logit in zip(encoded.texts[part], encoded.owner[part], logits, strict=True):
-                restored = restore(logit, encoded.placements[owner])
-                mask, probability = restored > above[owner], _sigmoid(restored)
-                score = float(probability[mask].mean()) if mask.any() else 0.0
-                yield Segmentation(text, mask, score, encoded.images[owner], probability)
-
-    def _run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
-        session = self.sessions[graph]
-        found: Any = session.run(None, values)
-        return dict(zip((one.name for one in session.get_outputs()), found, strict=True))
-
-    # -- what the processor does, in numpy
+    # -- the hooks of BaseSegmenter
 
     def canvas(self, image: np.ndarray) -> tuple[np.ndarray, Placement]:
-        """Lay one image, (H, W, 3) uint8 RGB, on the canvas: (h, w, 3) uint8, and how it was laid."""
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise UserError(f"an image must be (H, W, 3) uint8 RGB, not {image.shape} {image.dtype}")
+        """One image on the canvas, (h, w, 3) uint8, and where it lies on it; equal to the processor's."""
         placement = place(image.shape[0], image.shape[1], self.settings.size, self.settings.resize)
         top, left, h, w = placement.content
         canvas = np.empty((*placement.canvas, 3), np.uint8)
@@ -260,28 +196,59 @@ class OnnxSegmenter(Segments):
         canvas[top : top + h, left : left + w] = resize_bicubic(image, h, w)
         return canvas, placement
 
+    def encode_images(self, canvases: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs of the image graph, by name."""
+        return self._run("image", pixel_values=self.pixel_values(np.stack(canvases)))
+
+    def encode_texts(self, texts: list[str]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Tokens and inputs of the decoder, by name; ENCODE_TOGETHER sentences at a time, all padded alike."""
+        tokens = self.tokens(texts)
+        parts = [
+            self._run("text", **{name: tokens[name][part] for name in ("input_ids", "attention_mask")})
+            for part in slices(len(texts), ENCODE_TOGETHER)
+        ]
+        features = {name: np.concatenate([outputs[name] for outputs in parts]) for name in parts[0]}
+        return tokens, features | {"word_mask": tokens["word_mask"]}
+
+    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Logits and probabilities (H, W) of the sentences of a part."""
+        owners = encoded.owner[part]
+        images = {name: values[owners] for name, values in encoded.features.items()}
+        sentences = {name: values[part] for name, values in encoded.sentences.items()}
+        for owner, logits in zip(owners, self._run("decoder", **images, **sentences)["logits"], strict=True):
+            logits = restore(logits, encoded.placements[owner])
+            yield logits, _sigmoid(logits)
+
+    def _run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
+        session = self.sessions[graph]
+        outputs: Any = session.run(None, values)
+        return dict(zip((output.name for output in session.get_outputs()), outputs, strict=True))
+
+    # -- what the processor does, in numpy
+
     def pixel_values(self, images: np.ndarray) -> np.ndarray:
         """(B, h, w, 3) uint8 to normalised (B, 3, h, w) float32."""
         shift, scale = (np.float32(255) * np.array(x, np.float32) for x in (self.settings.mean, self.settings.std))
         return np.ascontiguousarray(((images - shift) / scale).transpose(0, 3, 1, 2))
 
-    def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """K sentences to ids (K, L) int64, attention mask (K, L) int64, and which tokens are words (K, L) bool.
+    def tokens(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Tokens of K sentences: input_ids and attention_mask (K, L) int64, and word_mask (K, L) bool.
 
         Raises:
-            UserError: for an empty sentence, or a tokenizer that is damaged.
+            UserError: the tokenizer is damaged.
         """
-        if any(map(is_blank, texts)):
-            raise UserError("an empty sentence names no object: give at least one word")
         try:
             with no_panic():
-                read = self.tokenizer.encode_batch(list(texts))
+                encodings = self.tokenizer.encode_batch(list(texts))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(
                 f"the tokenizer of the model cannot read a sentence ({reason(error)}): export again"
             ) from None
-        ids, attention = (np.array([getattr(one, key) for one in read], np.int64) for key in ("ids", "attention_mask"))
-        return ids, attention, np.array([[word is not None for word in one.word_ids] for one in read])
+        return {
+            "input_ids": np.array([encoding.ids for encoding in encodings], np.int64),
+            "attention_mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
+            "word_mask": np.array([[word is not None for word in encoding.word_ids] for encoding in encodings]),
+        }
 
 
 def open_sessions(folder: Path) -> dict[str, InferenceSession]:

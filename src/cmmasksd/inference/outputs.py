@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cmmasksd.files import whole_file
-from cmmasksd.inference.predictor import Segmentation
+from cmmasksd.inference.base import Segmentation
 from cmmasksd.inference.sources import Source
 from cmmasksd.inference.visualize import PALETTE
 

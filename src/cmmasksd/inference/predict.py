@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cmmasksd.data.images import read_frames
 from cmmasksd.data.video import is_video, video_frames
 from cmmasksd.errors import UserError
-from cmmasksd.inference.predictor import Segmentation, Segments
+from cmmasksd.inference.base import BaseSegmenter, Segmentation
 from cmmasksd.inference.sources import Source
 
 Unit = tuple[int, int | None]
@@ -58,7 +58,7 @@ class Failure:
 
 
 def predict(
-    segmenter: Segments, sources: Sequence[Source], *, done: Container[Unit] = (), progress: bool = False
+    segmenter: BaseSegmenter, sources: Sequence[Source], *, done: Container[Unit] = (), progress: bool = False
 ) -> Iterator[Prediction | Failure]:
     """Segment the images of all sources.
 
@@ -90,7 +90,7 @@ def predict(
 
 
 def _segment(
-    segmenter: Segments,
+    segmenter: BaseSegmenter,
     image: Path | bytes,
     questions: list[tuple[int, Source, int]],
     group: int,

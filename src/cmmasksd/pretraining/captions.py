@@ -44,19 +44,19 @@ class CaptionedScenes(Dataset):
         *,
         phrases: int,
         seed: int,
-        canvas: int,
+        scene_size: int,
         split: str = "pretrain",
         start: int = 0,
     ) -> None:
         self.count, self.phrases, self.seed = count, phrases, seed
-        self.canvas, self.split, self.start = canvas, split, start
+        self.scene_size, self.split, self.start = scene_size, split, start
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Captioned:
         index += self.start
-        scene = make_scene(self.seed, self.split, index, style=STYLES[index % 3], canvas=self.canvas)
+        scene = make_scene(self.seed, self.split, index, style=STYLES[index % 3], scene_size=self.scene_size)
         draw = random.Random(f"{self.seed}/{self.split}/{index}/captions")
         other, changed = twin(scene, draw)
         pair, known = (scene, other), [facts(scene), facts(other)]

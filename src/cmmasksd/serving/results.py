@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cmmasksd.inference.predictor import Encoded, Segmentation, Segmenter
+from cmmasksd.inference.base import Encoded, Segmentation
+from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.correlation import correlation
 
 MAP_SIDE, WORD_SIDE = 512, 64

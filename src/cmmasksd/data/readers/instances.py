@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from cmmasksd.data.images import MAX_PIXELS
 from cmmasksd.data.masks import usable_segmentation
-from cmmasksd.data.readers.fields import whole_number
+from cmmasksd.data.readers.fields import parse_json, whole_number
 from cmmasksd.data.samples import Reference
 from cmmasksd.errors import UserError
 from cmmasksd.files import safe_path
@@ -89,10 +89,8 @@ def parse_instances(
     content: bytes, path: Path, keys: Sequence[str] = ("images", "annotations")
 ) -> list[list[dict[str, Any]]]:
     """The lists of records with these keys, polygons replaced by [[start, end]], their place in the file."""
-    try:
-        parsed = json.loads(_POLYGONS.sub(lambda match: b'"segmentation":[[%d,%d]]' % match.span(1), content))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}; download it again from its release") from None
+    shortened = _POLYGONS.sub(lambda match: b'"segmentation":[[%d,%d]]' % match.span(1), content)
+    parsed = parse_json(shortened, str(path), "download it again from its release")
     lists = []
     for key in keys:
         records = parsed.get(key) if isinstance(parsed, dict) else None

@@ -1,17 +1,17 @@
-"""Generated scenes with true referring expressions: the data set that needs no download.
+"""Generated scenes with true referring expressions: a data set without a download.
 
-A scene is a textured, noisy background with 3 to 10 overlapping objects (8 shapes × 8 colours × 3 sizes × 3 fills),
-made so that objects share attributes with each other and every word of a sentence matters. Three styles follow the
-three benchmarks: ``scenes`` (short, with location words, as RefCOCO), ``scenes+`` (no location words, as RefCOCO+) and
-``scenesg`` (long, with relations to other objects, as G-Ref).
+A scene is a textured, noisy background with 3 to 10 overlapping objects (8 shapes × 8 colours × 3 sizes × 3 fills).
+Objects share attributes, so that every word of an expression matters. Three styles follow the three benchmarks:
+``scenes`` (short, with location words, like RefCOCO), ``scenes+`` (no location words, like RefCOCO+) and ``scenesg``
+(long, with relations to other objects, like G-Ref).
 
 ``HELD_OUT`` lists eight colour-shape pairs. No object of train, val or testA has one; every target of testB has one.
 
     vocabulary.py   words, attributes, and the records SceneObject and Scene
-    drawing.py      scene to pixels
-    layout.py       where objects lie
-    meaning.py      what is true of which objects
-    language.py     sentences that name one object
+    drawing.py      scene -> pixels
+    layout.py       positions of objects
+    meaning.py      which words are true of which objects
+    language.py     expressions that name one object
     captions.py     captions and their claims (for contrastive training)
     dataset.py      make_scene, SceneDataset
     examples.py     the images of `cmmasksd examples`

@@ -1,5 +1,7 @@
-"""Captions of whole scenes and phrases about single objects, with what each claims: contrastive training needs to know
-of which other images a text is true as well."""
+"""Captions of scenes and phrases about objects, for contrastive training.
+
+Each comes with its claims, which tell which other images it is true of as well.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,22 @@ _VALUE_OF = {word: value for values in VALUES for value in values for word in WO
 
 
 class Phrase(NamedTuple):
-    """A text about one object, and the attributes and regions (bits of one int) that it claims of it."""
+    """A text about one object, and the attributes and regions (bits of an int) that it claims."""
 
     text: str
     claims: int
 
-    def may_be(self, there: int) -> bool:
-        """Whether it may be said of an object with these facts."""
-        return self.claims & there == self.claims
+    def may_be(self, facts: int) -> bool:
+        """Whether it may be true of an object with these facts."""
+        return self.claims & facts == self.claims
 
 
 def _regions(scene: Scene) -> dict[str, tuple[int, int]]:
-    return Meaning(scene.objects, {}, scene.canvas).zones()
+    return Meaning(scene.objects, {}, scene.scene_size).zones()
 
 
 def facts(scene: Scene) -> list[int]:
-    """For every object its attributes and the regions it might be said to lie in. A phrase can only be true of a scene
-    if all its claims are facts of one object."""
+    """Attributes and possible regions of every object. A phrase may be true of an object that has all its claims."""
     zones = _regions(scene)
     return [
         sum([_FACTS[value] for value in thing.attributes])
@@ -43,8 +44,14 @@ def facts(scene: Scene) -> list[int]:
 
 
 def describe(scene: Scene, index: int, draw: random.Random, *, drop: float = 0.0) -> Phrase:
-    """One object: size, fill, colour and shape, each left out with probability `drop`, and a region that it surely lies
-    in (all it may be without a word on the region, where `drop` is above 0). Something is always said."""
+    """A phrase about an object: size, fill, colour, shape and region.
+
+    Args:
+        scene: the scene.
+        index: index of the object.
+        draw: random numbers.
+        drop: probability of leaving out each of them; one is always kept. An object on the border of regions has none.
+    """
     thing = scene.objects[index]
     zones = [name for name, (strict, _) in _regions(scene).items() if strict >> index & 1]
     values = [value for value in thing.attributes if draw.random() >= drop]
@@ -57,37 +64,41 @@ def describe(scene: Scene, index: int, draw: random.Random, *, drop: float = 0.0
     return Phrase(say_location(draw, "zone", zone, phrase), claims + _FACTS[zone])
 
 
-def referring(sentence: str) -> Phrase:
-    """A referring sentence and the attributes that it gives its object (no region or order: their truth takes more)."""
-    head = sentence
+def referring(expression: str) -> Phrase:
+    """A referring expression with the attributes of its object as claims (regions and orders are left out)."""
+    head = expression
     for words in RELATIONS.values():
-        head = head.split(f" {words} ")[0]  # what follows is said of other objects
+        head = head.split(f" {words} ")[0]  # the rest is about other objects
     values = {_VALUE_OF[word] for word in head.split() if word in _VALUE_OF}
-    return Phrase(sentence, sum([_FACTS[value] for value in values]))
+    return Phrase(expression, sum([_FACTS[value] for value in values]))
 
 
 def caption(scene: Scene, draw: random.Random, *, most: int = 3) -> tuple[str, list[int]]:
-    """A caption of the whole scene, as CLIP is trained on, and the claims of its parts: up to `most` of its objects,
-    larger ones first by chance."""
+    """A caption of a scene, as CLIP is trained on, and the claims of its parts.
+
+    It describes up to `most` objects; large ones tend to come first.
+    """
     order = sorted(range(len(scene.objects)), key=lambda i: -scene.objects[i].radius * draw.uniform(0.5, 1.5))
     parts = [describe(scene, i, draw) for i in order[:most]]
     return ", ".join("a " + part.text for part in parts), [part.claims for part in parts]
 
 
 def twin(scene: Scene, draw: random.Random) -> tuple[Scene, int]:
-    """The same scene but for one object, and its index: some of its attributes are others, or it has moved. It has no
-    references. All pixels that do not show the object are the same."""
+    """A scene that differs in one object (its attributes, or its place), and the index of that object.
+
+    It has no references. All pixels that do not show the object are the same.
+    """
     index = draw.randrange(len(scene.objects))
     thing, others = scene.objects[index], scene.objects[:index] + scene.objects[index + 1 :]
 
     def fits(x: int, y: int, radius: int) -> bool:
-        inside = radius < min(x, y) and max(x, y) < scene.canvas - radius - 1
+        inside = radius < min(x, y) and max(x, y) < scene.scene_size - radius - 1
         return inside and all(math.hypot(x - o.x, y - o.y) >= 0.85 * (radius + o.radius) for o in others)
 
     changed = thing
     if draw.random() < 0.5:
         for _ in range(12):
-            x, y = draw.randrange(scene.canvas), draw.randrange(scene.canvas)
+            x, y = draw.randrange(scene.scene_size), draw.randrange(scene.scene_size)
             if fits(x, y, thing.radius):
                 changed = replace(thing, x=x, y=y)
                 break
@@ -98,7 +109,7 @@ def twin(scene: Scene, draw: random.Random) -> tuple[Scene, int]:
                 values[attribute] = draw.choice(known)
         radius = thing.radius
         if values["size"] != thing.size:
-            radius = max(3, round(SIZES[values["size"]] * scene.canvas / 128))
+            radius = max(3, round(SIZES[values["size"]] * scene.scene_size / 128))
             if not fits(thing.x, thing.y, radius):
                 continue
         changed = replace(thing, radius=radius, **values)

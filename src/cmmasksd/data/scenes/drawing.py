@@ -1,6 +1,6 @@
-"""From the description of a scene to pixels: stencils, textures, and who owns each pixel.
+"""A scene's pixels, and the object that each pixel shows.
 
-Textures, stencils and noise are drawn once and cropped; that makes more than 500 scenes a second on one core.
+Textures, stencils and noise are drawn once and cropped: one core draws more than 500 scenes a second.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def stencil(shape: str, radius: int, turn: int) -> np.ndarray:
     elif shape == "crescent":
         inside = (x**2 + y**2 <= 0.95**2) & ((x - 0.45) ** 2 + y**2 >= 0.72**2)
     else:
-        inside = abs(x) / 0.62 + abs(y) / 0.98 <= 1  # diamond: taller than wide, so that it is no turned square
+        inside = abs(x) / 0.62 + abs(y) / 0.98 <= 1  # diamond: taller than wide, unlike a turned square
     return inside.reshape(n, over, n, over).mean((1, 3), dtype=np.float32)
 
 
 @lru_cache(maxsize=4096)
 def footprint(shape: str, radius: int, turn: int) -> tuple[np.ndarray, int]:
-    """The pixels that a shape owns (at least half covered) as booleans, and their number."""
+    """The pixels that a shape covers by at least half, (2r+3, 2r+3) bool, and their number."""
     owned = stencil(shape, radius, turn) >= 0.5
     return owned, int(np.count_nonzero(owned))
 
 
-_TILE = 320  # texture tiles are cropped at random offsets; larger canvases wrap around
+_TILE = 320  # side of the textures, which are cropped at random offsets; larger scenes wrap around
 
 
 @lru_cache(maxsize=1)
@@ -73,24 +73,25 @@ def _textures() -> tuple[list[np.ndarray], np.ndarray]:
     return [tile.astype(np.float32) for tile in tiles], np.ascontiguousarray(noise.transpose(2, 0, 1))
 
 
-def _crop(tile: np.ndarray, canvas: int, draw: random.Random) -> np.ndarray:
-    """A random (canvas, canvas) part of a tile (..., _TILE, _TILE)."""
-    if canvas <= _TILE // 2:
-        top, left = draw.randrange(_TILE - canvas), draw.randrange(_TILE - canvas)
-        return tile[..., top : top + canvas, left : left + canvas]
-    at = np.arange(canvas) + draw.randrange(_TILE)
+def _crop(tile: np.ndarray, scene_size: int, draw: random.Random) -> np.ndarray:
+    """A random (scene_size, scene_size) part of a tile (..., _TILE, _TILE)."""
+    if scene_size <= _TILE // 2:
+        top, left = draw.randrange(_TILE - scene_size), draw.randrange(_TILE - scene_size)
+        return tile[..., top : top + scene_size, left : left + scene_size]
+    at = np.arange(scene_size) + draw.randrange(_TILE)
     return tile[..., at[:, None] % _TILE, (at + draw.randrange(_TILE)) % _TILE]
 
 
 def _pattern(fill: str, n: int, scale: float, draw: random.Random) -> np.ndarray | None:
-    """Which pixels of an object take its second, darker colour; None for a solid one."""
-    way, phase = draw.getrandbits(2), draw.random()  # whatever the fill: what comes later looks the same in a twin
+    """The pixels of an object that have its darker colour, (n, n) bool; None for a solid one."""
+    # drawn for every fill, so that the rest of a twin (captions.py) looks the same
+    direction, phase = draw.getrandbits(2), draw.random()
     if fill == "solid":
         return None
     at = np.arange(n)
     period = 6.0 * scale
     if fill == "striped":
-        a, b = ((1.0, 0.0), (0.0, 1.0), (0.7, 0.7), (0.7, -0.7))[way]
+        a, b = ((1.0, 0.0), (0.0, 1.0), (0.7, 0.7), (0.7, -0.7))[direction]
         return (at[:, None] * a + at * b + phase * period) % period < period / 2
     u = ((at + phase * period) % period - period / 2) ** 2
     return u[:, None] + u <= (0.32 * period) ** 2
@@ -100,16 +101,16 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Draw a scene.
 
     Returns:
-        image: (canvas, canvas, 3) uint8 RGB.
-        owner: (canvas, canvas) int8, the index of the object that is seen at each pixel, -1 for the background.
+        image: (scene_size, scene_size, 3) uint8 RGB.
+        owner: (scene_size, scene_size) int8, index of the object that each pixel shows, -1 for the background.
     """
     draw = random.Random(scene.look)
-    size, scale = scene.canvas, scene.canvas / 128
+    size, scale = scene.scene_size, scene.scene_size / 128
     tiles, noise = _textures()
     base = [draw.randrange(70, 170)] * 3
     base = [level + draw.randrange(-22, 23) for level in base]
     shade = _crop(draw.choice(tiles), size, draw) * draw.uniform(6, 26)
-    # planes (3, H, W) until the end: numpy is slow where the innermost axis has 3 elements
+    # (3, H, W) until the end: numpy is slow on an innermost axis of 3 elements
     image = (shade + np.array(base, np.float32)[:, None, None]).astype(np.int16)
     owner = np.full((size, size), -1, np.int8)
     for index, thing in enumerate(scene.objects):

@@ -1,4 +1,4 @@
-"""Example images to try commands on: generated scenes, with sentences that name an object of each."""
+"""Example images for the first commands: generated scenes, with expressions that name their objects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from cmmasksd.data.scenes.dataset import SceneDataset
 from cmmasksd.errors import UserError
 
-_SEED, _CANVAS, _SCENES = 20230519, 256, (0, 13, 14)
+_SEED, _SCENE_SIZE, _SCENES = 20230519, 256, (0, 13, 14)
 
 
 def write_examples(out: Path) -> list[tuple[Path, list[str]]]:
@@ -17,17 +17,17 @@ def write_examples(out: Path) -> list[tuple[Path, list[str]]]:
         out: the folder; made if missing.
 
     Returns:
-        Each file, and one sentence for each of three objects in it.
+        Each file, and an expression for each of three objects in it.
 
     Raises:
-        UserError: a file of that name is there already.
+        UserError: a file of that name exists.
     """
     from PIL import Image
 
-    data = SceneDataset("scenes", "val", 3 * (max(_SCENES) + 1), seed=_SEED, canvas=_CANVAS)
+    data = SceneDataset("scenes", "val", 3 * (max(_SCENES) + 1), seed=_SEED, scene_size=_SCENE_SIZE)
     files = [out / f"shapes-{number}.png" for number in range(1, len(_SCENES) + 1)]
     if taken := [str(file) for file in files if file.exists()]:
-        raise UserError(f"{taken[0]} is there already: choose another folder with --out")
+        raise UserError(f"{taken[0]} already exists: choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for file, scene in zip(files, _SCENES, strict=True):

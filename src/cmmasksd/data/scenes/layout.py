@@ -1,4 +1,4 @@
-"""Where the objects of a scene lie, and how much of each is hidden by others."""
+"""Attributes and positions of a scene's objects, and the fraction of each that others hide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cmmasksd.data.scenes.vocabulary import HELD_OUT, MIN_VISIBLE, SIZES, VALUES
 
 
 def below(draw: random.Random, n: int) -> int:
-    """What `draw.randrange(n)` returns, without its checks, which take longer than the draw."""
+    """`draw.randrange(n)` without its checks, which take longer than the draw."""
     bits = n.bit_length()
     value = draw.getrandbits(bits)
     while value >= n:
@@ -21,7 +21,7 @@ def below(draw: random.Random, n: int) -> int:
 
 
 def _draw_attributes(draw: random.Random, split: str, earlier: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """Attributes of the next object: usually those of an earlier one with one or two changed, so that it distracts."""
+    """Attributes of the next object: in 3 of 4 cases an earlier one's with one or two changed, as a distractor."""
     held_out_wanted = split == "testB" and draw.random() < 0.6
     while True:
         if earlier and draw.random() < 0.75:
@@ -42,7 +42,7 @@ def _draw_attributes(draw: random.Random, split: str, earlier: list[tuple[str, .
 
 
 def hidden_fraction(back: SceneObject, front: SceneObject) -> float:
-    """Fraction of `back` that `front` covers."""
+    """Fraction of the pixels of `back` that `front` covers."""
     dy, dx = front.y - back.y, front.x - back.x
     reach = back.radius + front.radius + 2
     if abs(dy) > reach or abs(dx) > reach:
@@ -56,9 +56,8 @@ def hidden_fraction(back: SceneObject, front: SceneObject) -> float:
     return int(np.count_nonzero(a & b)) / pixels
 
 
-def lay_out(draw: random.Random, split: str, canvas: int) -> tuple[list[SceneObject], dict[tuple[int, int], float]]:
-    """Objects from back to front, and for each overlapping (back, front) pair the fraction of back that is hidden."""
-    scale = canvas / 128
+def lay_out(draw: random.Random, split: str, scene_size: int) -> tuple[list[SceneObject], dict[tuple[int, int], float]]:
+    """Objects from back to front, and the hidden fraction of back by overlapping (back, front) indices."""
     objects: list[SceneObject] = []
     attributes: list[tuple[str, ...]] = []
     discs: list[tuple[int, int, int]] = []
@@ -68,9 +67,9 @@ def lay_out(draw: random.Random, split: str, canvas: int) -> tuple[list[SceneObj
     for _ in range(3 + below(draw, 8)):
         values = _draw_attributes(draw, split, attributes)
         size, fill, colour, shape = values
-        radius = max(3, round(SIZES[size] * scale) + below(draw, 3) - 1)
+        radius = max(3, round(SIZES[size] * scene_size / 128) + below(draw, 3) - 1)
         turn = below(draw, 5) - 2
-        room = canvas - 2 * radius - 2
+        room = scene_size - 2 * radius - 2
         for _ in range(12):
             x, y = radius + 1 + below(draw, room), radius + 1 + below(draw, room)
             near = []
@@ -82,9 +81,9 @@ def lay_out(draw: random.Random, split: str, canvas: int) -> tuple[list[SceneObj
                     near.append(index)
             else:
                 thing = SceneObject(shape, colour, size, fill, x, y, radius, turn)
-                parts = [hidden_fraction(objects[index], thing) for index in near]
-                if all(part <= 1 - MIN_VISIBLE for part in parts):
-                    hidden.update({(index, len(objects)): part for index, part in zip(near, parts, strict=True)})
+                fractions = {(index, len(objects)): hidden_fraction(objects[index], thing) for index in near}
+                if all(fraction <= 1 - MIN_VISIBLE for fraction in fractions.values()):
+                    hidden |= fractions
                     covered.update(near)
                     objects.append(thing)
                     attributes.append(values)

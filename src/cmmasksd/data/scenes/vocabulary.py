@@ -1,4 +1,4 @@
-"""The words of generated scenes, and the records that describe one: objects, their attributes, what is held out."""
+"""Words of generated scenes, held-out pairs, and the records of a scene and its objects."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ COLOURS = {
     "white": (240, 240, 240),
 }
 SIZES = {"small": 12.0, "medium": 18.0, "large": 27.0}
-"""Radius in pixels on a canvas of 128 pixels. An object that is named covers 4 % of the picture on average, still less
-than in RefCOCO (nearly always over 5 %, on average 10 to 15 %)."""
+"""Radius in pixels in a scene of 128 pixels. A target covers 4 % of the image on average; in RefCOCO, 10 to 15 %."""
 FILLS = ("solid", "striped", "dotted")
 STYLES = ("scenes", "scenes+", "scenesg")
 SPLITS = ("train", "val", "testA", "testB", "pretrain")
 HELD_OUT = frozenset((colour, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
-"""Colour-shape pairs that only testB (and CLIP pretraining, which sees captions but never masks) shows."""
+"""Colour-shape pairs that appear in testB only (and in CLIP pretraining, which sees captions but no masks)."""
 
 REFERENCES_PER_SCENE = 3
 MIN_VISIBLE = 0.45
-"""An object is never hidden by more than this leaves visible."""
+"""Least fraction of an object's pixels that stays visible."""
 
 ATTRIBUTES = ("size", "fill", "colour", "shape")
 VALUES = (tuple(SIZES), FILLS, tuple(COLOURS), SHAPES)  # in the order of ATTRIBUTES
@@ -39,22 +38,22 @@ WORDS = {
     "crescent": ("crescent", "moon"),
 }
 GENERIC = ("thing", "shape", "object", "one")
-_HELD_OUT_SAID = re.compile(
+_HELD_OUT_WORDS = re.compile(
     "|".join(rf"\b{colour} {word}\b" for colour, shape in sorted(HELD_OUT) for word in WORDS.get(shape, (shape,)))
 )
 
 
-def names_held_out(sentence: str) -> bool:
-    """Whether a sentence of a scene says both colour and shape of an object of a held-out pair."""
-    return bool(_HELD_OUT_SAID.search(sentence))
+def names_held_out(expression: str) -> bool:
+    """Whether an expression has the colour and the shape of a held-out pair."""
+    return bool(_HELD_OUT_WORDS.search(expression))
 
 
 @dataclass(frozen=True, slots=True)
 class SceneObject:
-    """One object. Later objects of a scene lie in front of earlier ones.
+    """One object.
 
     Attributes:
-        x, y: centre of the whole shape, in pixels of the canvas, whether or not a part of it is hidden.
+        x, y: centre of the whole shape in pixels, hidden parts included.
         radius: half its extent in pixels.
         turn: rotation in steps of 8 degrees, -2 to 2.
     """
@@ -76,10 +75,16 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Objects from back to front, and the sentences that name some of them: (object index, sentences)."""
+    """One scene.
 
-    canvas: int
+    Attributes:
+        scene_size: side of the square image in pixels.
+        objects: from back to front.
+        references: index of an object, and the expressions that name it.
+        look: seed of what the objects do not determine: background, noise, shades.
+    """
+
+    scene_size: int
     objects: tuple[SceneObject, ...]
     references: tuple[tuple[int, tuple[str, ...]], ...]
     look: int = field(repr=False)
-    """Seed of everything that the description does not mention: background, noise, shades."""

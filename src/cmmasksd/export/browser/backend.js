@@ -1,15 +1,16 @@
-// Where masks come from: here, the exported model in this browser (onnxruntime-web, one thread of WebAssembly). Nothing
-// leaves the page. The same two functions as the HTTP backend of `cmmasksd serve`, see there.
+// Masks from the exported model, in the browser (onnxruntime-web, one thread of WebAssembly). Nothing leaves the page.
+// Takes the place of serving/page/backend.js, which documents the two functions.
 
 import * as ort from "./ort/ort.wasm.min.mjs";
 import { fitted, place, pixelValues, restore } from "./pixels.js";
+import { isBlank, progressOf } from "./sentences.js";
 import { makeTokenizer } from "./tokenizer.js";
 
-const MAP_SIDE = 512, WORD_SIDE = 64; // the longer side of a probability map and of a word's map in pixels, at most
-const MAX_PIXELS = 64_000_000, MAX_SIDE = 32_768, MAX_RATIO = 100; // as Python's
+const MAP_SIDE = 512, WORD_SIDE = 64; // maximum longer side of a probability map and of a word map, in pixels
+const MAX_PIXELS = 64_000_000, MAX_SIDE = 32_768, MAX_RATIO = 100; // as in Python
 const GRAPHS = ["image", "text", "decoder"];
 
-ort.env.wasm.numThreads = 1; // several would need headers that a plain file server does not send
+ort.env.wasm.numThreads = 1; // more threads need headers that a plain file server does not send
 ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
 
 let model = null; // promise of {settings, tokenize, sessions}
@@ -37,11 +38,11 @@ async function read(onProgress) {
 }
 
 async function file(name, onProgress = () => {}) {
-  const answer = await fetch(new URL(`./model/${name}`, import.meta.url)).catch(() => null);
-  if (!answer?.ok) throw new Error(`The model's file ${name} cannot be loaded: is the site complete, and the network there?`);
-  const total = Number(answer.headers.get("Content-Length")), parts = [];
+  const response = await fetch(new URL(`./model/${name}`, import.meta.url)).catch(() => null);
+  if (!response?.ok) throw new Error(`Cannot load ${name} of the model: check the site and the network.`);
+  const total = Number(response.headers.get("Content-Length")), parts = [];
   let length = 0;
-  for (const reader = answer.body.getReader(); ;) {
+  for (const reader = response.body.getReader(); ;) {
     const { done, value } = await reader.read();
     if (done) break;
     parts.push(value);
@@ -54,29 +55,29 @@ async function file(name, onProgress = () => {}) {
 export async function segment(blob, sentences, onProgress = () => {}, signal = undefined) {
   await load(onProgress);
   const { settings, tokenize, sessions } = await model;
-  if (sentences.some((sentence) => !/[^\s\p{Cc}\p{Cf}]/u.test(sentence))) throw new Error("An empty sentence names no object: give at least one word.");
-  onProgress(0, "Reading the picture");
+  if (sentences.some(isBlank)) throw new Error("An empty sentence names no object: give at least one word.");
+  onProgress(0, "Reading the image");
   const { width, height, data } = await decode(blob);
   const placement = place(height, width, settings), [h, w] = placement.canvas;
   const input = new ort.Tensor("float32", pixelValues(data, placement, settings), [1, 3, h, w]);
   const image = await sessions.image.run({ pixel_values: input });
   const results = [];
-  for (const [nth, text] of sentences.entries()) {
-    onProgress((nth + 1) / (sentences.length + 1), nth ? `${nth} of ${sentences.length} sentences done` : "Looking");
-    await new Promise((next) => setTimeout(next)); // lets the page draw, and a stop be pressed
+  for (const [index, text] of sentences.entries()) {
+    onProgress((index + 1) / (sentences.length + 1), progressOf(index, sentences.length));
+    await new Promise((next) => setTimeout(next)); // lets the page draw and react to Stop
     signal?.throwIfAborted();
     const { ids, words } = tokenize(text), L = ids.length;
-    const said = await sessions.text.run({ input_ids: integers(ids), attention_mask: integers(ids.map(() => 1)) });
+    const sentence = await sessions.text.run({ input_ids: integers(ids), attention_mask: integers(ids.map(() => 1)) });
     const word_mask = new ort.Tensor("bool", Uint8Array.from(ids, (_, at) => at > 0 && at < L - 1), [1, L]);
-    const { logits } = await sessions.decoder.run({ ...image, ...said, word_mask });
-    const shown = { ...placement, original: fitted(placement.original, MAP_SIDE) };
-    const probability = restore(logits.data, logits.dims[1], logits.dims[2], shown).map((logit) => 1 / (1 + Math.exp(-logit)));
+    const { logits } = await sessions.decoder.run({ ...image, ...sentence, word_mask });
+    const mapped = { ...placement, original: fitted(placement.original, MAP_SIDE) };
+    const probability = restore(logits.data, logits.dims[1], logits.dims[2], mapped).map((logit) => 1 / (1 + Math.exp(-logit)));
     const inMask = probability.filter((value) => value > 0.5);
     results.push({
       text,
       score: inMask.length ? inMask.reduce((a, b) => a + b) / inMask.length : 0,
-      probability: bytes(probability, shown.original),
-      words: words.map(({ pieces, ...word }) => ({ ...word, map: correlation(image.patches, said.words, pieces, placement) })),
+      probability: bytes(probability, mapped.original),
+      words: words.map(({ pieces, ...word }) => ({ ...word, map: correlation(image.patches, sentence.words, pieces, placement) })),
     });
   }
   onProgress(1, "Done");
@@ -85,18 +86,18 @@ export async function segment(blob, sentences, onProgress = () => {}, signal = u
 
 const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
 
-/** A picture file's pixels, upright, transparent ones over white; no colour profile is applied, as in Python. */
+/** Pixels of an image file: EXIF orientation applied, transparency over white, no colour profile, as in Python. */
 async function decode(blob) {
   let bitmap;
   try {
     bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none" });
   } catch {
-    throw new Error("This file is not a picture that the browser can read.");
+    throw new Error("This file is not an image that the browser can read.");
   }
   const { width, height } = bitmap;
-  if (width * height > MAX_PIXELS) throw new Error(`The picture has more than ${MAX_PIXELS / 1e6} megapixels: make it smaller first.`);
+  if (width * height > MAX_PIXELS) throw new Error(`The image has more than ${MAX_PIXELS / 1e6} megapixels: make it smaller first.`);
   if (Math.max(width, height) > Math.min(MAX_SIDE, MAX_RATIO * Math.min(width, height)))
-    throw new Error(`The picture of ${width} × ${height} is too long or too narrow: crop it first.`);
+    throw new Error(`The image of ${width} × ${height} is too long or too narrow: crop it first.`);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d", { willReadFrequently: true, alpha: false });
   context.fillStyle = "white";
@@ -106,16 +107,16 @@ async function decode(blob) {
   return context.getImageData(0, 0, width, height);
 }
 
-/** Cosine of every patch with a word (the mean over its pieces), from its lowest to its highest value. */
+/** Cosine of every patch with a word (mean over its pieces), scaled from its minimum to its maximum. */
 function correlation(patches, words, pieces, placement) {
   const [, h, w, D] = patches.dims, values = new Float32Array(h * w);
   const norm = (data, at) => Math.hypot(...data.subarray(at, at + D)) || 1;
   for (const piece of pieces) {
-    const of = norm(words.data, piece * D) * pieces.length;
+    const wordNorm = norm(words.data, piece * D) * pieces.length;
     for (let n = 0; n < h * w; n++) {
       let sum = 0;
       for (let d = 0; d < D; d++) sum += patches.data[n * D + d] * words.data[piece * D + d];
-      values[n] += sum / (of * norm(patches.data, n * D));
+      values[n] += sum / (wordNorm * norm(patches.data, n * D));
     }
   }
   const size = fitted(placement.original, WORD_SIDE), map = restore(values, h, w, { ...placement, original: size });

@@ -1,7 +1,7 @@
-// What the processor does to pixels, and how it undoes it; equal to Python's (inference/onnx.py), pixel by pixel. A canvas
-// would scale in its own way, and the model was not trained on that.
+// Preprocessing of pixels and the way back, equal to Python's (inference/onnx.py) pixel by pixel. A canvas scales
+// differently from what the model was trained on.
 
-/** Where a picture goes on the model's canvas: {original, canvas, content: [top, left, height, width]}. */
+/** Placement of an image on the model's canvas: {original, canvas, content: [top, left, height, width]}. */
 export function place(height, width, { size: canvas, resize }) {
   const original = [height, width];
   if (resize === "warp") return { original, canvas, content: [0, 0, ...canvas] };
@@ -10,7 +10,7 @@ export function place(height, width, { size: canvas, resize }) {
   return { original, canvas, content: [(canvas[0] - h) >> 1, (canvas[1] - w) >> 1, h, w] };
 }
 
-/** RGBA bytes of a picture to the model's input: Float32Array (3, h, w). */
+/** RGBA bytes of an image to the model's input: Float32Array (3, h, w). */
 export function pixelValues(rgba, placement, { mean, std }) {
   const [H, W] = placement.original, [height, width] = placement.canvas, [top, left, h, w] = placement.content;
   const small = resizeBicubic(rgba, H, W, h, w), plane = height * width, values = new Float32Array(3 * plane);
@@ -40,12 +40,12 @@ function resizeLines(pixels, lines, source, target, inLine, inStep, outLine, out
   const out = new Uint8ClampedArray(4 * lines * target);
   for (let line = 0; line < lines; line++)
     for (let at = 0; at < target; at++) {
-      const own = weights[at];
+      const taps = weights[at];
       let from = line * inLine + first[at] * inStep, r = half, g = half, b = half;
-      for (let tap = 0; tap < own.length; tap++, from += inStep) {
-        r += own[tap] * pixels[from];
-        g += own[tap] * pixels[from + 1];
-        b += own[tap] * pixels[from + 2];
+      for (let tap = 0; tap < taps.length; tap++, from += inStep) {
+        r += taps[tap] * pixels[from];
+        g += taps[tap] * pixels[from + 1];
+        b += taps[tap] * pixels[from + 2];
       }
       const to = line * outLine + at * outStep;
       out[to] = r >> precision;
@@ -76,10 +76,10 @@ function bicubicWeights(source, target) {
 
 const cubic = (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((x - 5) * x + 8) * x * -0.5 + 2 : 0);
 
-/** Undo `place`: values (h, w) at any stride, to the picture's placement, at the size `original` of the placement. */
+/** Undo `place`: values (h, w) at any stride, resized to `placement.original`. */
 export function restore(values, h, w, placement) {
   const [top, left, height, width] = placement.content, [H, W] = placement.canvas;
-  if (height !== H || width !== W) { // padding must go before anything mixes it with the picture
+  if (height !== H || width !== W) { // padding must go before interpolation mixes it with the image
     const [firstRow, lastRow] = inside(h, H, top, height), [firstColumn, lastColumn] = inside(w, W, left, width);
     const clean = new Float32Array(h * w);
     for (let y = 0; y < h; y++)

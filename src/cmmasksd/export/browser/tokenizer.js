@@ -1,13 +1,13 @@
 // CLIP's byte-level BPE from a tokenizer.json, equal to the tokenizers library's for every sentence.
 //
-// `cmmasksd export --format web` refuses tokenizers of another make, so what is written here is fixed: NFC, white space
-// to one space, lower case; then words, of which the last character carries "</w>".
+// `cmmasksd export --format web` refuses other tokenizers, so the steps are fixed: NFC, white space to one space, lower
+// case; then words, whose last character gets "</w>".
 
 const WORDS = /<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\p{White_Space}\p{L}\p{N}]+/gu;
 const PARTS = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+/gu;
 const LETTERS = byteLetters();
 
-/** `settings` is export.json. Gives a function: sentence -> {ids, words: [{text, start, end, pieces: [index in ids]}]}. */
+/** `settings` is export.json. Returns a function: sentence -> {ids, words: [{text, start, end, pieces: [index in ids]}]}. */
 export function makeTokenizer(tokenizer, settings) {
   const vocabulary = new Map(Object.entries(tokenizer.model.vocab));
   const ranks = new Map(tokenizer.model.merges.map((pair, rank) => [typeof pair === "string" ? pair : pair.join(" "), rank]));
@@ -34,38 +34,38 @@ export function makeTokenizer(tokenizer, settings) {
       for (const inner of outer[0].matchAll(PARTS)) {
         const room = settings.max_tokens - 1 - ids.length;
         if (room <= 0) break;
-        const start = outer.index + inner.index, own = pieces(inner[0]).slice(0, room);
+        const start = outer.index + inner.index, wordIds = pieces(inner[0]).slice(0, room);
         if (origin) {
           const [from, to] = [origin[start][0], origin[start + inner[0].length - 1][1]];
-          words.push({ text: sentence.slice(from, to), start: from, end: to, pieces: own.map((_, nth) => ids.length + nth) });
+          words.push({ text: sentence.slice(from, to), start: from, end: to, pieces: wordIds.map((_, index) => ids.length + index) });
         }
-        ids.push(...own);
+        ids.push(...wordIds);
       }
     ids.push(settings.end_token);
     return { ids, words };
   };
 }
 
-/** The text as the tokenizer reads it, and for each of its code units the span of the sentence that it comes from. */
+/** The normalised text, and for each of its code units the span of the sentence that it comes from. */
 function normalize(sentence) {
-  const lower = (part) => Array.from(part, (character) => character.toLowerCase()).join(""); // a final sigma is no exception
+  const lower = (part) => Array.from(part, (character) => character.toLowerCase()).join(""); // no exception for a final sigma
   const read = (part) => lower(part.normalize("NFC").replace(/\p{White_Space}+/gu, " "));
   const text = read(sentence), origin = [];
   let parts = "";
   for (const { 0: part, index } of sentence.matchAll(/\p{White_Space}+|[\u1100-\u1112][\u1161-\u1175]?[\u11a8-\u11c2]?|.\p{M}*/gsu)) {
-    const own = read(part);
-    parts += own;
-    for (let i = 0; i < own.length; i++) origin.push([index, index + part.length]);
+    const normal = read(part);
+    parts += normal;
+    for (let i = 0; i < normal.length; i++) origin.push([index, index + part.length]);
   }
-  return { text, origin: parts === text ? origin : null }; // null: characters that grow together in rarer ways
+  return { text, origin: parts === text ? origin : null }; // null: characters that combine in rarer ways
 }
 
 /** GPT-2's letter for every byte. */
 function byteLetters() {
   const letters = [];
   for (let byte = 0, more = 0; byte < 256; byte++) {
-    const shown = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
-    letters.push(String.fromCharCode(shown ? byte : 256 + more++));
+    const printable = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
+    letters.push(String.fromCharCode(printable ? byte : 256 + more++));
   }
   return letters;
 }

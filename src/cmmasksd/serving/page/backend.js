@@ -1,14 +1,15 @@
-// Where masks come from: here, the HTTP API of `cmmasksd serve`. Another file with the same two functions makes the
-// page run on something else.
+// Masks from the HTTP API of `cmmasksd serve`. A backend is a file with these two functions:
 //
-//   load(onProgress)                              ready to use; gives {model}: its name
-//   segment(blob, sentences, onProgress, signal)  gives {width, height, results: [{text, score, probability, words}]}
+//   load(onProgress)                              returns {model}, the name of the model, once it is ready
+//   segment(blob, sentences, onProgress, signal)  returns {width, height, results: [{text, score, probability, words}]}
 //
-// probability is {width, height, data: Uint8Array}, 0 to 255 over the whole picture; words are spans of the sentence,
-// [{text, start, end, map}], map like probability or null. Errors say what is wrong in one line.
+// probability is {width, height, data: Uint8Array}, 0 to 255 over the whole image. words are spans of the sentence,
+// [{text, start, end, map}], map like probability or null. onProgress gets (fraction, words). Errors are one line.
+
+import { progressOf } from "./sentences.js";
 
 const API = new URL("../v1/", import.meta.url);
-const TOGETHER = 8; // sentences of one request: several requests show how far a long job is
+const BATCH = 8; // sentences per request; a long job takes several, so that progress can be shown
 
 export async function load(onProgress) {
   onProgress(0, "Asking the server");
@@ -18,50 +19,49 @@ export async function load(onProgress) {
 }
 
 export async function segment(blob, sentences, onProgress, signal) {
-  const answers = [];
-  for (let start = 0; start < sentences.length; start += TOGETHER) {
-    const part = sentences.slice(start, start + TOGETHER);
-    const count = sentences.length === 1 ? "1 sentence" : `${sentences.length} sentences`;
-    onProgress(start / sentences.length, start ? `${start} of ${count} done` : `Looking for ${count}`);
+  const responses = [];
+  for (let start = 0; start < sentences.length; start += BATCH) {
+    const fraction = start / sentences.length;
+    onProgress(fraction, progressOf(start, sentences.length));
     const form = new FormData();
-    form.append("image", blob, "picture");
-    for (const sentence of part) form.append("sentences", sentence);
+    form.append("image", blob, "image");
+    for (const sentence of sentences.slice(start, start + BATCH)) form.append("sentences", sentence);
     for (const want of ["probability", "words"]) form.append("want", want);
-    answers.push(await call("segment", { method: "POST", body: form, signal }, (words) => onProgress(start / sentences.length, words)));
+    responses.push(await call("segment", { method: "POST", body: form, signal }, (words) => onProgress(fraction, words)));
   }
   onProgress(1, "Done");
-  const { width, height } = answers[0];
-  const results = answers.flatMap((answer) => answer.results).map((found) => ({
-    text: found.text,
-    score: found.score,
-    probability: bytes(found.probability),
-    words: found.words.map((word) => ({ ...word, map: bytes(word.map) })),
+  const { width, height } = responses[0];
+  const results = responses.flatMap((response) => response.results).map(({ text, score, probability, words }) => ({
+    text,
+    score,
+    probability: decoded(probability),
+    words: words.map((word) => ({ ...word, map: decoded(word.map) })),
   }));
   return { width, height, results };
 }
 
-function bytes(map) {
+function decoded(map) {
   return map && { ...map, data: Uint8Array.from(atob(map.data), (character) => character.charCodeAt(0)) };
 }
 
-async function call(path, request, say = () => {}) {
+async function call(path, request, onWait = () => {}) {
   for (let attempt = 0; ; attempt++) {
-    let answer;
+    let response;
     try {
-      answer = await fetch(new URL(path, API), request);
+      response = await fetch(new URL(path, API), request);
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new Error("The server does not answer. Is it still running?");
+      throw new Error("The server does not respond. Is it still running?");
     }
-    if (answer.ok) return answer.json();
-    if (answer.status === 429 && attempt < 20) {
-      say("The server is busy; waiting for a free place");
-      await pause(1000 * (Number(answer.headers.get("Retry-After")) || 1), request.signal);
+    if (response.ok) return response.json();
+    if (response.status === 429 && attempt < 20) {
+      onWait("The server is busy; waiting");
+      await pause(1000 * (Number(response.headers.get("Retry-After")) || 1), request.signal);
       continue;
     }
-    if (answer.status === 401) throw new Error("This server asks for a key: load the page again and give the key as the password.");
-    const said = await answer.json().catch(() => null);
-    throw new Error(sentence(said?.error?.message ?? `the server refused with status ${answer.status}`));
+    if (response.status === 401) throw new Error("This server requires a key: reload the page and enter the key as the password.");
+    const body = await response.json().catch(() => null);
+    throw new Error(asSentence(body?.error?.message ?? `the server refused with status ${response.status}`));
   }
 }
 
@@ -72,4 +72,4 @@ function pause(milliseconds, signal) {
   });
 }
 
-const sentence = (words) => words[0].toUpperCase() + words.slice(1).replace(/\.?$/, ".");
+const asSentence = (words) => words[0].toUpperCase() + words.slice(1).replace(/\.?$/, ".");
