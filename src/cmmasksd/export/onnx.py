@@ -57,6 +57,8 @@ def write_onnx(program: ExportedProgram, graph: Graph, file: Path) -> None:
         )
     assert written is not None
     proto: Any = written.model_proto
+    for part in (*proto.graph.node, *proto.graph.value_info):
+        del part.metadata_props[:]  # stack traces, with paths of this machine
     _halve(proto)
     onnx.save(proto, str(file))
 
