@@ -46,7 +46,7 @@ class Step:
 
     def __init__(self, model: CMMaskSDModel, how: DistillationConfig, options: argparse.Namespace) -> None:
         self.device, self.bf16 = torch.device(options.device), options.precision == "bf16"
-        self.objective = MaskedSelfDistillation(model, how, model.config.clip_config.projection_dim).to(self.device)
+        self.objective = MaskedSelfDistillation(model, how, model.config.encoder.joint_width).to(self.device)
         words = torch.arange(options.words).expand(options.batch, -1)
         ends = torch.full((options.batch, 1), -1)
         word_ids = torch.cat([ends, words, ends], dim=1)

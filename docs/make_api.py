@@ -19,7 +19,7 @@ MODULES = {  # in the order of the page; all public classes and functions of eac
               "publishing.card", "publishing.hub"),
     "Data": ("data.samples", "data.datasets", "data.readers.manifest", "data.readers.refer",
              "data.readers.refer_release", "data.scenes.dataset", "data.masks", "data.images"),
-    "Train": ("config", "training.loop", "pretraining.loop"),
+    "Train": ("config", "training.loop", "training.build", "pretraining.loop"),
     "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),
     "Score": ("evaluation.protocols", "evaluation.score", "evaluation.evaluate", "evaluation.results",
               "evaluation.compare", "evaluation.report"),

@@ -119,16 +119,16 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (180, 240, 3), dtype=np.uint8)).save(path)
 
-    draw(Path("picture.jpg"))
-    write_examples(Path("examples"))
+    draw(Path("image.jpg"))
+    write_examples(Path("."))
     # what a page may use without making it: a network of the reader's, a model's folder
     namespace: dict[str, object] = {"network": tiny_model, "scenes": located("scenes"), "__name__": "__page__"}
     for found in FENCE.finditer(text_of(page)):
         if title := re.search(r'title="([^"]+)"', found["title"]):
             Path(title[1]).parent.mkdir(parents=True, exist_ok=True)
             Path(title[1]).write_text(found["code"], encoding="utf-8")
-            for picture in re.findall(r'"image": "([^"]+)"', found["code"]):
-                draw(Path(title[1]).parent / picture)
+            for image in re.findall(r'"image": "([^"]+)"', found["code"]):
+                draw(Path(title[1]).parent / image)
         elif found["language"] == "python" and not found["above"].startswith("<!-- not run: "):
             line = text_of(page)[: found.start("code")].count("\n")
             exec(compile("\n" * line + found["code"], page.name, "exec"), namespace)

@@ -1,4 +1,4 @@
-"""The ablation study: its plan, one run of it, what is not run twice, and a page that follows from the files."""
+"""The ablation study: its plan, three small runs, resuming one, and a page that follows from the files."""
 
 import gzip
 import importlib.util
@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cmmasksd import cli
-from cmmasksd.config import Config
-
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "ablation"
 MICRO = {
-    "data.val_references": 6, "data.scene_size": 64, "data.workers": 0, "model.size": "[64,64]",
+    "data.val_references": 6, "data.scene_size": 64, "data.workers": 0, "model.size": (64, 64),
     "model.max_tokens": 20, "model.decoder_width": 32, "model.decoder_layers": 1, "model.decoder_heads": 2,
     "model.decoder_mlp": 32, "model.head_width": 16, "training.batch": 6, "training.warmup_steps": 1,
     "training.epochs": 1, "data.train_references": 12,
@@ -47,13 +44,23 @@ def test_every_run_is_declared_once_and_its_settings_are_real(study):
     assert len({run.name for run in runs}) == len(runs)
     assert {run.arm for run in runs} == {*study.ARMS, study.EQUAL_COMPUTE}
     for run in runs:
-        config = Config()
-        for key, value in study.settings(run, Path("trunk")).items():
-            part, name = key.split(".")
-            assert hasattr(getattr(config, part), name), key
-            setattr(getattr(config, part), name, value)
-        config.distillation.__post_init__()
-        config.training.__post_init__()
+        config = study.config(study.settings(run, Path("trunk")), out="runs/x")
+        assert config.training.seed == config.data.scene_seed == run.seed
+        assert config.training.out == "runs/x"
+        assert (config.model.weights is None) is (run.regime == "clip")
+
+
+def test_the_settings_mean_the_same_on_the_command_line(study):
+    """run.json records them as keys, so that a run can be repeated with `cmmasksd train`."""
+    from cmmasksd.cli.dispatch import build_parser
+    from cmmasksd.cli.options import run_config
+
+    for run in (study.Run("two-passes", "trained", seed=2), study.Run("both")):
+        values = study.settings(run, Path("trunk"))
+        keys = [f"--{key}={json.dumps(value).strip(chr(34))}" for key, value in values.items()]
+        parser = build_parser()
+        parsed = parser.instantiate(parser.parse_args(["train", *keys]))
+        assert run_config(parsed["train"]) == study.config(values)
 
 
 def test_the_headline_has_five_seeds_and_its_controls(study):
@@ -65,62 +72,73 @@ def test_the_headline_has_five_seeds_and_its_controls(study):
 
 
 def test_equal_compute_gets_the_branches_share(study):
-    for regime, how in study.REGIMES.items():
+    for name, regime in study.REGIMES.items():
         plain, more = (
-            study.settings(study.Run(arm, regime), Path("trunk"))["training.epochs"]
+            study.settings(study.Run(arm, name), Path("trunk"))["training.epochs"]
             for arm in ("none", study.EQUAL_COMPUTE)
         )
-        assert plain * study.SIZE == how.draws
+        assert plain * study.SIZE == regime.draws
         assert 1.2 < more / plain < 2.5
     assert study.settings(study.Run(study.EQUAL_COMPUTE), Path())["distillation.vision"] is False
 
 
 @pytest.fixture(scope="module")
 def finished(study, tiny_clip_folder, tmp_path_factory):
-    """Three micro runs, the second of which was cut off between training and scoring."""
-    place = tmp_path_factory.mktemp("study")
-    results, work = place / "results", place / "work"
+    """Three micro runs, the second of which was interrupted between training and scoring; and the calls they made."""
+    from cmmasksd.evaluation import score as scoring
+    from cmmasksd.training import loop
+
+    folder = tmp_path_factory.mktemp("study")
+    results, work = folder / "results", folder / "work"
     results.mkdir()
-    extra = [f"--{key}={value}" for key, value in (MICRO | {"model.backbone": tiny_clip_folder}).items()]
-    typed = []
+    trained, scored, train, score = [], [], loop.train, scoring.score
 
-    def call(*arguments):
-        typed.append([str(argument) for argument in arguments])
-        if cut and arguments[0] == "evaluate":
+    def recorded_train(config):
+        trained.append(config.training.resume)
+        return train(config)
+
+    def recorded_score(config, out):
+        if interrupted:
             raise KeyboardInterrupt
-        size = ["--scene_size", "64"] if arguments[0] == "evaluate" else []
-        assert cli.main([*typed[-1], *size]) == 0
+        scored.append(Path(config.model).name)
+        return score(config, out)
 
-    for run in (study.Run("none", "trained"), study.Run("both", "trained"), study.Run("both", "trained", seed=1)):
-        cut = run.seed == 1
-        try:
-            study.execute(run, results, work, call=call, extra=extra, scored=6)
-        except KeyboardInterrupt:
-            assert not (results / run.name).exists()
-            cut = False
-            study.execute(run, results, work, call=call, extra=extra, scored=6)
-    return results, typed
+    small = {
+        "overrides": MICRO | {"model.backbone": str(tiny_clip_folder)},
+        "scoring": study.SCORING | {"references": 6, "scene_size": 64},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", recorded_train)
+        patch.setattr(scoring, "score", recorded_score)
+        interrupted = False
+        study.execute(study.Run("none", "trained"), results, work, **small)
+        interrupted, run = True, study.Run("both", "trained")
+        with pytest.raises(KeyboardInterrupt):
+            study.execute(run, results, work, **small)
+        assert not (results / run.name).exists()
+        interrupted = False
+        study.execute(run, results, work, **small)
+        study.execute(study.Run("both", "trained", seed=1), results, work, **small)
+    return results, trained, scored
 
 
 def test_a_run_leaves_its_record_and_its_rows(study, finished):
-    results, typed = finished
+    results, trained, scored = finished
     names = [f"trained-{name}" for name in ("none-n500-s0", "both-n500-s0", "both-n500-s1")]
     assert [run.name for run in study.done(results)] == names
-    record = json.loads((results / names[2] / "run.json").read_text())
-    assert record["resumed"] is True
-    assert record["settings"]["model.weights"] == "trunk"  # no path of this machine
-    assert record["scores"].keys() == {"val", "testB"}
-    packed = (results / names[1] / "testB.jsonl.gz").read_bytes()
-    rows = [json.loads(line) for line in gzip.decompress(packed).splitlines()]
-    assert record["scores"]["testB"]["expressions"] == len(rows)
-    trained = [arguments for arguments in typed if arguments[0] == "train"]
-    assert len(trained) == 1 + 4  # the trunk once, and one run twice
-    assert sum("--resume" in arguments for arguments in trained) == 1
-    assert all("last" in arguments[2] for arguments in typed if arguments[0] == "evaluate")
+    records = [json.loads((results / name / "run.json").read_text()) for name in names]
+    assert [record["resumed"] for record in records] == [False, True, False]
+    for name, record in zip(names, records, strict=True):
+        assert record["settings"]["model.weights"] == "trunk"  # no path of this machine
+        assert record["scores"].keys() == {"val", "testB"}
+        packed = (results / name / "testB.jsonl.gz").read_bytes()
+        assert record["scores"]["testB"]["expressions"] == len(gzip.decompress(packed).splitlines()) > 0
+    assert trained == [False, False, False, True, False]  # the trunk once, then the runs
+    assert scored == ["last"] * 6
 
 
 def test_the_page_follows_from_the_files(page, finished):
-    results, _ = finished
+    results = finished[0]
     text = page.fill("{{runs}} runs\n{{table trained 500}}", page.Study(results, resamples=200))
     assert text.startswith("3 runs\n")
     rows = {
@@ -155,10 +173,10 @@ def test_a_template_that_asks_for_what_is_not_there(page, finished):
 
 
 def test_what_the_correlation_points_at(study, finished, tmp_path, monkeypatch, capsys):
-    """Of a CLIP, and of a model with branches; the numbers keep to what they must."""
+    """Figures of a CLIP and of a model with branches, within their bounds."""
     model = finished[0].parent / "work" / "trained-both-n500-s0" / "last"
-    given = ["tiny=tiny", f"both={model}", "--references", "12", "--results", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["correlation.py", *given])
+    arguments = ["tiny=tiny", f"both={model}", "--references", "12", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["correlation.py", *arguments])
     load("correlation").main()
     found = json.loads((tmp_path / "correlation.json").read_text())
     assert found.keys() == {"tiny", "both"}
@@ -181,12 +199,12 @@ def test_towers_are_put_back_one_at_a_time(tiny_model_folder, tmp_path, monkeypa
     (tmp_path / "results").mkdir()
     scored = []
 
-    def score(model, work):
+    def scores(model):
         kept = {name for name, value in load_file(model / "model.safetensors").items() if value.equal(early[name])}
         scored.append(sorted({".".join(name.split(".")[:2]) for name in kept if name.startswith("clip.")}))
         return {}
 
-    monkeypatch.setattr(towers, "score", score)
+    monkeypatch.setattr(towers, "scores", scores)
     monkeypatch.setattr(towers, "HERE", tmp_path)
     monkeypatch.setattr(sys, "argv", ["text_tower.py", str(tiny_model_folder), str(late.parent)])
     towers.main()
@@ -211,11 +229,11 @@ def test_an_arm_that_is_not_there(study, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["study.py", "run", "--only", "bohth"])
     with pytest.raises(SystemExit, match="2"):
         study.main()
-    assert "there is no arm bohth: choose from none, lmvsd" in capsys.readouterr().err
+    assert "unknown arm bohth: choose from none, lmvsd" in capsys.readouterr().err
 
 
 def test_the_list_says_what_is_done(study, finished, monkeypatch, capsys):
-    results, _ = finished
+    results = finished[0]
     monkeypatch.setattr(sys, "argv", ["study.py", "list", "--results", str(results), "--only", "both"])
     study.main()
     shown = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""Writes the mean of several models' weights: of trainings that went on from one model, it is often better than each.
+"""Write the mean of several models' weights. For trainings that start from one model it is often better than each.
 
 python tools/mean.py runs/mean runs/a/last runs/b/last
 """
@@ -14,7 +14,7 @@ from cmmasksd.model.modeling import CMMaskSDModel
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write; what else a model's folder holds is the first one's")
+    parser.add_argument("out", type=Path, help="folder to write; its other files are those of the first model")
     parser.add_argument("models", type=Path, nargs="+", help="folders of trained models")
     options = parser.parse_args()
     mean, *others = (CMMaskSDModel.from_pretrained(folder) for folder in options.models)

@@ -1,15 +1,15 @@
-"""Know the guide and the teacher before you trust them: what the patch-word correlation points at, what the masked
-branches hide, and what each branch can still see.
+"""What the patch-word correlation points at, what the masked branches hide, and what each branch can still segment.
 
     python benchmarks/ablation/correlation.py tiny=tiny trunk=runs/ablation/trunk/finished both=runs/ablation/…/last
 
 For every NAME=MODEL (a CLIP, or a model that training wrote), on generated scenes that training never drew:
 
-- pointing: how often the best-scored patch lies in the named object (covered by at least half), by guide and source;
-- hidden: what part of the named object, and of the rest of the picture, each end of the correlation hides at half;
-- branches: mean IoU of what each branch predicts, of a model that was trained with them.
+- pointing: share of expressions whose best-scored patch lies in the named object (covered by at least half), by guide
+  and source;
+- hidden: share of the named object, and of the rest of the image, that each end of the correlation hides at ratio 0.5;
+- branches: mean IoU of the prediction of each branch, for a model that was trained with them.
 
-Written to `results/correlation.json`, where `page.py` reads it.
+Written to `results/correlation.json`, which `page.py` reads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from study import HERE, SCORED_SEED
+from study import HERE, SCORING, config
 
-from cmmasksd.config import Config, DistillationConfig
+from cmmasksd.config import DistillationConfig
 from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.masking import choose_patches, patch_scores
@@ -31,36 +31,40 @@ from cmmasksd.model.correlation import correlation, pointing, sentence_correlati
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training.batches import TrainingBatches, TrainingItems, training_loader
-from cmmasksd.training.loop import build
+from cmmasksd.training.build import build
 
 FILE = "correlation.json"
 
 
 @torch.no_grad()
-def look(name: str, data: str, references: int) -> dict[str, float]:
-    """Everything that the file's first lines name, in percent."""
+def measure(name: str, data: str, references: int) -> dict[str, float]:
+    """Every figure of a model, in percent.
+
+    Args:
+        name: a CLIP, or the folder of a trained model.
+        data: style of the scenes.
+        references: number of references.
+    """
     objective = None
     if (Path(name) / "config.yaml").is_file():
         model, processor = CMMaskSDModel.from_pretrained(name), CMMaskSDProcessor.from_pretrained(name)
         if _has_branches(name):
             objective = load_objective(name, model)
     else:
-        config = Config()
-        config.model.backbone = name
-        model, processor = build(config)
+        model, processor = build(config({"model.backbone": name}))
     model.eval()
-    split = open_dataset(data, "val", root=None, references=references, seed=SCORED_SEED, scene_size=128)
+    split = open_dataset(data, "val", references=references, seed=SCORING["scene_seed"])
     items = TrainingItems(split, processor, stride=model.stride)
     batches = TrainingBatches(split.groups(), 24, per_image=3, seed=0).at(0)
-    sums: dict[str, list[float]] = {}
+    values_of: dict[str, list[float]] = {}
 
     def count(key: str, values: torch.Tensor) -> None:
-        sums.setdefault(key, []).extend((100 * values.float()).tolist())
+        values_of.setdefault(key, []).extend((100 * values.float()).tolist())
 
     torch.manual_seed(0)
     for batch in loaded(training_loader(items, batches, workers=0)):
-        values = processor.pixel_values(batch.images)
-        image = model.encode_image(values, value_path=True).select(batch.image_index)
+        pixels = processor.pixel_values(batch.images)
+        image = model.encode_image(pixels, value_path=True).select(batch.image_index)
         text = model.encode_text(batch.tokens)
         cover = F.interpolate(batch.targets[:, None], image.grid, mode="bilinear", antialias=True).flatten(1)
         count("pointing at random", (cover >= 0.5).float().mean(1))
@@ -68,8 +72,8 @@ def look(name: str, data: str, references: int) -> dict[str, float]:
             corr = correlation(image, text, source)
             scores = {guide: patch_scores(corr, text.word_mask, guide) for guide in ("max", "mean")}
             scores["sentence"] = sentence_correlation(image, text, source)
-            for guide, own in scores.items():
-                count(f"pointing {source} {guide}", pointing(own, batch.targets, image.grid))
+            for guide, score in scores.items():
+                count(f"pointing {source} {guide}", pointing(score, batch.targets, image.grid))
             if source == "patches":
                 for which in ("high", "low", "random"):
                     for guide in ("max", "sentence"):
@@ -78,13 +82,13 @@ def look(name: str, data: str, references: int) -> dict[str, float]:
                         rest = 1 - cover
                         count(f"hidden rest {which} {guide}", (hidden * rest).sum(1) / rest.sum(1))
         if objective is not None:
-            logits = objective.decode(objective.views(values, batch.tokens, batch.image_index))
+            logits = objective.decode(objective.views(pixels, batch.tokens, batch.image_index))
             truth = batch.targets >= 0.5
-            for branch, own in logits.items():
-                mask = own > 0
+            for branch, branch_logits in logits.items():
+                mask = branch_logits > 0
                 union = (mask | truth).sum((1, 2)).clamp(min=1)
                 count(f"branch {branch}", (mask & truth).sum((1, 2)) / union)
-    return {key: round(sum(own) / len(own), 2) for key, own in sums.items()}
+    return {key: round(sum(percents) / len(percents), 2) for key, percents in values_of.items()}
 
 
 def _has_branches(folder: str) -> bool:
@@ -92,8 +96,8 @@ def _has_branches(folder: str) -> bool:
     import yaml
 
     settings = yaml.safe_load((Path(folder) / "config.yaml").read_text())["distillation"]
-    how = DistillationConfig(**settings)
-    return how.vision or how.language
+    distillation = DistillationConfig(**settings)
+    return distillation.vision or distillation.language
 
 
 def main() -> None:
@@ -104,13 +108,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="(default: %(default)s)")
     options = parser.parse_args()
     file = options.results / FILE
-    found = json.loads(file.read_text()) if file.is_file() else {}
-    for given in options.models:
-        name, _, model = given.partition("=")
-        found[name] = look(model, options.data, options.references)
-        print(name, json.dumps(found[name], indent=2))
+    figures = json.loads(file.read_text()) if file.is_file() else {}
+    for argument in options.models:
+        name, _, model = argument.partition("=")
+        figures[name] = measure(model, options.data, options.references)
+        print(name, json.dumps(figures[name], indent=2))
     options.results.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=2) + "\n")
+    file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from cmmasksd.evaluation.protocols import ORIGINAL
 from cmmasksd.evaluation.results import ExpressionScore, read_expressions
 
 DOCS = HERE.parents[1] / "docs"
-PICTURES = "pictures"
+IMAGES = "images"
 
 
 class Study:
@@ -283,7 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     study = Study(options.results)
     (options.out / "ablation.md").write_text(fill((HERE / "ablation.md.in").read_text(), study))
-    draw(study, options.out / PICTURES)
+    draw(study, options.out / IMAGES)
 
 
 if __name__ == "__main__":

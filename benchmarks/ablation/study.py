@@ -1,17 +1,17 @@
-"""Does masked self-distillation pay, and which reading of it pays most? The whole study, run or resumed by one command.
+"""The ablation study of masked self-distillation: every run, started or resumed by one command.
 
     python benchmarks/ablation/study.py list         # every run that is declared below, and which are done
     python benchmarks/ablation/study.py run [--only both none-compute …]
-    python benchmarks/ablation/page.py               # docs/ablation.md and its pictures, from the result files
+    python benchmarks/ablation/page.py               # docs/ablation.md and its figures, from the result files
 
-A run is training and scoring (val and testB). What it leaves in `results/` is all that the tables are made from; a run
-that is there is not run again, and one that was cut off goes on where it stopped. The folder moves between machines:
-run a part here and a part there. Two processes with a thread each (`--part 1/2` and `--part 2/2`, OMP_NUM_THREADS=1)
-get more out of two cores than one with two; run `study.py trunk` first, then, which both go on from.
+A run is training and scoring (val and testB). The tables are made only from what it leaves in `results/`. A finished
+run is not repeated, an interrupted one resumes. The folder may be moved between machines, each of which does a part.
+On two cores, two processes with one thread each (`--part 1/2` and `--part 2/2`, OMP_NUM_THREADS=1) are faster than one
+process with two threads; then run `study.py trunk` first, which both start from.
 
-Unusual here: the *last* model of a run is scored, never the best one of several validations, which would be chosen on
-the very sentences that are reported. And an arm at equal compute gets its share in FLOPs, counted and not timed, so
-that the plan is the same on every machine.
+Unusual here: the *last* model of a run is scored, not the best of several validations, which would be chosen on the
+very sentences that are reported. And the arm at equal compute gets its share in FLOPs, counted and not timed, so that
+the plan is the same on every machine.
 """
 
 from __future__ import annotations
@@ -20,27 +20,31 @@ import argparse
 import gzip
 import json
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cmmasksd.config import Config
 
 HERE = Path(__file__).parent
 SPLITS = ("val", "testB")
-SCORED = 500  # references of each split
-SCORED_SEED = 1000  # of their scenes: the same for all runs
-SIZE = 500  # references to learn from, unless the run is about their number
+SCORING = {"references": 500, "scene_seed": 1000}
+"""Scenes that are scored, of each split: the same for all runs."""
+SIZE = 500
+"""Training references, unless the run is about their number."""
 SIZES = (150, 500, 1_500)
-# The default for scenes, said here so that a change of it does not change the study.
-NETWORK = {
+NETWORK: dict[str, object] = {
     "model.decoder_width": 128,
     "model.decoder_mlp": 256,
     "model.head_width": 48,
     "data.val_references": 60,  # nothing is chosen by it
     "data.workers": 0,
 }
+"""The defaults for scenes, repeated so that a change of them does not change the study."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class Regime:
     """What a model starts from and what it learns.
 
     Attributes:
-        title: of its tables.
+        title: heading of its tables.
         draws: sentence draws of a plain run: epochs x references.
-        settings: keys of the command line.
+        settings: settings of a training run, by their keys on the command line.
     """
 
     title: str
@@ -76,7 +80,7 @@ REGIMES = {
         },
     ),
 }
-TRUNK = {
+TRUNK: dict[str, object] = {
     "data.train_references": 40_000,
     "data.scene_seed": 2000,
     "training.clip_lr_scale": 0.3,
@@ -86,7 +90,7 @@ TRUNK = {
 }
 """The run that the models of regime "trained" start from: no masked branches, scenes of the short style."""
 
-FIRST_READING = {
+FIRST_READING: dict[str, object] = {
     "distillation.vision_which": "high",
     "distillation.language_which": "high",
     "distillation.vision_guide": "max",
@@ -100,10 +104,10 @@ FIRST_READING = {
     "distillation.language_weight": 1.0,
     "distillation.ground_truth": 0.0,
 }
-"""What every arm changes something of, said here so that a change of the defaults does not change the study."""
+"""The settings that every arm varies, repeated so that a change of the defaults does not change the study."""
 
-PLAIN = {"distillation.vision": False, "distillation.language": False}
-RANDOM = {"distillation.vision_which": "random", "distillation.language_which": "random"}
+PLAIN: dict[str, object] = {"distillation.vision": False, "distillation.language": False}
+RANDOM: dict[str, object] = {"distillation.vision_which": "random", "distillation.language_which": "random"}
 ARMS: dict[str, dict[str, object]] = {
     "none": PLAIN,
     "lmvsd": {"distillation.language": False},
@@ -112,7 +116,7 @@ ARMS: dict[str, dict[str, object]] = {
     "random": RANDOM,
     "opposite": {"distillation.vision_which": "low", "distillation.language_which": "low"},
     "ground-truth": {"distillation.ground_truth": 1.0},
-    # MaskRIS's way: two full passes, the second with random parts of image and sentence hidden, both with the truth
+    # as in MaskRIS: two full passes, both supervised, the second with random parts of image and sentence hidden
     "two-passes": {
         **RANDOM,
         "distillation.joint": True,
@@ -137,12 +141,12 @@ ARMS: dict[str, dict[str, object]] = {
     "values": {"distillation.correlation": "values"},
 }
 EQUAL_COMPUTE = "none-compute"
-"""The plain arm with as many FLOPs as "both" takes."""
+"""The plain arm with as many FLOPs as "both"."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model: an arm, how many references it learns from, and a seed (of its scenes, too)."""
+    """One model: its arm, its number of training references, and its seed (of its scenes, too)."""
 
     arm: str
     regime: str = "clip"
@@ -156,7 +160,7 @@ class Run:
 
 
 def plan() -> list[Run]:
-    """Every run of the study, in the order of what one wants to know first."""
+    """Every run of the study, the most informative ones first."""
     main = ("none", "both", EQUAL_COMPUTE, "random")
     runs = [Run(arm, "trained") for arm in ARMS]
     runs += [Run(arm, "trained", seed=seed) for seed in range(5) for arm in main]
@@ -166,14 +170,19 @@ def plan() -> list[Run]:
 
 
 def settings(run: Run, trunk: Path) -> dict[str, object]:
-    """The command line keys of a run, but for its folder. `trunk`: the model that regime "trained" starts from."""
+    """The settings of a run except its folder, by their keys on the command line.
+
+    Args:
+        run: the run.
+        trunk: folder of the model that regime "trained" starts from.
+    """
     regime = REGIMES[run.regime]
     arm = PLAIN if run.arm == EQUAL_COMPUTE else ARMS[run.arm]
     start = {"model.weights": str(trunk)} if run.regime == "trained" else {}
-    known = {
+    values = {
         "data.train_references": run.references,
         "training.seed": run.seed,
-        "data.scene_seed": run.seed,  # other scenes to learn from; those to score are the same for all
+        "data.scene_seed": run.seed,  # training scenes only: those that are scored are the same for all
         **NETWORK,
         **FIRST_READING,
         **regime.settings,
@@ -182,7 +191,23 @@ def settings(run: Run, trunk: Path) -> dict[str, object]:
     }
     share = compute(run.regime) if run.arm == EQUAL_COMPUTE else 1.0
     epochs = round(regime.draws * share / run.references)
-    return known | {"training.epochs": epochs, "training.validate_every": epochs}
+    return values | {"training.epochs": epochs, "training.validate_every": epochs}
+
+
+def config(values: Mapping[str, object], **training: object) -> Config:
+    """The settings as an object; `training` adds some to those of the section of this name."""
+    from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
+
+    sections: dict[str, dict] = {"data": {}, "model": {}, "distillation": {}, "training": training}
+    for key, value in values.items():
+        section, name = key.split(".")
+        sections[section][name] = value
+    return Config(
+        DataConfig(**sections["data"]),
+        ModelConfig(**sections["model"]),
+        DistillationConfig(**sections["distillation"]),
+        TrainingConfig(**sections["training"]),
+    )
 
 
 @cache
@@ -191,54 +216,42 @@ def compute(regime: str) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from cmmasksd.config import Config, DistillationConfig
     from cmmasksd.distillation.objective import MaskedSelfDistillation
-    from cmmasksd.training.loop import build
+    from cmmasksd.training.build import build
 
-    config = Config()
-    for key, value in NETWORK.items():
-        part, name = key.split(".")
-        setattr(getattr(config, part), name, value)
-    model, processor = build(config)
+    model, processor = build(config(NETWORK))
     tokens = processor.tokens(["the large red star on the left"] * 3)
-    size = model.config.clip_config.vision_config.image_size
+    size = model.config.encoder.image_size
     cells = size // 4
     inputs = torch.zeros(1, 3, size, size), tokens, torch.zeros(3, cells, cells), torch.zeros(3, dtype=torch.long)
 
-    def step(how: DistillationConfig) -> int:
-        objective = MaskedSelfDistillation(model, how, model.config.clip_config.projection_dim)
+    def flops(values: Mapping[str, object]) -> int:
+        distillation = config(values).distillation
+        objective = MaskedSelfDistillation(model, distillation, model.config.encoder.joint_width)
         with FlopCounterMode(display=False) as counter:
             objective(*inputs)["loss"].backward()
         return counter.get_total_flops()
 
-    reading = {key.partition(".")[2]: value for key, value in FIRST_READING.items()}
-    ratio = step(DistillationConfig(**reading)) / step(DistillationConfig(vision=False, language=False))  # pyright: ignore
+    ratio = flops(FIRST_READING) / flops(PLAIN)
     start = REGIMES[regime].settings["distillation.start"]
     assert isinstance(start, float)
     return start + (1 - start) * ratio
 
 
-def command(*arguments: object) -> None:
-    """`cmmasksd …`, in this process: its start would cost a tenth of a run."""
-    from cmmasksd.cli import main
+def fit(out: Path, values: Mapping[str, object]) -> bool:
+    """Train in a folder, or resume the training in it; returns whether it was resumed."""
+    from cmmasksd.training.loop import train
 
-    if code := main([str(argument) for argument in arguments]):
-        sys.exit(code)
-
-
-def train(out: Path, keys: dict[str, object], call: Callable[..., None], extra: Sequence[object] = ()) -> bool:
-    """Train, or go on; returns whether it went on."""
-    given = [part for key, value in keys.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
-    resume = ["--resume"] if (out / "last" / "state.pt").exists() else []
-    call("train", *given, "--training.out", out, *extra, *resume)
-    return bool(resume)
+    resume = (out / "last" / "state.pt").exists()
+    train(config(values, out=str(out), resume=resume))
+    return resume
 
 
-def trunk(work: Path, call: Callable[..., None] = command, extra: Sequence[object] = ()) -> Path:
-    """The model that regime "trained" starts from; trained now where it is not there yet."""
+def trunk(work: Path, overrides: Mapping[str, object] = {}) -> Path:
+    """The model that regime "trained" starts from; trained now if it does not exist."""
     model = work / "trunk" / "finished"
     if not model.is_dir():
-        train(work / "trunk", NETWORK | TRUNK, call, extra)
+        fit(work / "trunk", NETWORK | TRUNK | overrides)
         shutil.copytree(work / "trunk" / "last", model)
     return model
 
@@ -248,43 +261,52 @@ def execute(
     results: Path,
     work: Path,
     *,
-    call: Callable[..., None] = command,
-    extra: Sequence[object] = (),
-    scored: int = SCORED,
+    overrides: Mapping[str, object] = {},
+    scoring: Mapping[str, int] = SCORING,
 ) -> None:
-    """Train, score, and leave `results/<name>/`: run.json and the rows of each split."""
-    begun = trunk(work, call, extra) if run.regime == "trained" else work
-    out, keys = work / run.name, settings(run, begun)
+    """Train, score, and write `results/<name>/`: run.json, the training's log and the rows of each split.
+
+    Args:
+        run: the run.
+        results: folder of finished runs.
+        work: folder of unfinished runs.
+        overrides: settings that replace those of the run, for tests.
+        scoring: see SCORING.
+    """
+    from cmmasksd.config import ScoreConfig
+    from cmmasksd.evaluation.score import score
+
+    out = work / run.name
+    values = settings(run, trunk(work, overrides) if run.regime == "trained" else work)
     begin = time.perf_counter()
-    resumed = train(out, keys, call, extra)
+    resumed = fit(out, values | overrides)
     seconds = time.perf_counter() - begin
     new = results / f".{run.name}.new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     scores = {}
     for split in SPLITS:
-        where = ["--data", keys.get("data.name", "scenes"), "--split", split]
-        where += ["--scene_seed", SCORED_SEED, "--references", scored]
-        call("evaluate", "--model", out / "last", *where, "--out", out / split)
-        scores[split] = json.loads((out / split / "results.json").read_text())
+        data = str(values.get("data.name", "scenes"))
+        scored = ScoreConfig(model=str(out / "last"), data=data, split=split, **scoring)
+        scores[split] = score(scored, out / split).as_dict()
         del scores[split]["model"]  # a path of this machine
         rows = (out / split / "expressions.jsonl").read_bytes()
         (new / f"{split}.jsonl.gz").write_bytes(gzip.compress(rows, mtime=0))
-    said = keys | {"model.weights": "trunk"} if run.regime == "trained" else keys
-    record = {**asdict(run), "settings": said, "seconds": round(seconds), "resumed": resumed, "scores": scores}
+    portable = values | {"model.weights": "trunk"} if run.regime == "trained" else values
+    record = {**asdict(run), "settings": portable, "seconds": round(seconds), "resumed": resumed, "scores": scores}
     (new / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     shutil.copy(out / "metrics.jsonl", new)
     new.replace(results / run.name)
 
 
 def done(results: Path) -> list[Run]:
-    """The runs that are there."""
+    """The finished runs."""
     return [run for run in plan() if (results / run.name / "run.json").is_file()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["list", "trunk", "run"])
+    parser.add_argument("action", choices=["list", "trunk", "run"])
     parser.add_argument("--only", nargs="+", metavar="ARM", help="runs of these arms")
     parser.add_argument("--regime", choices=REGIMES, help="runs of this regime")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th run, from the I-th on")
@@ -292,17 +314,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="folder of unfinished runs")
     options = parser.parse_args()
     if unknown := set(options.only or ()) - {run.arm for run in plan()}:
-        parser.error(f"there is no arm {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}, {EQUAL_COMPUTE}")
+        parser.error(f"unknown arm {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}, {EQUAL_COMPUTE}")
     first, parts = map(int, options.part.split("/"))
     runs = [
         run for run in plan() if run.arm in (options.only or run.arm) and run.regime == (options.regime or run.regime)
     ][first - 1 :: parts]
     finished = set(done(options.results))
-    if options.what == "list":
+    if options.action == "list":
         for run in runs:
             print(f"{'done' if run in finished else '    '}  {run.name}")
         print(f"{len(finished & set(runs))} of {len(runs)} runs are done")
-    elif options.what == "trunk":
+    elif options.action == "trunk":
         print(trunk(options.work))
     else:
         options.results.mkdir(parents=True, exist_ok=True)

@@ -267,6 +267,9 @@ class TrainingConfig:
     """epochs between validations; the last epoch is always validated"""
     save_every: int = 0
     """updates between checkpoints within an epoch; 0: only at the end of epochs"""
+    trackers: list[str] | str | None = None
+    """experiment trackers that also get the rows of metrics.jsonl, by accelerate's names (tensorboard, wandb, mlflow,
+    …), comma-separated. Default: tensorboard if it is installed"""
     resume: bool = False
     """resume the run in `out` from its last checkpoint, with the same settings"""
     allow_change: list[str] | str = field(default_factory=list)
@@ -280,8 +283,9 @@ class TrainingConfig:
                     "training.batch too, the references per update over all processes"
                 )
             self.batch = 24
-        if isinstance(self.allow_change, str):
-            self.allow_change = re.findall(r"[^\s,]+", self.allow_change)
+        for name in ("allow_change", "trackers"):
+            if isinstance(given := getattr(self, name), str):
+                setattr(self, name, re.findall(r"[^\s,]+", given))
         for name in ("epochs", "batch", "batch_size", "log_every", "validate_every"):
             if (value := getattr(self, name)) is not None:
                 require_between(f"training.{name}", value, 1)

@@ -89,9 +89,7 @@ def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistilla
         raise UserError(f"there is no {folder / 'config.yaml'}: give a folder that training wrote, such as runs/…/best")
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["distillation"]
-        objective = MaskedSelfDistillation(
-            model, DistillationConfig(**settings), model.config.clip_config.projection_dim
-        )
+        objective = MaskedSelfDistillation(model, DistillationConfig(**settings), model.config.encoder.joint_width)
         weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
         missing = objective.load_state_dict(weights, strict=False)
     except (yaml.YAMLError, SafetensorError, KeyError, TypeError, RuntimeError) as error:

@@ -769,15 +769,6 @@ def test_identifiers_are_unique_across_splits():
     assert len(references) == 60 * len(SPLITS)
 
 
-def test_scribbling_on_an_image_does_not_change_the_data():
-    data = SceneDataset("scenes", "train", 3)
-    reference = data[0]
-    data.image(reference)[:] = 0
-    data.mask(reference)[:] = False
-    assert data.image(reference).any()
-    assert data.mask(reference).any()
-
-
 @pytest.mark.parametrize(
     ("wrong", "value", "remedy"),
     [

@@ -76,7 +76,7 @@ def test_what_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "empty.avi").write_bytes(b"")
     refused(tmp_path / "empty.avi", "does not decode")
     (tmp_path / "half.mp4").write_bytes(whole.read_bytes()[:600])
-    refused(tmp_path / "half.mp4", "no pictures: it is damaged")
+    refused(tmp_path / "half.mp4", "no video stream: it is damaged")
     (tmp_path / "list.mp4").write_text(f"#EXTM3U\n#EXTINF:1,\n{whole}\n#EXT-X-ENDLIST\n")
     refused(tmp_path / "list.mp4", "does not decode")
     monkeypatch.setattr(images, "MAX_PIXELS", 48 * 64 - 1)

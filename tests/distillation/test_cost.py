@@ -25,7 +25,9 @@ LENGTH = 22
 def model() -> CMMaskSDModel:
     with torch.device("meta"):
         clip = CLIPConfig(vision_config={"patch_size": 16})  # the rest of the defaults are ViT-B's
-        model = CMMaskSDModel(CMMaskSDConfig(clip_config=clip, decoder_width=512, decoder_heads=8, decoder_mlp=1024))
+        model = CMMaskSDModel(
+            CMMaskSDConfig(clip_config=clip, decoder_width=512, decoder_heads=8, decoder_mlp=1024, head_width=256)
+        )
     # transformers asks of the padding's values before it chooses the fused kernel, and there are none here
     model.clip.text_model.config._attn_implementation = "eager"
     return model

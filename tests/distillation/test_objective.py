@@ -22,7 +22,6 @@ from cmmasksd.errors import UserError
 from cmmasksd.model.correlation import correlation
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
-from cmmasksd.model.towers.clip import encode_image
 
 DIM = 40  # the tiny model's joint space
 TEXTS = ["the reddish square", "a blue circle left of the right square", "on the left"]
@@ -364,7 +363,7 @@ def test_the_joint_branch_sees_neither_the_patches_nor_the_words(
 
 
 def test_a_joint_branch_needs_both_modalities():
-    with pytest.raises(UserError, match="needs vision: true and language: true"):
+    with pytest.raises(UserError, match="set vision and language to true"):
         DistillationConfig(joint=True, language=False)
 
 
@@ -376,7 +375,7 @@ class ClassToken(nn.Module):
         self.model, self.encode_text = model, model.encode_text
 
     def encode_image(self, pixel_values: Tensor, *, keep: Tensor | None = None) -> ImageFeatures:
-        features, pooled = encode_image(self.model.clip, pixel_values, keep=keep)
+        features, pooled = self.model.towers.image(pixel_values, keep=keep)
         return replace(features, context=pooled)
 
 

@@ -1,5 +1,7 @@
 """Fusion decoder and mask head: attention against torch's own, positions, and what the words' mask hides."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,18 @@ from cmmasksd.model.mask_head import MaskHead
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def random_features() -> dict[str, Any]:
+    """What the fusion decoder takes, with all words visible: D = 12, E = 10, 6 patches, 4 words."""
+    return {
+        "patches": torch.randn(1, 6, 12),
+        "words": torch.randn(1, 4, 12),
+        "embedded": torch.randn(1, 4, 10),
+        "sentence": torch.randn(1, 12),
+        "word_mask": torch.ones(1, 4, dtype=torch.bool),
+        "grid": (2, 3),
+    }
 
 
 def test_attention_equals_torch():
@@ -55,34 +69,29 @@ def test_positions_do_not_depend_on_the_size_of_the_grid():
 
 def test_masked_words_have_no_influence_and_the_others_do():
     decoder = FusionDecoder(12, 10, width=16, layers=2, heads=2, mlp=24).eval()
-    patches, words, sentence = torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12)
-    embedded, mask = torch.randn(1, 4, 10), torch.tensor([[True, False, True, False]])
-    before = decoder(patches, words, embedded, sentence, mask, (2, 3))
+    features = random_features()
+    features["word_mask"] = torch.tensor([[True, False, True, False]])
+    before = decoder(**features)
     assert before.shape == (1, 6, 16)
-    for index, visible in enumerate(mask[0]):
-        for which in (0, 1):
-            said = [words.clone(), embedded.clone()]
-            said[which][:, index, ::2] += 1
-            assert torch.equal(decoder(patches, *said, sentence, mask, (2, 3)), before) is not bool(visible)
+    for index, visible in enumerate(features["word_mask"][0]):
+        for name in ("words", "embedded"):
+            changed = features[name].clone()
+            changed[:, index, ::2] += 1
+            assert torch.equal(decoder(**features | {name: changed}), before) is not bool(visible)
 
 
 def test_a_sentence_without_words_still_decodes():
     decoder = FusionDecoder(12, 10, width=16, layers=2, heads=2, mlp=24)
     none = torch.zeros(1, 4, dtype=torch.bool)
-    assert (
-        decoder(torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 4, 10), torch.randn(1, 12), none, (2, 3))
-        .isfinite()
-        .all()
-    )
+    assert decoder(**random_features() | {"word_mask": none}).isfinite().all()
 
 
 def test_decoder_knows_where_a_patch_lies():
     """Permuted patches give permuted features only if positions are missing."""
     decoder = FusionDecoder(12, 10, width=16, layers=1, heads=2, mlp=24).eval()
-    patches, words, sentence = torch.randn(1, 6, 12), torch.randn(1, 4, 12), torch.randn(1, 12)
-    rest = torch.randn(1, 4, 10), sentence, torch.ones(1, 4, dtype=torch.bool), (2, 3)
-    turned = decoder(patches.flip(1), words, *rest).flip(1)
-    assert not torch.allclose(turned, decoder(patches, words, *rest), atol=1e-2)
+    features = random_features()
+    turned = decoder(**features | {"patches": features["patches"].flip(1)}).flip(1)
+    assert not torch.allclose(turned, decoder(**features), atol=1e-2)
 
 
 def test_decoder_reads_how_well_each_patch_matches_the_sentence():
@@ -91,12 +100,12 @@ def test_decoder_reads_how_well_each_patch_matches_the_sentence():
     with torch.no_grad():  # nothing but the match is left: no patch content, and one position for all
         decoder.patch_in.weight.zero_()
         sentence, patches = torch.randn(1, 12), torch.randn(1, 6, 12)
-        words = torch.zeros(1, 1, 12), torch.zeros(1, 1, 10)
-        mask = torch.ones(1, 1, dtype=torch.bool)
-        empty = decoder(torch.zeros(1, 6, 12), *words, sentence, mask, (2, 3))
-        seen = decoder(patches, *words, sentence, mask, (2, 3))
+        rest = {"words": torch.zeros(1, 1, 12), "embedded": torch.zeros(1, 1, 10), "grid": (2, 3)}
+        rest["word_mask"] = torch.ones(1, 1, dtype=torch.bool)
+        empty = decoder(patches=torch.zeros(1, 6, 12), sentence=sentence, **rest)
+        seen = decoder(patches=patches, sentence=sentence, **rest)
         assert not torch.allclose(seen, empty, atol=1e-2)
-        longer = decoder(7 * patches, *words, 3 * sentence, mask, (2, 3))
+        longer = decoder(patches=7 * patches, sentence=3 * sentence, **rest)
         torch.testing.assert_close(longer, seen, rtol=1e-4, atol=1e-4)
         # the same ranking of the patches, nearer to the sentence as a whole: the match, and so the output, is the same
         cosine = torch.tensor([0.1, 0.2, -0.1, 0.3, 0.0, 0.15])
@@ -105,7 +114,7 @@ def test_decoder_reads_how_well_each_patch_matches_the_sentence():
         def turned(cosines):
             return (cosines[:, None] * axis + (1 - cosines**2).sqrt()[:, None] * other)[None]
 
-        low, high = (decoder(turned(c), *words, axis[None], mask, (2, 3)) for c in (cosine, cosine + 0.5))
+        low, high = (decoder(patches=turned(c), sentence=axis[None], **rest) for c in (cosine, cosine + 0.5))
         torch.testing.assert_close(low, high, rtol=1e-3, atol=1e-3)
 
 
@@ -115,27 +124,27 @@ def test_the_sentence_gates_content_and_position(by):
     words that the text tower makes the same of."""
     decoder = FusionDecoder(12, 10, width=16, layers=0, heads=2, mlp=24)
     decoder.norm = nn.Identity()
-    words, mask = torch.zeros(1, 1, 12), torch.ones(1, 1, dtype=torch.bool)
+    same = {"words": torch.zeros(1, 1, 12), "word_mask": torch.ones(1, 1, dtype=torch.bool), "grid": (2, 3)}
     sentences, embedded = torch.randn(2, 1, 12), torch.randn(2, 1, 1, 10)
     sentences[1], embedded[1] = (sentences[1], embedded[0]) if by == "sentence" else (sentences[0], embedded[1])
     with torch.no_grad():
-        nothing = torch.zeros(1, 6, 12)  # all patches are the same: only their positions are left
-        a, b = (decoder(nothing, words, embedded[i], sentences[i], mask, (2, 3)) for i in range(2))
+        same["patches"] = torch.zeros(1, 6, 12)  # all patches are the same: only their positions are left
+        a, b = (decoder(embedded=embedded[i], sentence=sentences[i], **same) for i in range(2))
     difference = (a - b)[0]
     assert (difference - difference[:1]).abs().amax() > 1e-2
 
 
 def test_head_applies_the_kernel_of_the_sentence():
     head = MaskHead(12, 16, width=32)
-    fused, pixels, sentence = torch.randn(2, 6, 16), torch.randn(2, 6, 192), torch.randn(2, 12)
-    logits = head(fused, pixels, sentence, (2, 3))
+    features = {"fused": torch.randn(2, 6, 16), "pixels": torch.randn(2, 6, 192), "sentence": torch.randn(2, 12)}
+    logits = head(**features, grid=(2, 3))
     assert logits.shape == (2, 8, 12)
     with torch.no_grad():  # a kernel of nothing but its bias leaves only that
         head.kernel.weight.zero_()
         head.kernel.bias.zero_()[-1] = 0.75
-        assert torch.equal(head(fused, pixels, sentence, (2, 3)), torch.full((2, 8, 12), 0.75))
+        assert torch.equal(head(**features, grid=(2, 3)), torch.full((2, 8, 12), 0.75))
         head.kernel.bias[0] = 2.0  # and one weight adds that channel, scaled by the root of their number
-        channel = head(fused, pixels, sentence, (2, 3)) - 0.75
+        channel = head(**features, grid=(2, 3)) - 0.75
     assert (channel >= 0).all()  # it comes out of a ReLU
     assert channel.amax() > 0
 

@@ -48,7 +48,7 @@ def test_a_backbone(name: str, tiny_clip_folder: Path, tmp_path: Path):
 
     def load(folder: Path) -> Segmenter:
         model = CMMaskSDModel.from_backbone(folder, decoder_width=16, decoder_layers=1, decoder_heads=2, head_width=16)
-        patch = model.config.clip_config.vision_config.patch_size
+        patch = model.config.encoder.patch_size
         processor = CMMaskSDProcessor.from_backbone(
             folder, (4 * patch, 4 * patch), patch_size=patch, resize="letterbox", max_tokens=9
         )

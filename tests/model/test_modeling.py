@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from cmmasksd.errors import UserError
-from cmmasksd.model.configuration import CMMaskSDConfig
+from cmmasksd.model.auto import CMMaskSDConfig
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
@@ -709,3 +709,18 @@ def test_a_copied_model_is_independent(tiny_model):
     with torch.no_grad():
         other.decoder.head.reduce.weight.zero_()
     assert tiny_model.decoder.head.reduce.weight.abs().amax() > 0
+
+
+def test_the_towers_are_those_of_the_models_clip(tiny_model, tiny_model_folder):
+    """They share its modules, which a copy or a load must not part."""
+    for model in (tiny_model, copy.deepcopy(tiny_model), CMMaskSDModel.from_pretrained(tiny_model_folder)):
+        assert model.towers.image.vision_model is model.clip.vision_model
+        assert model.towers.text.text_projection is model.clip.text_projection
+    assert not any("tower" in key for key in tiny_model.state_dict())
+
+
+def test_freezing_the_unused_leaves_both_towers_trainable(tiny_model):
+    tiny_model.towers.text.text_projection.requires_grad_(False)
+    tiny_model.freeze_unused()
+    frozen = {name for name, parameter in tiny_model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"clip.logit_scale", "clip.text_projection.weight"}

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
+from cmmasksd.model.auto import CMMaskSDProcessor
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.locating import REQUIRED
 from cmmasksd.model.placement import columns_first
 from cmmasksd.model.processing import (
     CLIP_MEAN,
     CLIP_STD,
-    CMMaskSDProcessor,
     Placement,
     load_tokenizer,
     normalize,

@@ -13,7 +13,7 @@ from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
 from cmmasksd.errors import UserError
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.processing import load_tokenizer, normalize
-from cmmasksd.model.towers.clip import encode_image, encode_text
+from cmmasksd.model.towers.clip import dual_encoder
 from cmmasksd.pretraining import loop as module
 from cmmasksd.pretraining.captions import CaptionedScenes, Collate, true_of
 from cmmasksd.pretraining.loop import pretrain
@@ -243,6 +243,7 @@ def test_matching_features_lose_less_than_swapped_ones():
 def test_the_losses_fall_on_a_batch(tokenizer):
     torch.manual_seed(0)
     clip = build_clip(micro(), tokenizer)
+    towers = dual_encoder(clip)
     data = CaptionedScenes(4, phrases=2, seed=0, scene_size=64)
     images, captions, phrases, caption_true, phrase_true = Collate(tokenizer)([data[i] for i in range(4)])
     images = normalize(images.permute(0, 3, 1, 2))
@@ -250,8 +251,8 @@ def test_the_losses_fall_on_a_batch(tokenizer):
     optimizer = torch.optim.AdamW(clip.parameters(), lr=3e-3)
     history = []
     for _ in range(30):
-        features, pooled = encode_image(clip, images)
-        sentences, said = encode_text(clip, captions).sentence, encode_text(clip, phrases).sentence
+        features, pooled = towers.image(images)
+        sentences, said = towers.text(captions).sentence, towers.text(phrases).sentence
         losses = contrastive_losses(pooled, features.patches, sentences, said, clip.logit_scale.exp(), **true)
         optimizer.zero_grad()
         sum(losses).backward()
@@ -312,7 +313,7 @@ def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, mo
     # a finished run is left as it is
     assert pretrain(micro(tmp_path / "cut", resume=True)) == tmp_path / "cut" / "clip"
     assert rows_of(tmp_path / "cut") == rows
-    with pytest.raises(UserError, match=r"batch_size is 3: .* an even number"):
+    with pytest.raises(UserError, match=r"batch_size must be an even number"):
         micro(batch_size=3)
     with pytest.raises(UserError, match="has had 3 steps already"):
         pretrain(micro(tmp_path / "cut", resume=True, steps=2))

@@ -18,6 +18,7 @@ def _running(segmenter: Any, name: str, settings: Any, key: str | None = None) -
     server, listening = make_server(app, settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
+    _until(lambda: server.started)  # one that is told to exit before skips the end of the application
     try:
         yield "127.0.0.1", listening.getsockname()[1], app
     finally:

@@ -26,6 +26,8 @@ from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
 from cmmasksd.pretraining.model import build_clip, save_clip
 from cmmasksd.training import loop
+from cmmasksd.training.batches import split_batch
+from cmmasksd.training.build import build
 from cmmasksd.training.checkpoint import CHECKSUM, STATE
 
 
@@ -115,7 +117,7 @@ def straight(micro_clip, tmp_path_factory):
 def test_it_goes_on_from_a_trained_model(straight, tmp_path):
     config = settings("nowhere", tmp_path)  # the backbone is the trained model's own
     config.model.weights, config.model.decoder_width = str(straight[0] / "last"), 999
-    model, processor = loop.build(config)
+    model, processor = build(config)
     trained = CMMaskSDModel.from_pretrained(straight[0] / "last")
     assert_same(dict(model.state_dict()), dict(trained.state_dict()))
     assert model.config.decoder_width == 32
@@ -124,13 +126,13 @@ def test_it_goes_on_from_a_trained_model(straight, tmp_path):
     )
     config.model.weights = str(tmp_path / "none")
     with pytest.raises(UserError, match="there is no model folder"):
-        loop.build(config)
+        build(config)
 
 
 def test_a_frozen_text_tower_keeps_its_weights(straight, micro_clip, tmp_path):
     config = settings(micro_clip, tmp_path)
     config.training.freeze_text = True
-    before = loop.build(config)[0].state_dict()
+    before = build(config)[0].state_dict()
     loop.train(config)
     after = CMMaskSDModel.from_pretrained(tmp_path / "last").state_dict()
     text = {name for name in before if name.startswith(("clip.text_model.", "clip.text_projection."))}
@@ -340,6 +342,46 @@ def test_a_foreign_line_in_the_log_is_one_line(micro_clip, straight, tmp_path, l
     assert (log.read_bytes(), (tmp_path / "run" / "config.yaml").read_bytes()) == before
 
 
+# -- trackers
+
+
+def test_trackers_get_the_rows_of_the_log(micro_clip, tmp_path, monkeypatch):
+    """Also after a cut: TensorBoard drops the rows after the update that the run is resumed from."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patch:
+        cut_after(patch, 5)
+        with pytest.raises(Cut):
+            loop.train(settings(micro_clip, tmp_path, log_every=1, trackers="tensorboard"))
+    assert state_of(tmp_path)["progress"]["update"] == 3
+    loop.train(settings(micro_clip, tmp_path, log_every=1, trackers="tensorboard", resume=True))
+    curves = EventAccumulator(str(tmp_path / "tensorboard" / "cmmasksd")).Reload()
+    rows = rows_of(tmp_path)
+    for name in ("loss", "lr", "mIoU"):
+        expected = [(row["step"], row[name]) for row in rows if name in row]
+        assert [(event.step, event.value) for event in curves.Scalars(name)] == [
+            (step, pytest.approx(value)) for step, value in expected
+        ], name
+
+
+def test_without_trackers_there_is_the_log_alone(micro_clip, tmp_path):
+    loop.train(settings(micro_clip, tmp_path, epochs=1, trackers=[]))
+    assert {path.name for path in tmp_path.iterdir()} == {"best", "last", "config.yaml", "metrics.jsonl"}
+
+
+def test_a_tracker_that_cannot_start_is_one_line(micro_clip, tmp_path, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    def start(tracker):
+        raise RuntimeError("log in\nfirst")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", start)
+    with pytest.raises(UserError, match=r"a tracker of training\.trackers cannot start: log in first$"):
+        loop.train(settings(micro_clip, tmp_path, trackers=["tensorboard"]))
+    with pytest.raises(UserError, match=r"training\.trackers names 'all', which is not a tracker"):
+        loop.train(settings(micro_clip, tmp_path, trackers="all"))
+
+
 # -- SIGTERM
 
 
@@ -359,7 +401,7 @@ def terminate_in(monkeypatch, name, call):
 @pytest.mark.parametrize(
     ("name", "call", "saved", "validated"),
     [("_losses", 3, 2, 0), ("_losses", 6, 3, 0), ("evaluate", 1, 3, 0), ("_losses", 7, 4, 1), ("evaluate", 2, 6, 1),
-     ("save_state", 4, 6, 2)],
+     ("run_state", 4, 6, 2)],
     ids=["in an update", "in the last update of an epoch", "in a validation", "second epoch", "in the last validation",
          "in the last save"],
 )  # fmt: skip
@@ -469,8 +511,8 @@ def test_what_a_run_leaves(straight):
 
 
 def test_it_overfits_a_handful_of_references(micro_clip, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "save_state", lambda *args: None)  # an epoch is one update here
-    monkeypatch.setattr(loop, "save_model", lambda *args, **how: None)
+    monkeypatch.setattr(loop, "run_state", lambda *args: None)  # an epoch is one update here
+    monkeypatch.setattr(loop, "save_model", lambda *args, **state: None)
     config = settings(micro_clip, tmp_path, epochs=150, batch=6, batch_size=6, lr=4e-3, clip_lr_scale=0.3)
     config.training.log_every, config.training.validate_every = 10, 1000
     config.data.train_references, config.data.val_references = 6, 3
@@ -483,11 +525,14 @@ def test_it_overfits_a_handful_of_references(micro_clip, tmp_path, monkeypatch):
     assert losses[-1] < 0.4 * losses[0], losses
 
 
-def test_bf16_runs(micro_clip, tmp_path):
-    config = settings(micro_clip, tmp_path, epochs=1, precision="bf16")
-    scores = loop.train(config)
-    assert 0 <= scores["mIoU"] <= 1
-    assert CMMaskSDModel.from_pretrained(tmp_path / "last").dtype == torch.float32
+def test_runs_of_different_precision_in_one_process(micro_clip, straight, tmp_path):
+    """accelerate keeps a precision for the whole process; a run must not get that of the run before it."""
+    for nth, precision in enumerate(("bf16", "no", "bf16")):
+        loop.train(settings(micro_clip, tmp_path / str(nth), precision=precision))
+    assert CMMaskSDModel.from_pretrained(tmp_path / "0" / "last").dtype == torch.float32
+    first, between, second = (rows_of(tmp_path / name) for name in "012")
+    assert between == rows_of(straight[0])
+    assert second == first != between
 
 
 def test_accumulation_equals_a_large_batch(micro_clip, tmp_path):
@@ -628,12 +673,12 @@ def test_a_rate_that_is_far_too_high_is_one_line(micro_clip, tmp_path, lr):
 def test_a_batch_is_shared_out(batch, batch_size, processes, expected):
     how = TrainingConfig(batch=batch, batch_size=batch_size)
     if isinstance(expected, tuple):
-        assert loop.split_batch(how, processes) == expected
+        assert split_batch(how, processes) == expected
         return
     with pytest.raises(UserError, match=f"training.batch {batch} cannot be divided {expected}$"):
-        loop.split_batch(how, processes)
+        split_batch(how, processes)
     for fits in map(int, re.findall(r"\d+", expected.partition("use ")[2])):
-        size, steps = loop.split_batch(TrainingConfig(batch=fits, batch_size=batch_size), processes)
+        size, steps = split_batch(TrainingConfig(batch=fits, batch_size=batch_size), processes)
         assert size * steps * processes == fits
 
 
@@ -645,7 +690,7 @@ def test_the_preprocessing_is_the_trained_models_own(straight, tmp_path, capsys)
 
     def built(**model):
         config = Config(model=ModelConfig(weights=str(trained), **model))
-        processor = loop.build(config)[1]
+        processor = build(config)[1]
         assert (config.model.size, config.model.resize) == (processor.size, processor.resize)
         assert config.model.max_tokens == processor.max_tokens
         assert (processor.mean, processor.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -663,7 +708,7 @@ def test_the_preprocessing_is_the_trained_models_own(straight, tmp_path, capsys)
 
 def test_a_new_models_preprocessing(micro_clip):
     config = Config(model=ModelConfig(str(micro_clip)))
-    processor = loop.build(config)[1]
+    processor = build(config)[1]
     assert (processor.size, processor.resize, processor.max_tokens) == ((128, 128), "warp", 48)
     assert (config.model.size, config.model.resize, config.model.max_tokens) == ((128, 128), "warp", 48)
 
@@ -675,7 +720,7 @@ def test_settings_that_do_not_fit(micro_clip, tmp_path):
     config = settings(micro_clip, tmp_path)
     config.model.max_tokens = 65
     with pytest.raises(UserError, match=r"max_tokens 65 does not fit .*: choose from 3 to 64"):
-        loop.build(config)
+        build(config)
     assert not list(tmp_path.iterdir())
 
 

@@ -19,9 +19,7 @@ def objective():
         "tiny", decoder_width=32, decoder_layers=1, decoder_heads=2, decoder_mlp=32, head_width=16
     )
     model.clip.logit_scale.requires_grad_(False)
-    return MaskedSelfDistillation(
-        model, DistillationConfig(share_weights=False), model.config.clip_config.projection_dim
-    )
+    return MaskedSelfDistillation(model, DistillationConfig(share_weights=False), model.config.encoder.joint_width)
 
 
 def test_every_trainable_parameter_is_in_exactly_one_group(objective):

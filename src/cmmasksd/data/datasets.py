@@ -1,9 +1,10 @@
-"""Data sets by their names: the one place that knows every reader."""
+"""Data sets by name: the one place that knows every reader."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from cmmasksd.config import DATASETS
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.scenes import STYLES, SceneDataset
 from cmmasksd.errors import UserError, shown
@@ -12,19 +13,17 @@ from cmmasksd.errors import UserError, shown
 def open_dataset(
     name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, scene_size: int = 128
 ) -> ReferringDataset:
-    """Open one split of a data set by the name the command line uses.
+    """Open one split of a data set by its name in the command line.
 
     Args:
-        name: see `cmmasksd.config.DATASETS`.
-        split: of the data set.
-        root: folder of the real data sets, or the file or folder of one's own (see `cmmasksd.data.readers.manifest`).
-        references, seed, scene_size: of generated scenes, see `SceneDataset`.
+        name: one of `cmmasksd.config.DATASETS`.
+        split: name of the split.
+        root: folder of RefCOCO's releases, or file or folder of own data (see `cmmasksd.data.readers.manifest`).
+        references, seed, scene_size: see `SceneDataset` (generated scenes only).
 
     Raises:
-        UserError: for an unknown name, and whatever the reader finds wrong.
+        UserError: the name is unknown, or the reader refuses the files.
     """
-    from cmmasksd.config import DATASETS
-
     if name not in DATASETS:
         raise UserError(f"unknown data set {shown(name)}: choose one of {', '.join(DATASETS)}")
     if name in STYLES:

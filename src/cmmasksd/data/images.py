@@ -1,8 +1,8 @@
-"""Image files -> RGB arrays: the one place where pixels enter.
+"""Image files and arrays -> RGB arrays: the one place where pixels enter.
 
-What is unusual: the EXIF orientation is NOT applied unless asked for. The masks of RefCOCO are drawn in the frame of
-the stored pixels, so turning a picture there would move it away from its mask; for a user's own photograph, ask for it.
-Files are bounded in pixels before they are decoded, and only plain raster formats are opened.
+What is unusual: the EXIF orientation is applied only on request. RefCOCO's masks are drawn on the stored pixels, so its
+images must not be turned; photographs of a user should be. The number of pixels is bounded before an image is decoded,
+and only plain raster formats are opened.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from PIL import ExifTags, Image, ImageOps
 from cmmasksd.errors import UserError
 
 MAX_PIXELS = 64_000_000
-"""Larger images are refused: a file of a few kilobytes can unpack to gigabytes."""
+"""Limit of pixels of an image: a file of a few kilobytes can unpack to gigabytes."""
 
 MAX_SIDE, MAX_RATIO = 32_768, 100
-"""Longer sides, and images that are narrower than this share of their length, are refused: each line has its cost."""
+"""Limits of a side in pixels, and of the ratio of the sides: every line costs time, however short it is."""
 
 MAX_BYTES = 4 * MAX_PIXELS
-"""A file object is not read any further."""
+"""Limit of bytes read from a file object."""
 
-# Pillow would also open PostScript (by starting Ghostscript), icons, and formats of a single instrument.
+# Pillow would also open PostScript (by starting Ghostscript), icons, and formats of single instruments
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -41,60 +41,60 @@ class ImageTooLarge(UserError):
 def read_image(source: str | Path | bytes, *, exif: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Read an image file as RGB.
 
-    Grey, palette and CMYK images are converted; transparent pixels are laid over white, as a viewer shows them; of an
+    Grey, palette and CMYK images are converted; transparent pixels are laid over white, as viewers show them; of an
     animation, the first frame is read.
 
     Args:
         source: path of the file, or its content.
-        exif: turn the image upright as its EXIF orientation says. Leave it off where masks were drawn on the stored
-            pixels (RefCOCO); turn it on for photographs from a camera.
+        exif: whether to turn the image upright as its EXIF orientation says. Leave it off where masks were drawn on the
+            stored pixels (RefCOCO); turn it on for photographs.
         max_pixels: a lower limit than ``MAX_PIXELS``.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        UserError: the file is missing, is no image, is truncated, or is too large (ImageTooLarge): more than
+        UserError: the file is missing, not an image, truncated, or too large (ImageTooLarge): more than
             ``max_pixels`` pixels, a side above ``MAX_SIDE``, or sides of a ratio above ``MAX_RATIO``.
     """
-    with _opened(source, _FORMATS, max_pixels) as (image, shown):
-        return _rgb(image, shown, exif=exif)
+    with _opened(source, _FORMATS, max_pixels) as (image, what):
+        return _rgb(image, what, exif=exif)
 
 
 def read_frames(source: str | Path | bytes) -> Iterator[tuple[int | None, np.ndarray]]:
-    """The frames of an animated GIF, WebP or PNG one by one, or the one image of any other file; upright.
+    """The frames of an animated GIF, WebP or PNG, or the image of any other file; upright.
 
-    Args and raises as `read_image`.
+    Args and errors: see `read_image`.
 
     Yields:
-        The frame's number from 1 (None where there is only one) and its pixels, (H, W, 3) uint8.
+        The frame's number from 1 (None for a still image) and its pixels, (H, W, 3) uint8.
     """
-    with _opened(source, _FORMATS) as (image, shown):
+    with _opened(source, _FORMATS) as (image, what):
         animated = image.format in ("GIF", "WEBP", "PNG")  # a TIFF has pages, a JPEG may have thumbnails
         count = getattr(image, "n_frames", 1) if animated else 1
         for nth in range(count):
             image.seek(nth)
-            yield (nth + 1 if count > 1 else None), _rgb(image, shown, exif=True)
+            yield (nth + 1 if count > 1 else None), _rgb(image, what, exif=True)
 
 
 def image_size(source: str | Path | bytes, *, exif: bool = False) -> tuple[int, int]:
-    """(height, width) of an image file from its header, without its pixels; for the rest see `read_image`."""
+    """(height, width) of an image file from its header, without decoding it; see `read_image`."""
     with _opened(source, _FORMATS) as (image, _):
         width, height = image.size
-        # Pillow would unpack the whole PNG in search of a late EXIF block
+        # in search of a late EXIF block, Pillow would unpack the whole PNG
         known = exif and (image.format != "PNG" or "exif" in image.info)
         turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
         return (width, height) if turned else (height, width)
 
 
 def read_mask(source: str | Path | bytes) -> np.ndarray:
-    """Read a mask from a PNG: every pixel that is not 0 (in a palette: not index 0; and not wholly transparent).
+    """Read a mask from a PNG: all pixels but those of value 0, palette index 0, or full transparency.
 
     Returns:
         (H, W) bool.
 
     Raises:
-        UserError: as `read_image`; also for another format, since a JPEG's zeros are not zero.
+        UserError: as for `read_image`, or the format is another one (a JPEG's zeros are not zero).
     """
     with _opened(source, ("PNG",)) as (image, _):
         values: Any = np.array(image)
@@ -109,67 +109,67 @@ def read_mask(source: str | Path | bytes) -> np.ndarray:
 def _opened(
     source: str | Path | bytes, formats: tuple[str, ...], max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Image.Image, str]]:
-    """The image, and what to call it; whatever goes wrong with it inside is a UserError."""
+    """The image, not yet decoded, and its name in messages. An error in the block becomes a UserError."""
     if isinstance(source, bytes):
-        shown, file = "the image's content", io.BytesIO(source)
+        what, file = "the image's content", io.BytesIO(source)
     else:
-        shown, file = f"image {source}", Path(source)
-        require_file(file, shown)
-    with _decoding(shown, formats):
+        what, file = f"image {source}", Path(source)
+        require_file(file, what)
+    with _decoding(what, formats):
         with warnings.catch_warnings():  # our own limit is stricter and says more than Pillow's warning
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(file, formats=formats)
         with opened:
-            require_bounded(*opened.size, shown, max_pixels)
-            yield opened, shown
+            require_bounded(*opened.size, what, max_pixels)
+            yield opened, what
 
 
 @contextmanager
-def _decoding(shown: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]:
-    """Whatever goes wrong with an image inside is a UserError."""
+def _decoding(what: str, formats: tuple[str, ...] = _FORMATS) -> Iterator[None]:
+    """An error in the block becomes a UserError."""
     try:
         yield
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large(shown, MAX_PIXELS) from None
+        raise _too_large(what, MAX_PIXELS) from None
     except PermissionError:
-        raise UserError(f"{shown} cannot be read: permission denied") from None
+        raise UserError(f"{what} cannot be read: permission denied") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         reason = "not a PNG" if formats == ("PNG",) else "not an image"
         reason = reason if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
-        raise UserError(f"{shown} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
+        raise UserError(f"{what} does not decode: {reason}; expected an intact {', '.join(formats)} file") from error
 
 
-def require_file(file: Path, shown: str) -> None:
-    """Refuse a path that is no file, or not there."""
+def require_file(file: Path, what: str) -> None:
+    """Raise a UserError unless a path is that of a file."""
     if not os.path.isfile(file):  # Path.is_file raises where a name is too long
-        raise UserError(f"{shown} {'is not a file' if os.path.exists(file) else 'does not exist'}: check the path")
+        raise UserError(f"{what} {'is not a file' if os.path.exists(file) else 'does not exist'}: check the path")
 
 
-def require_bounded(width: int, height: int, shown: str, most: int = MAX_PIXELS) -> None:
-    """Refuse more pixels than `most` or ``MAX_PIXELS``, and sides or ratios beyond the limits (ImageTooLarge)."""
+def require_bounded(width: int, height: int, what: str, most: int = MAX_PIXELS) -> None:
+    """Raise ImageTooLarge beyond `most` or ``MAX_PIXELS`` pixels, ``MAX_SIDE`` or ``MAX_RATIO``."""
     if width * height > min(most, MAX_PIXELS):
-        raise _too_large(f"{shown} of {width}x{height}", min(most, MAX_PIXELS))
+        raise _too_large(f"{what} of {width}x{height}", min(most, MAX_PIXELS))
     if max(width, height) > MAX_SIDE:
-        raise ImageTooLarge(f"{shown} of {width}x{height} has a side above {MAX_SIDE} pixels: make it smaller first")
+        raise ImageTooLarge(f"{what} of {width}x{height} has a side above {MAX_SIDE} pixels: make it smaller first")
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ImageTooLarge(f"{shown} of {width}x{height} has sides of a ratio above {MAX_RATIO}: crop it first")
+        raise ImageTooLarge(f"{what} of {width}x{height} has sides of a ratio above {MAX_RATIO}: crop it first")
 
 
-def _too_large(shown: str, most: int) -> UserError:
-    return ImageTooLarge(f"{shown} has more than {most / 1e6:g} megapixels: make it smaller first")
+def _too_large(what: str, most: int) -> UserError:
+    return ImageTooLarge(f"{what} has more than {most / 1e6:g} megapixels: make it smaller first")
 
 
-Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
+ImageInput = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | np.ndarray | Image.Image
 """What `as_pixels` takes."""
 
 
-def as_pixels(picture: Picture) -> np.ndarray:
-    """A user's picture in any form as RGB, upright as its EXIF orientation says.
+def as_pixels(image: ImageInput) -> np.ndarray:
+    """An image in any form as RGB, upright as its EXIF orientation says.
 
     Args:
-        picture: path of a file, its content, a file object opened for reading bytes (read to its end), a PIL image, or
+        image: path of a file, its content, a file object opened for reading bytes (read to its end), a PIL image, or
             an array of uint8: (H, W, 3) RGB, (H, W, 4) RGBA (transparent pixels over white) or (H, W) grey.
 
     Returns:
@@ -178,25 +178,25 @@ def as_pixels(picture: Picture) -> np.ndarray:
     Raises:
         UserError: it is none of these (a URL, for example), is damaged, or is too large (see `read_image`).
     """
-    if isinstance(picture, str) and re.match(r"[a-z][a-z0-9+.-]+://|data:", picture, re.IGNORECASE):
-        raise UserError(f"{picture[:60]} is a URL, and nothing is downloaded here: give a file, or its bytes")
-    if isinstance(picture, str | os.PathLike):
-        return read_image(Path(picture), exif=True)
-    if isinstance(picture, bytes | bytearray | memoryview):
-        return read_image(bytes(picture), exif=True)
-    if isinstance(picture, np.ndarray):
-        return _array_pixels(picture)
-    if isinstance(picture, Image.Image):
+    if isinstance(image, str) and re.match(r"[a-z][a-z0-9+.-]+://|data:", image, re.IGNORECASE):
+        raise UserError(f"{image[:60]} is a URL, and nothing is downloaded here: give a file, or its bytes")
+    if isinstance(image, str | os.PathLike):
+        return read_image(Path(image), exif=True)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return read_image(bytes(image), exif=True)
+    if isinstance(image, np.ndarray):
+        return _array_pixels(image)
+    if isinstance(image, Image.Image):
         with _decoding("the image"):  # it may not be read from its file yet
-            require_bounded(picture.width, picture.height, "the image")
-            return _rgb(picture, "the image", exif=True)
-    if hasattr(picture, "read"):
-        return read_image(read_bytes(picture), exif=True)
-    raise UserError(f"a {type(picture).__name__} is no image: give a path, bytes, a PIL image or an array")
+            require_bounded(image.width, image.height, "the image")
+            return _rgb(image, "the image", exif=True)
+    if hasattr(image, "read"):
+        return read_image(read_bytes(image), exif=True)
+    raise UserError(f"a {type(image).__name__} is no image: give a path, bytes, a PIL image or an array")
 
 
 def read_bytes(file: BinaryIO) -> bytes:
-    """The content of a file object, if it gives bytes and no more than ``MAX_BYTES`` (else a UserError)."""
+    """The content of a binary file object; a UserError beyond ``MAX_BYTES``."""
     content = file.read(MAX_BYTES + 1)
     if not isinstance(content, bytes):
         raise UserError("the file object gives text: open the image with mode 'rb'")
@@ -215,16 +215,16 @@ def _array_pixels(array: np.ndarray) -> np.ndarray:
     require_bounded(array.shape[1], array.shape[0], "the image")
     if grey:
         return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
-    return array if array.shape[2] == 3 else to_rgb(Image.fromarray(array))
+    return array if array.shape[2] == 3 else _to_rgb(Image.fromarray(array))
 
 
-def _rgb(image: Image.Image, shown: str, *, exif: bool) -> np.ndarray:
+def _rgb(image: Image.Image, what: str, *, exif: bool) -> np.ndarray:
     if image.mode in ("I", "F"):
-        raise UserError(f"{shown} has pixels of 32 bits with no fixed white: save it with 8 or 16 bits")
-    return to_rgb(ImageOps.exif_transpose(image) if exif else image)
+        raise UserError(f"{what} has pixels of 32 bits with no fixed white: save it with 8 or 16 bits")
+    return _to_rgb(ImageOps.exif_transpose(image) if exif else image)
 
 
-def to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image) -> np.ndarray:
     """Any mode -> (H, W, 3) uint8."""
     if image.mode.startswith("I;16"):  # 16-bit grey: convert() would clip everything above 255 to white
         grey = (np.asarray(image) >> 8).astype(np.uint8)

@@ -1,14 +1,14 @@
 """Polygons and run-length codes (RLE) <-> boolean masks, in COCO's two notations.
 
-What is unusual: the parts of an object are *united*. Code that sums the decoded parts gets the value 2 where polygons
-overlap, and then trains on it or deletes the overlap. Crowd annotations, whose segmentation is an RLE dict, decode too.
+What is unusual: a mask is the union of an object's polygons. Code that sums the decoded polygons gets the value 2 where
+they overlap, and then trains on it or deletes the overlap. Crowd annotations, whose segmentation is an RLE dict, decode
+too.
 
-Masks equal those of COCO's own pycocotools to the pixel, but faster-coco-eval draws and decodes them: pycocotools
-2.0.11 returns uninitialised memory for an RLE that covers less than the image, and reads past the end of a truncated
-one.
+faster-coco-eval draws and decodes masks. They equal those of pycocotools to the pixel; but pycocotools 2.0.11 returns
+uninitialised memory for an RLE that covers less than the image, and reads past the end of a truncated one.
 
-Outlines are traced along the edges of the pixels, so that mask -> polygons -> mask is exact. Tracing through the pixel
-centres (OpenCV) loses half a pixel all round, which is much of a small object.
+Outlines are traced along the edges of pixels, so that mask -> polygons -> mask is exact. OpenCV traces through the
+centres of pixels, which loses half a pixel all round: much of a small object.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 
 from cmmasksd.errors import UserError, shown
 
-# Drawing an outline takes some 50 bytes of memory per pixel of its length
-_FAR = 10  # coordinates beyond this many image sides are refused
-_LONG = 10_000_000  # as are outlines of more pixels
+# Drawing a polygon takes some 50 bytes of memory per pixel of its outline
+_MAX_DISTANCE = 10  # of a corner from the origin, in sides of the image
+_MAX_LENGTH = 10_000_000  # of an outline, in pixels
 
 
 def decode_segmentation(segmentation: object, height: int, width: int) -> np.ndarray:
@@ -31,8 +31,8 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> np.nda
     Args:
         segmentation: a list of polygons ``[[x0, y0, x1, y1, ...], ...]`` in pixels, whose union is the object; or an
             RLE dict ``{"size": [height, width], "counts": ...}`` with a list of run lengths or a compressed string.
-        height: of the image, in pixels.
-        width: of the image, in pixels.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
 
     Returns:
         The mask, (H, W) bool.
@@ -54,16 +54,16 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> np.nda
 
 
 def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[Any, int]:
-    """Check a COCO ``segmentation`` without drawing its polygons, and leave out the polygons that have no area.
+    """Check a COCO ``segmentation`` without drawing it, and leave out polygons without area.
 
-    Such polygons (a click, a line; fewer than three corners) come out of labelling tools beside good ones.
+    Labelling tools write such polygons (a click, a line, fewer than three corners) beside good ones.
 
     Args:
         segmentation, height, width: as for ``decode_segmentation``.
 
     Returns:
-        The segmentation that ``decode_segmentation`` takes, an empty list where no polygon is left; and the number of
-        polygons that were left out.
+        A segmentation for ``decode_segmentation``, or an empty list if no polygon is left; and the number of polygons
+        that were left out.
 
     Raises:
         UserError: the segmentation is malformed.
@@ -112,10 +112,10 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
-    """Trace the outline of every 4-connected part of a mask; decoding the polygons gives the mask back exactly.
+    """Trace the outline of every 4-connected part of a mask. Decoding the polygons gives exactly the mask.
 
-    COCO's polygons have no notion of a hole. A part's holes are joined to its outline by vertical cuts of no width that
-    are walked down and up again: the even-odd fill of COCO's tools (and the shoelace area) leaves the hole out.
+    COCO's polygons have no holes. A part's holes are joined to its outline by vertical cuts of no width, walked down
+    and up again: the even-odd fill of COCO's tools (and the shoelace area) leaves the holes out.
 
     Args:
         mask: (H, W) bool.
@@ -127,7 +127,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     if not len(rows):
         return []
     top, left = rows[0], columns[0]
-    box = mask[top : rows[-1] + 1, left : columns[-1] + 1]  # tracing costs by the pixel, and objects are small
+    box = mask[top : rows[-1] + 1, left : columns[-1] + 1]  # objects are small, and tracing takes time per pixel
     start, successor, outlines = _trace(box)
     polygons = []
     for first in outlines:
@@ -143,7 +143,7 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
 
 
 def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
-    """Directed boundary edges of the pixels, foreground on the right hand, with holes already joined to their outline.
+    """Directed boundary edges of the pixels, foreground to the right, with holes joined to their outline.
 
     A vertex is a pixel corner, numbered y * (W + 1) + x. Headings: 0 right, 1 down, 2 left, 3 up.
 
@@ -153,7 +153,7 @@ def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
     height, width = mask.shape
     row = width + 1
     padded = np.pad(mask, 1)
-    # A pixel's upper edge, walked to the right, bounds the object where the pixel above is background; and so on.
+    # a pixel's upper edge, walked to the right, bounds the object where the pixel above is background; and so on
     sides = [
         (mask & ~padded[:-2, 1:-1], 0),
         (mask & ~padded[1:-1, 2:], 1),
@@ -171,10 +171,10 @@ def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
     edge_at = np.full((4, (height + 1) * row), -1)
     edge_at[heading, start] = np.arange(len(start))
     right, ahead, left = (edge_at[(heading + turn) % 4, end] for turn in (1, 0, 3))
-    # Turning right first keeps to the same pixel where two pixels meet only at a corner: parts are 4-connected.
+    # turning right first keeps to the same pixel where two pixels meet only at a corner: parts are 4-connected
     successor = np.where(right >= 0, right, np.where(ahead >= 0, ahead, left)).tolist()
 
-    # In raster order, a loop is met first at its topmost edge: an upper edge for an outline, a lower edge for a hole.
+    # in raster order, the first edge of a loop is an upper edge for an outline and a lower edge for a hole
     horizontal = np.flatnonzero(heading % 2 == 0)
     horizontal = horizontal[np.argsort(np.minimum(start, end)[horizontal])]
     upper_edges = edge_at[0].reshape(height + 1, row)
@@ -189,8 +189,8 @@ def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
         if heading[first] == 0:
             outlines.append(first)
             continue
-        # A hole: from its top left corner, straight up through the object to the first upper edge, whose loop has been
-        # walked already. That edge now goes down the cut and round the hole; two new edges go back up and carry on.
+        # a hole: a cut from its top left corner straight up to the first upper edge, whose loop was walked before; that
+        # edge now leads down the cut and round the hole, and two new edges lead back up
         y, x = divmod(int(end[first]), row)
         column = upper_edges[:y, x]
         above = int(column[column >= 0][-1])
@@ -202,7 +202,7 @@ def _trace(mask: np.ndarray) -> tuple[np.ndarray, list[int], list[int]]:
 
 
 def _decode_rle(rle: dict[Any, Any], height: int, width: int) -> np.ndarray:
-    """RLE dict -> mask, (H, W) bool; a UserError unless it is sound and covers the image."""
+    """RLE dict -> mask, (H, W) bool; a UserError if it is malformed or does not cover the image."""
     from faster_coco_eval.core import mask as coco
 
     if "size" not in rle or "counts" not in rle:
@@ -235,7 +235,7 @@ def _row_major(mask: np.ndarray) -> np.ndarray:
 
 
 def _polygon_points(polygon: object) -> np.ndarray:
-    """A polygon -> its (2P,) coordinates, or a UserError."""
+    """A polygon's coordinates, (2P,) float64, or a UserError."""
     points = _number_array(polygon)
     if points is None and polygon != []:
         raise UserError(f"polygon is {shown(polygon)}: expected a flat list of numbers [x0, y0, x1, y1, ...]")
@@ -243,22 +243,25 @@ def _polygon_points(polygon: object) -> np.ndarray:
 
 
 def _checked_polygon(polygon: object, points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The (2P,) float64 coordinates of a polygon, if they can be drawn; else a UserError."""
+    """The coordinates of a polygon, (2P,) float64, if it can be drawn; else a UserError."""
     if len(points) < 6 or len(points) % 2:
         raise UserError(f"polygon of {len(points)} numbers: expected an even count, 6 or more (x and y of each corner)")
-    far = _FAR * max(height, width)
+    far = _MAX_DISTANCE * max(height, width)
     if not (np.abs(points) <= far).all():  # also false for NaN
         raise UserError(
             f"polygon {shown(polygon)} lies far outside its image of height {height} and width {width}: expected "
             "pixel coordinates"
         )
-    if len(points) * far > _LONG and (length := np.abs(np.diff(points.reshape(-1, 2), axis=0)).sum()) > _LONG:
+    if (
+        len(points) * far > _MAX_LENGTH
+        and (length := np.abs(np.diff(points.reshape(-1, 2), axis=0)).sum()) > _MAX_LENGTH
+    ):
         raise UserError(f"polygon {shown(polygon)} is {length:.0f} pixels long: expected the outline of an object")
     return points
 
 
 def _has_area(points: np.ndarray) -> bool:
-    """Whether a polygon of (2P,) coordinates encloses anything."""
+    """Whether a polygon of coordinates (2P,) encloses anything."""
     x, y = points[::2] - points[0], points[1::2] - points[1]
     if abs(x[:-1] @ y[1:] - x[1:] @ y[:-1]) > 1e-6:
         return True
@@ -266,8 +269,8 @@ def _has_area(points: np.ndarray) -> bool:
 
 
 def _number_array(values: object) -> np.ndarray | None:
-    """A flat sequence of numbers as an array; None where it is anything else."""
-    if not isinstance(values, np.ndarray):  # whose elements are numbers; for text, an array could be vast
+    """A flat sequence of numbers as an array; None for anything else."""
+    if not isinstance(values, np.ndarray):  # an array made from text could be vast
         kinds = set(map(type, values)) if isinstance(values, Sequence) else {type(values)}
         if not all(issubclass(kind, int | float | np.number) and kind is not bool for kind in kinds):
             return None
@@ -276,7 +279,7 @@ def _number_array(values: object) -> np.ndarray | None:
 
 
 def _checked_mask(mask: np.ndarray) -> np.ndarray:
-    # A mask of probabilities or of 0 and 255 would become True nearly everywhere without a word.
+    # a mask of probabilities or of 0 and 255 would silently become True nearly everywhere
     if mask.ndim != 2 or mask.dtype != bool:
         raise TypeError(f"mask of shape {mask.shape} and dtype {mask.dtype}: expected (H, W) bool")
     return mask

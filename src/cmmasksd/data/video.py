@@ -1,7 +1,7 @@
-"""Video files, frame by frame, by PyAV (the extra `data`).
+"""Frames of video files, by PyAV (the extra `data`).
 
-Unusual here: the container is chosen by the file's suffix and the file is opened by us, so that no playlist in disguise
-makes FFmpeg open other files or addresses.
+What is unusual: the file's suffix chooses the container and we open the file, so that a playlist in disguise cannot
+make FFmpeg open other files or addresses.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from cmmasksd.data.images import require_bounded, require_file
 from cmmasksd.errors import UserError
 
 CONTAINERS = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
-"""FFmpeg's name of the container of each suffix that is taken for a video."""
+"""FFmpeg's names of the containers, by the suffixes of videos."""
 
 
 def is_video(source: Path | bytes) -> TypeGuard[Path]:
-    """Whether a path is a video's, by its suffix."""
+    """Whether a source is the path of a video, by its suffix."""
     return isinstance(source, Path) and source.suffix.lower() in CONTAINERS
 
 
 def video_frames(file: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """The frames of a video's first picture stream, upright.
+    """The frames of a video file's first video stream, upright.
 
     Args:
-        file: with one of the suffixes of CONTAINERS.
+        file: path with a suffix of CONTAINERS.
 
     Yields:
         The frame's number from 1 and its pixels, (H, W, 3) uint8.
 
     Raises:
-        UserError: there is no such file, it is damaged, its frames are too large, or PyAV is not installed.
+        UserError: the file is missing or damaged, its frames are too large, or PyAV is not installed.
     """
     try:
         from av import open as open_container
@@ -49,14 +49,14 @@ def video_frames(file: Path) -> Iterator[tuple[int, np.ndarray]]:
             open_container(content, "r", format=container, options={"protocol_whitelist": "none"}) as video,
         ):
             if not video.streams.video:
-                raise UserError(f"video {file} has no pictures: it is damaged, or has only sound")
+                raise UserError(f"video {file} has no video stream: it is damaged, or has only sound")
             stream = video.streams.video[0]
             require_bounded(stream.width, stream.height, f"video {file}")
             for frame in video.decode(stream):
-                require_bounded(frame.width, frame.height, f"video {file}")  # it may change on the way
+                require_bounded(frame.width, frame.height, f"video {file}")  # a stream may change its size
                 number += 1
                 pixels = frame.to_ndarray(format="rgb24")
-                # both turn counterclockwise
+                # both count counterclockwise
                 yield number, np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
     except FFmpegError as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What every data loader needs: workers that outlive a signal, and mistakes of the user in one line."""
+"""Data loaders whose workers survive SIGTERM, and whose UserErrors stay one line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from cmmasksd.errors import UserError
 
 
 def outlive_sigterm(_worker: int) -> None:
-    """For a loader's workers: schedulers send SIGTERM to every process of a job, but the main one saves first, and
-    fails when a worker dies before. It ends them itself; the alarm is for one that is left alone."""
-    if hasattr(signal, "alarm"):  # Windows has none, nor such signals
+    """`worker_init_fn` of a loader: schedulers send SIGTERM to every process of a job, but the main one saves first.
+
+    It fails when a worker dies before that, and ends its workers itself. The alarm ends a worker that has lost it.
+    """
+    if hasattr(signal, "alarm"):  # Windows has no such signals
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def loaded(loader: DataLoader) -> Generator[Any]:
-    """What a loader yields; a mistake of the user that a worker finds arrives as it was said, without its traceback."""
+    """The batches of a loader. A UserError of a worker keeps its message and loses its traceback."""
     batches = iter(loader)
     while True:
         try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cmmasksd.errors import UserError
-from cmmasksd.export.graphs import placement_tensors, positions, sentences
+from cmmasksd.export.graphs import placement_tensors, sentences
 from cmmasksd.inference.onnx import GRAPHS, OnnxSegmenter, open_sessions
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.placement import place
@@ -48,9 +48,8 @@ def load(folder: Path, format: str) -> dict[str, Callable[[Sequence[Tensor]], li
 def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, int]) -> float:
     """The largest difference of a logit from torch's: pictures of several sizes, numbers and lengths of sentences."""
     generator = torch.Generator().manual_seed(0)
-    vision = model.config.clip_config.vision_config
-    native = vision.image_size // vision.patch_size
-    longest = positions(model)
+    sizes = model.config.encoder
+    native, longest = sizes.image_size // sizes.patch_size, sizes.max_tokens
     worst = 0.0
     for (h, w), count, length in (
         (grid, 1, 3),
@@ -59,7 +58,7 @@ def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, in
         ((grid[0] + 1, grid[1] + 3), 2, 7),
         ((2, 3), 1, longest),
     ):
-        pixels = torch.randn(count, 3, h * vision.patch_size, w * vision.patch_size, generator=generator)
+        pixels = torch.randn(count, 3, h * sizes.patch_size, w * sizes.patch_size, generator=generator)
         ids, attention, is_word = sentences(model, count, length, generator)
         tokens = Tokens(ids, attention, torch.where(is_word, 0, -1), is_word[:, 0])
         expected = model.decode(model.encode_image(pixels), model.encode_text(tokens))

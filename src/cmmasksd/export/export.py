@@ -33,7 +33,7 @@ from cmmasksd import __version__
 from cmmasksd.assets import located
 from cmmasksd.errors import UserError
 from cmmasksd.export.checks import INT8_IOU, PARITY, agreement, difference, load, restore_difference
-from cmmasksd.export.graphs import example, graphs, positions
+from cmmasksd.export.graphs import example, graphs
 from cmmasksd.export.onnx import quantise, trace, write_onnx
 from cmmasksd.inference.onnx import EXPORT_FILE, FORMAT_VERSION, GRAPHS, TOKENIZER_FILE, ExportSettings
 from cmmasksd.model.modeling import CMMaskSDModel
@@ -160,7 +160,6 @@ def _settings(
     int8: bool,
     parity: dict[str, float],
 ) -> ExportSettings:
-    text = model.config.clip_config.text_config
     tokenizer: Any = processor.tokenizer
     mean, std = processor.mean, processor.std
     return ExportSettings(
@@ -173,10 +172,10 @@ def _settings(
         resize=processor.resize,
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
-        max_tokens=min(processor.max_tokens, positions(model)),
+        max_tokens=min(processor.max_tokens, model.config.encoder.max_tokens),
         start_token=tokenizer.bos_token_id,
         end_token=tokenizer.eos_token_id,
-        pad_token=text.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token=model.config.encoder.end_token if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         parity=parity,
         source=str(name) if not Path(located(name)).is_dir() else Path(name).name,  # no path of this machine
         package=__version__,

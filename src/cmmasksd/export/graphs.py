@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.placement import Placement
-from cmmasksd.model.towers import clip as towers
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 
@@ -20,11 +19,10 @@ class ImageGraph(nn.Module):
 
     def __init__(self, model: CMMaskSDModel) -> None:
         super().__init__()
-        self.vision_model, self.visual_projection = model.clip.vision_model, model.clip.visual_projection
+        self.tower = model.towers.image
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        this: Any = self  # has the parts of CLIP that the tower asks for
-        features = towers.encode_image(this, pixel_values)[0]
+        features, _ = self.tower(pixel_values)
         assert features.pixels is not None
         return features.patches.unflatten(1, features.grid), features.pixels.unflatten(1, features.grid)
 
@@ -34,11 +32,10 @@ class TextGraph(nn.Module):
 
     def __init__(self, model: CMMaskSDModel) -> None:
         super().__init__()
-        self.text_model, self.text_projection = model.clip.text_model, model.clip.text_projection
+        self.tower = model.towers.text
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        this: Any = self
-        features = towers.encode_text(this, Tokens(input_ids, attention_mask, input_ids, attention_mask[:, 0]))
+        features = self.tower(Tokens(input_ids, attention_mask, input_ids, attention_mask[:, 0]))
         assert features.embedded is not None
         return features.words, features.sentence, features.embedded
 
@@ -111,14 +108,17 @@ class Graph:
 def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
     from torch.export import Dim
 
-    patch = model.config.clip_config.vision_config.patch_size
+    sizes = model.config.encoder
     # A grid of one row or column would be another program: the tracer tells h from h * w by their not being equal.
     batch, h, w = Dim("batch", min=1), Dim("h", min=2), Dim("w", min=2)
-    tokens = Dim("tokens", min=3, max=positions(model))
+    tokens = Dim("tokens", min=3, max=sizes.max_tokens)
     per_token = {0: batch, 1: tokens}
     return {
         "image": Graph(
-            ImageGraph(model), ("pixel_values",), ("patches", "pixels"), ({0: batch, 2: patch * h, 3: patch * w},)
+            ImageGraph(model),
+            ("pixel_values",),
+            ("patches", "pixels"),
+            ({0: batch, 2: sizes.patch_size * h, 3: sizes.patch_size * w},),
         ),
         "text": Graph(
             TextGraph(model),
@@ -141,14 +141,10 @@ def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
     }
 
 
-def positions(model: CMMaskSDModel) -> int:
-    return model.config.clip_config.text_config.max_position_embeddings
-
-
 @torch.no_grad()
 def example(key: str, model: CMMaskSDModel) -> tuple[Tensor, ...]:
     """Inputs to trace with; all sizes differ from each other, so that none is taken for another."""
-    pixels = torch.randn(2, 3, *(side * model.config.clip_config.vision_config.patch_size for side in (5, 7)))
+    pixels = torch.randn(2, 3, *(side * model.config.encoder.patch_size for side in (5, 7)))
     ids, attention, is_word = sentences(model, 2, 9)
     if key == "image":
         return (pixels,)
@@ -171,11 +167,11 @@ def sentences(
     """Random sentences of which the n-th is n tokens shorter: ids, attention mask (count, length), and what is a word.
 
     Random pieces: the end token may be any id, so it is kept out of the words."""
-    text = model.config.clip_config.text_config
+    sizes = model.config.encoder
     ends = (length - 1 - torch.arange(count)).clamp(min=2)[:, None]
     at = torch.arange(length)
-    ids = torch.randint(0, text.vocab_size, (count, length), generator=generator)
-    ids = torch.where(ids == text.eos_token_id, (ids + 1) % text.vocab_size, ids)
-    ids = torch.where(at < ends, ids, text.eos_token_id)
-    ids[:, 0] = text.bos_token_id
+    ids = torch.randint(0, sizes.vocabulary, (count, length), generator=generator)
+    ids = torch.where(ids == sizes.end_token, (ids + 1) % sizes.vocabulary, ids)
+    ids = torch.where(at < ends, ids, sizes.end_token)
+    ids[:, 0] = sizes.start_token
     return ids, (at <= ends).long(), (at > 0) & (at < ends)

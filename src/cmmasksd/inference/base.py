@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cmmasksd.data.images import Picture, as_pixels
+from cmmasksd.data.images import ImageInput, as_pixels
 from cmmasksd.data.masks import mask_to_box, mask_to_polygons, mask_to_rle
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError
@@ -105,7 +105,7 @@ class BaseSegmenter(ABC):
         threshold_to_logit(threshold)  # a wrong one is refused here, not at the first image
         self.threshold = threshold
 
-    def segment(self, image: Picture, texts: Sequence[str] | str) -> list[Segmentation]:
+    def segment(self, image: ImageInput, texts: Sequence[str] | str) -> list[Segmentation]:
         """Segment the object that each sentence names. The image is encoded once for all sentences.
 
         Args:
@@ -121,7 +121,7 @@ class BaseSegmenter(ABC):
         """
         return self.segment_batch([(image, texts)])[0]
 
-    def segment_batch(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> list[list[Segmentation]]:
+    def segment_batch(self, requests: Sequence[tuple[ImageInput, Sequence[str] | str]]) -> list[list[Segmentation]]:
         """Segment several images, which are encoded together.
 
         Args:
@@ -141,7 +141,7 @@ class BaseSegmenter(ABC):
             segmentations[owner].append(segmentation)
         return segmentations
 
-    def encode(self, requests: Sequence[tuple[Picture, Sequence[str] | str]]) -> Encoded:
+    def encode(self, requests: Sequence[tuple[ImageInput, Sequence[str] | str]]) -> Encoded:
         """The first half of `segment_batch`: everything that is done once per image and once per sentence."""
         images, texts, owner, canvases, placements = [], [], [], [], []
         for index, (image, given) in enumerate(requests):

@@ -18,6 +18,8 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTraine
 from cmmasksd.config import ModelConfig
 from cmmasksd.errors import UserError, shown
 from cmmasksd.model.locating import MODEL_TYPE, read_json
+from cmmasksd.model.towers.base import EncoderSizes
+from cmmasksd.model.towers.clip import encoder_sizes
 
 # The largest public CLIPs have 48 layers of width 5,120 and 15,360 hidden channels.
 _OURS = {
@@ -85,6 +87,11 @@ class CMMaskSDConfig(PreTrainedConfig):
         elif not isinstance(self.clip_config, CLIPConfig):
             self.clip_config = clip_config(self.clip_config)
         super().__post_init__(**kwargs)
+
+    @property
+    def encoder(self) -> EncoderSizes:
+        """Sizes of the dual encoder, whatever its family."""
+        return encoder_sizes(self.clip_config)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -1,15 +1,15 @@
-"""The fusion decoder: patches look at each other, then at the words.
+"""The fusion decoder: self-attention over patches, cross-attention from patches to words.
 
-Our reading, as in CRIS and ETRIS: layers of self-attention over patches, cross-attention from patches to words, and an
-MLP, pre-norm, with fixed 2-D positions. Patches and words arrive in CLIP's joint space and are projected to the
-decoder's width. Two things are ours, and worth much on little data (scenes, one seed each):
+Our reading, as in CRIS and ETRIS: pre-norm layers of self-attention, cross-attention and an MLP, with fixed 2-D
+positions. Patches and words arrive in the joint space and are projected to the decoder's width. Two additions are ours,
+and worth much on little data (scenes, one seed each):
 
 - Since patches and words share a space, each patch also brings its match with the sentence (a cosine, standardised
   over the image). 3,000 references: mIoU 0.14 with it, 0.05 without.
-- Words also come as they enter the text tower (`embedded`). A tower keeps of a word what told images apart in its
-  training, and our small CLIP's keeps nothing of "left" (its sentences with "left" and "right" differ by 0.4 %, with
-  "red" and "blue" by 53 %). 6,000 references: mIoU 0.33 with them, 0.22 without, and nearly all of it on sentences that
-  name a region.
+- Words also come as they enter the text tower (`embedded`). A tower keeps only what told images apart in its training,
+  and our small CLIP keeps nothing of "left" (its sentences with "left" and "right" differ by 0.4 %, with "red" and
+  "blue" by 53 %). 6,000 references: mIoU 0.33 with them, 0.22 without, nearly all of it on sentences that name a
+  region.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class DecoderLayer(nn.Module):
 def _match(patches: Tensor, sentence: Tensor, hidden: Tensor | None, whole: Tensor | None) -> Tensor:
     """How well each patch matches the sentence compared with the image's other patches: (B, N), standardised cosines.
 
-    A mask token's cosine says nothing and would shift the mean and the deviation, so that a visible patch would seem to
-    match better than it does: both come from the whole image, and hidden patches get 0, the mean.
+    A mask token's cosine is meaningless and would shift the mean and the deviation, so that visible patches seem to
+    match better than they do. Both therefore come from the whole image, and hidden patches get 0, the mean.
     """
     cosine = _cosine(patches, sentence)
     if hidden is None or whole is None:
@@ -107,10 +107,8 @@ class FusionDecoder(nn.Module):
         self.patch_in = nn.Linear(dim, width)
         self.word_in = nn.Linear(dim, width)
         self.embedded_in = nn.Linear(embedding, width)
-        # The end of the sentence stays in view: attention over words has somewhere to go when none of them matters.
-        self.sentence_in = nn.Linear(dim, width)
-        # CLIP's own guess where the sentence is: how well each patch matches it, compared with the other patches.
-        self.match_in = nn.Linear(1, width)
+        self.sentence_in = nn.Linear(dim, width)  # always in view: attention has a key even where no word matters
+        self.match_in = nn.Linear(1, width)  # CLIP's own guess: how well each patch matches the sentence
         self.gate_norm = nn.LayerNorm(width)
         self.gate = nn.Linear(dim, 2 * width)
         self.words_gate = nn.Linear(width, 2 * width)
@@ -119,6 +117,7 @@ class FusionDecoder(nn.Module):
 
     def forward(
         self,
+        *,
         patches: Tensor,
         words: Tensor,
         embedded: Tensor,
@@ -146,12 +145,14 @@ class FusionDecoder(nn.Module):
         )
         fused = self.patch_in(patches) + self.match_in(match)
         fused = fused + 2 * grid_positions(grid, fused.shape[-1], fused.device).to(fused.dtype)
-        # The sentence gates content and position alike, as CRIS multiplies the two: "left" can pick the left half here.
-        said = self.embedded_in(embedded)  # (B, L, width)
-        mean = (said * word_mask[..., None]).sum(1) / word_mask.sum(1, keepdim=True).clamp(min=1)
+        # the sentence gates content and position alike, as CRIS multiplies the two: "left" can select the left half
+        entering = self.embedded_in(embedded)  # (B, L, width)
+        mean = (entering * word_mask[..., None]).sum(1) / word_mask.sum(1, keepdim=True).clamp(min=1)
         scale, shift = (self.gate(sentence) + self.words_gate(mean))[:, None].chunk(2, dim=-1)
         fused = fused + scale * self.gate_norm(fused) + shift
-        keys = torch.cat([self.sentence_in(sentence)[:, None], self.word_in(words) + said], dim=1)  # (B, 1 + L, width)
+        keys = torch.cat(
+            [self.sentence_in(sentence)[:, None], self.word_in(words) + entering], dim=1
+        )  # (B, 1 + L, width)
         mask = F.pad(word_mask, (1, 0), value=True)
         for layer in self.layers:
             fused = layer(fused, keys, mask)

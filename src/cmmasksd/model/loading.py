@@ -1,8 +1,13 @@
-"""Folder to weights, every one accounted for: missing, unexpected, misshapen or non-finite weights stop the load."""
+"""Folder to weights, every one accounted for: missing, unexpected, misshapen or non-finite weights stop the load.
+
+`save_float16` is the way back for the models that ship.
+"""
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPModel, PreTrainedConfig
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from cmmasksd.errors import UserError, reason, shown
@@ -129,3 +134,23 @@ def _is_finite(value: Tensor) -> bool:
         return True
     # a sum is several times as quick as a look at every number, and overflows rarely
     return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
+
+
+def save_float16(model: PreTrainedModel, folder: Path) -> None:
+    """Write config.json and model.safetensors at half the size; loading returns the weights to float32.
+
+    Args:
+        model: the model, which stays as it is.
+        folder: the folder; it is made if missing. No path of this machine is written into it.
+    """
+    half: Any = copy.deepcopy(model).half()
+    for config in _nested(half.config):
+        config._name_or_path, config.dtype = "", None  # a loaded model's say from where, and float32
+    half.save_pretrained(folder)
+
+
+def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    for name in config.sub_configs:
+        nested = getattr(config, name)
+        yield nested
+        yield from _nested(nested)

@@ -1,10 +1,10 @@
 """The mask head: fused features to logits at four times the patch grid (stride 4 for a patch of 16).
 
 Our reading of CRIS's projector, kept lean: every patch becomes 2x2 cells of `width` channels (a patch knows its own
-outline, which interpolation would blur), a 3x3 convolution, a bilinear upsampling, the cells' own pixels, another
-convolution, and a kernel generated from the sentence that is applied to every cell. The pixels are ours: the tower has
-mixed a patch with the rest of the picture, and edges are easier seen than remembered (6,000 references of scenes, one
-seed: P@0.7 0.115 with them, 0.079 with the patches as they enter the tower in their place).
+outline, which interpolation would blur), then a 3x3 convolution, bilinear upsampling, the cells' own pixels, another
+convolution, and a kernel generated from the sentence. The pixels are our addition: the tower has mixed a patch with
+the rest of the image, which blurs edges (6,000 references of scenes, one seed: P@0.7 0.115 with them, 0.079 with the
+patches as they enter the tower instead).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class MaskHead(nn.Module):
         self.reduce = nn.Linear(features, 4 * width)
         self.convolve1 = nn.Conv2d(width, width, 3, padding=1)
         self.norm1 = nn.GroupNorm(8, width)
-        self.pixels_in = nn.Conv2d(12, width, 1)  # the 2x2 pixels of a cell, which the tower has mixed with the rest
+        self.pixels_in = nn.Conv2d(12, width, 1)  # the 2x2 pixels of a cell, unmixed
         self.convolve2 = nn.Conv2d(width, width // 2, 3, padding=1)
         self.norm2 = nn.GroupNorm(8, width // 2)
         self.kernel = nn.Linear(dim, width // 2 + 1)  # one weight per channel, and a bias
 
-    def forward(self, fused: Tensor, pixels: Tensor, sentence: Tensor, grid: tuple[int, int]) -> Tensor:
+    def forward(self, *, fused: Tensor, pixels: Tensor, sentence: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predict.
 
         Args:
@@ -42,7 +42,7 @@ class MaskHead(nn.Module):
         Returns:
             (B, 4h, 4w) logits.
         """
-        # contiguous: a transposed one counts as "channels last", in which a CPU's convolutions take over twice as long
+        # contiguous: a transposed tensor counts as "channels last", where CPU convolutions take over twice as long
         x = self.reduce(fused).transpose(1, 2).contiguous().unflatten(2, grid)  # (B, 4 width, h, w)
         x = F.pixel_shuffle(x, 2)  # (B, width, 2h, 2w)
         x = F.relu(self.norm1(self.convolve1(x)))

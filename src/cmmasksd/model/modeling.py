@@ -1,7 +1,7 @@
-"""CMMaskSDModel: CLIP's towers, the fusion decoder and the mask head. The forward pass is one screen.
+"""CMMaskSDModel: the towers of a dual encoder, the fusion decoder and the mask head. The forward pass is one screen.
 
 Encode once, decode per expression: `encode_image` and `encode_text` are apart, so K expressions on one image cost one
-image encoding. The masked branches of CM-MaskSD are not here: they exist only while training (see
+image encoding. The masked branches of CM-MaskSD exist only while training and are not here (see
 `cmmasksd.distillation`).
 """
 
@@ -19,12 +19,13 @@ from transformers.utils.generic import ModelOutput
 
 from cmmasksd.errors import UserError
 from cmmasksd.model.configuration import CMMaskSDConfig, read_config
-from cmmasksd.model.decoder import Attention, FusionDecoder
+from cmmasksd.model.decoder import FusionDecoder
+from cmmasksd.model.initialisation import init_decoder, init_layer
 from cmmasksd.model.loading import WEIGHTS, build, load_clip, read_weights
 from cmmasksd.model.locating import model_folder, require
 from cmmasksd.model.mask_head import MaskHead
-from cmmasksd.model.towers import clip as towers
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.towers.clip import dual_encoder
 
 
 @dataclass
@@ -35,7 +36,7 @@ class CMMaskSDOutput(ModelOutput):
 
 
 class Decoder(nn.Module):
-    """Fusion decoder and mask head: all of the network that is not CLIP."""
+    """Fusion decoder and mask head: all of the network that is not the dual encoder."""
 
     def __init__(self, fusion: FusionDecoder, head: MaskHead) -> None:
         super().__init__()
@@ -46,20 +47,20 @@ class Decoder(nn.Module):
         assert text.embedded is not None  # `encode_text` and `encode_image` give them
         assert image.pixels is not None
         fused = self.fusion(
-            image.patches,
-            text.words,
-            text.embedded,
-            text.sentence,
-            text.word_mask,
-            image.grid,
+            patches=image.patches,
+            words=text.words,
+            embedded=text.embedded,
+            sentence=text.sentence,
+            word_mask=text.word_mask,
+            grid=image.grid,
             hidden=image.hidden,
             whole=image.whole,
         )
-        return self.head(fused, image.pixels, text.sentence, image.grid)
+        return self.head(fused=fused, pixels=image.pixels, sentence=text.sentence, grid=image.grid)
 
 
 class CMMaskSDModel(PreTrainedModel):
-    """Referring image segmentation on CLIP.
+    """Referring image segmentation on a dual encoder.
 
     Args:
         config: sizes; the weights are fresh. See `from_backbone` and `from_pretrained` for trained ones.
@@ -74,65 +75,41 @@ class CMMaskSDModel(PreTrainedModel):
 
     def __init__(self, config: CMMaskSDConfig) -> None:
         super().__init__(config)
-        dim = config.clip_config.projection_dim
         self.clip = CLIPModel._from_config(config.clip_config)
+        self.towers = dual_encoder(self.clip)  # shares the modules of `clip`; no entry of its own in the state_dict
+        sizes = config.encoder
         self.decoder = Decoder(
             FusionDecoder(
-                dim,
-                config.clip_config.text_config.hidden_size,
+                sizes.joint_width,
+                sizes.embedding_width,
                 width=config.decoder_width,
                 layers=config.decoder_layers,
                 heads=config.decoder_heads,
                 mlp=config.decoder_mlp,
                 dropout=config.dropout,
             ),
-            MaskHead(dim, config.decoder_width, width=config.head_width),
+            MaskHead(sizes.joint_width, config.decoder_width, width=config.head_width),
         )
         self.post_init()
-        self._begin()
+        init_decoder(self.decoder.fusion, self.decoder.head)
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
-        elif isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            nn.init.ones_(module.weight)
-        if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    @torch.no_grad()
-    def _begin(self) -> None:
-        """What is more than one layer's matter (transformers calls `_init_weights` for single layers only)."""
-        kernel, fusion = self.decoder.head.kernel, self.decoder.fusion
-        # one kernel for all sentences, and masks that are rare
-        nn.init.normal_(kernel.weight, std=0.1 * kernel.in_features**-0.5)
-        nn.init.normal_(kernel.bias)
-        nn.init.constant_(kernel.bias[-1:], -2.0)
-        # patches and words lie in one space: attention begins as their similarity
-        fusion.word_in.weight.copy_(fusion.patch_in.weight)
-        fusion.sentence_in.weight.copy_(fusion.patch_in.weight)
-        for module in fusion.modules():
-            if isinstance(module, Attention):
-                module.key_value.weight[: module.query.out_features].copy_(module.query.weight)
-
-    # -- the forward pass
+        init_layer(module)
 
     @property
     def stride(self) -> float:
         """Pixels of the input per logit."""
-        return self.config.clip_config.vision_config.patch_size / 4
+        return self.config.encoder.patch_size / 4
 
     def encode_image(
         self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
     ) -> ImageFeatures:
-        """(B, 3, H, W) normalised pixels to patches in the joint space: see `towers.clip.encode_image`."""
-        return towers.encode_image(self.clip, pixel_values, keep=keep, value_path=value_path)[0]
+        """(B, 3, H, W) normalised pixels to patches in the joint space: see `ImageTower`."""
+        return self.towers.image(pixel_values, keep=keep, value_path=value_path)[0]
 
     def encode_text(self, tokens: Tokens) -> TextFeatures:
         """Sentences to words and sentence in the joint space."""
-        return towers.encode_text(self.clip, tokens)
+        return self.towers.text(tokens)
 
     def decode(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
         """Features of K images and K sentences (pair by pair) to logits (K, 4h, 4w). `ImageFeatures.select` repeats
@@ -172,6 +149,12 @@ class CMMaskSDModel(PreTrainedModel):
         """An independent decoder with the same weights, called like `decode`: distillation with separate weights."""
         return copy.deepcopy(self.decoder)
 
+    def freeze_unused(self) -> None:
+        """Exclude from training what no output depends on: the temperature of CLIP's contrastive training."""
+        used = {*self.towers.image.parameters(), *self.towers.text.parameters()}
+        for parameter in self.clip.parameters():
+            parameter.requires_grad_(parameter in used and parameter.requires_grad)
+
     @classmethod
     def from_backbone(cls, name: str | Path, **sizes: Any) -> CMMaskSDModel:
         """A new model on a trained CLIP.
@@ -185,15 +168,15 @@ class CMMaskSDModel(PreTrainedModel):
             UserError: when there is no CLIP, or its weights do not fit its configuration.
         """
         clip = load_clip(name)
-        clip.config._name_or_path = ""  # else it is saved: a path of this machine
+        clip.config._name_or_path = ""  # it would be saved, and may be a path of this machine
         model = cls(CMMaskSDConfig(clip_config=clip.config, **sizes))
         model.clip.load_state_dict(clip.state_dict())
         return model
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **kwargs: Any) -> CMMaskSDModel:  # pyright: ignore
-        """As in transformers, but missing, unexpected, misshapen or non-finite weights stop the load (the masks would
-        be wrong), and of the folder only config.json and model.safetensors are read."""
+        """As in transformers, but missing, unexpected, misshapen or non-finite weights stop the load, and only
+        config.json and model.safetensors of the folder are read."""
         kwargs.setdefault("dtype", torch.float32)
         hub = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         folder = model_folder(name, **{key: kwargs.pop(key) for key in hub if kwargs.get(key) is not None})

@@ -28,7 +28,7 @@ import math
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ from cmmasksd.config import PretrainConfig
 from cmmasksd.errors import UserError
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.processing import load_tokenizer, normalize
-from cmmasksd.model.towers.clip import encode_image, encode_text
+from cmmasksd.model.towers.clip import dual_encoder, encoder_sizes
 from cmmasksd.pretraining.captions import CaptionedScenes, Collate
 from cmmasksd.pretraining.losses import changed_patches, contrastive_losses, lend_patches
 from cmmasksd.pretraining.model import build_clip, save_clip, train_tokenizer
@@ -68,6 +68,7 @@ def pretrain(config: PretrainConfig) -> Path:
     clip, tokenizer = _begin(config)
     clip.train()
     clip.to(device)  # pyright: ignore (its decorator hides the method)
+    towers = dual_encoder(clip)
     groups = parameter_groups(clip, lr=config.lr, clip_lr_scale=1.0, weight_decay=config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -108,9 +109,9 @@ def pretrain(config: PretrainConfig) -> Path:
     running, count = torch.zeros(2), 0
     for step, (images, captions, phrases, caption_true, phrase_true) in enumerate(loader, start=start + 1):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            features, pooled = encode_image(clip, normalize(images.to(device).permute(0, 3, 1, 2)))
-            caption_features = encode_text(clip, captions.to(device)).sentence
-            phrase_features = encode_text(clip, phrases.to(device)).sentence
+            features, pooled = towers.image(normalize(images.to(device).permute(0, 3, 1, 2)))
+            caption_features = towers.text(captions.to(device)).sentence
+            phrase_features = towers.text(phrases.to(device)).sentence
         scale = clip.logit_scale.exp().clamp(max=100)
         whole, region = contrastive_losses(
             pooled,
@@ -161,10 +162,10 @@ def _begin(config: PretrainConfig) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
             tokenizer = train_tokenizer(config.vocabulary, config.context, config.seed)
         return build_clip(config, tokenizer), tokenizer
     clip = load_clip(config.init)
-    vision: Any = clip.config.vision_config
-    if (vision.image_size, vision.patch_size) != (config.image_size, config.patch_size):
+    sizes = encoder_sizes(clip.config)
+    if (sizes.image_size, sizes.patch_size) != (config.image_size, config.patch_size):
         raise UserError(
-            f"{config.init} is for images of {vision.image_size} pixels in patches of {vision.patch_size}: give"
-            f" --pretrain.image_size {vision.image_size} --pretrain.patch_size {vision.patch_size}"
+            f"{config.init} is for images of {sizes.image_size} pixels in patches of {sizes.patch_size}: give"
+            f" --pretrain.image_size {sizes.image_size} --pretrain.patch_size {sizes.patch_size}"
         )
     return clip, load_tokenizer(own if own.is_dir() else config.init)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -80,8 +79,8 @@ def build_clip(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> CL
 
 
 def save_clip(clip: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a CLIP in transformers' format, weights in float16 (half the size; loading returns them to float32)."""
-    half: Any = copy.deepcopy(clip).half()
-    half.config.text_config.dtype = half.config.vision_config.dtype = None  # of a loaded CLIP they still say float32
-    half.save_pretrained(folder)
+    """Write a CLIP and its tokenizer in transformers' format, weights in float16."""
+    from cmmasksd.model.loading import save_float16
+
+    save_float16(clip, folder)
     tokenizer.save_pretrained(folder)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from cmmasksd.data.scenes import caption, describe, facts, make_scene, render
 from cmmasksd.model.processing import normalize, tokenize
-from cmmasksd.model.towers.clip import encode_image, encode_text
+from cmmasksd.model.towers.clip import dual_encoder, encoder_sizes
 
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
@@ -29,8 +29,8 @@ def retrieval(
         "pointing_referring": the same for referring sentences; here it must be the one object that they name.
     """
     clip.eval()
-    vision: Any = clip.config.vision_config
-    device, size = clip.device, vision.patch_size
+    towers, sizes = dual_encoder(clip), encoder_sizes(clip.config)
+    device, size = clip.device, sizes.patch_size
     images, texts, owners = [], [], []
     named: dict[str, list[tuple[str, list[bool]]]] = {  # text, and whether each object may be meant
         "pointing": [],
@@ -38,7 +38,7 @@ def retrieval(
         "pointing_referring": [],
     }
     for index in range(scenes):
-        scene = make_scene(seed, "val", index, scene_size=vision.image_size)
+        scene = make_scene(seed, "val", index, scene_size=sizes.image_size)
         draw = random.Random(f"{seed}/retrieval/{index}")
         image, owner = render(scene)
         images.append(torch.from_numpy(image))
@@ -50,14 +50,14 @@ def retrieval(
             named[kind].append((phrase.text, [phrase.may_be(there) for there in known]))
         which, said = scene.references[0]
         named["pointing_referring"].append((said[0], [i == which for i in range(len(known))]))
-    features, pooled = encode_image(clip, normalize(torch.stack(images).to(device).permute(0, 3, 1, 2)))
-    sentence = encode_text(clip, tokenize(tokenizer, texts).to(device)).sentence
+    features, pooled = towers.image(normalize(torch.stack(images).to(device).permute(0, 3, 1, 2)))
+    sentence = towers.text(tokenize(tokenizer, texts).to(device)).sentence
     similarity = F.normalize(sentence, dim=-1) @ F.normalize(pooled, dim=-1).T
     rank = (similarity > similarity.diag()[:, None]).sum(1)
     patches = F.normalize(features.patches, dim=-1)
     hits = {}
     for kind, pairs in named.items():
-        sentence = encode_text(clip, tokenize(tokenizer, [text for text, _ in pairs]).to(device)).sentence
+        sentence = towers.text(tokenize(tokenizer, [text for text, _ in pairs]).to(device)).sentence
         best = torch.einsum("bd,bnd->bn", F.normalize(sentence, dim=-1), patches).argmax(1).cpu()
         rows, columns = best // features.grid[1] * size + size // 2, best % features.grid[1] * size + size // 2
         seen = torch.stack(owners)[torch.arange(scenes), rows, columns]

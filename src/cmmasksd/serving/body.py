@@ -96,8 +96,8 @@ async def _read_form(request: Request, settings: ServeSettings) -> dict[str, Any
                 else:
                     fields[name] = await value.read() if isinstance(value, UploadFile) else value
             return fields
-    except (MultiPartException, KeyError) as error:  # older versions of starlette: KeyError without a boundary
-        reason = getattr(error, "message", "it has no boundary")
+    except (MultiPartException, ValueError) as error:  # ValueError: older versions of starlette
+        reason = getattr(error, "message", "it is malformed")
         raise Refusal(400, "bad_form", f"the form cannot be read: {reason}") from None
 
 

@@ -14,12 +14,14 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cmmasksd.config import TrainingConfig
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.workers import outlive_sigterm
 from cmmasksd.errors import UserError
@@ -52,6 +54,36 @@ class Batch:
     tokens: Tokens
     targets: Tensor
     image_index: Tensor
+
+
+def split_batch(training: TrainingConfig, processes: int) -> tuple[int, int]:
+    """References per step and process, and steps per update.
+
+    Raises:
+        UserError: the processes cannot share `batch` evenly.
+    """
+
+    def step(batch: int) -> int:
+        """References per step and process; 0: they do not fit."""
+        share = batch // processes
+        size = min(training.batch_size or share, share)
+        return size if size and batch % (processes * size) == 0 else 0
+
+    assert training.batch is not None
+    if size := step(training.batch):
+        return size, training.batch // (processes * size)
+    below = next((batch for batch in range(training.batch - 1, 0, -1) if step(batch)), None)
+    above = next(batch for batch in count(training.batch + 1) if step(batch))
+    size = min(training.batch_size or training.batch, max(1, training.batch // processes))
+    raise UserError(
+        f"training.batch {training.batch} cannot be divided into steps of {size} references on "
+        f"{named_count(processes)}: use {f'{below} or ' if below else ''}{above}"
+    )
+
+
+def named_count(processes: int) -> str:
+    """ "1 process", "2 processes", …"""
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 class TrainingBatches(Sampler[list[Draw]]):

@@ -13,11 +13,8 @@ Folders are written aside and renamed into place, so that a crash while writing 
 
 from __future__ import annotations
 
-import hashlib
 import random
 import reprlib
-import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cmmasksd.errors import UserError, reason
+from cmmasksd.files import sha256, whole_folder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,53 +77,35 @@ def save_model(
     config_yaml: str,
     *,
     masked: dict[str, Tensor] | None = None,
-    state: Path | None = None,
+    state: dict[str, Any] | None = None,
 ) -> None:
     """Write a model folder, replacing an older one at once.
 
     Args:
         masked: weights of the masked branches that are not the model's (`MaskedSelfDistillation.own_weights`).
-        state: a file of `save_state` to move into the folder.
+        state: what resuming needs (`run_state`); None: the folder cannot be resumed from.
     """
-    aside, old = folder.with_name(folder.name + ".new"), _old(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    processor.save_pretrained(aside)
-    (aside / "config.yaml").write_text(config_yaml, encoding="utf-8")
-    if masked:
-        save_file(masked, aside / WEIGHTS)
-    if state is not None:
-        state.replace(aside / STATE)
-        (aside / CHECKSUM).write_text(f"{_sha256(aside / STATE)}  {STATE}\n", encoding="ascii")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(folder) as new:
+        model.save_pretrained(new)
+        processor.save_pretrained(new)
+        (new / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        if masked:
+            save_file(masked, new / WEIGHTS)
+        if state is not None:
+            torch.save(state, new / STATE)
+            (new / CHECKSUM).write_text(f"{sha256(new / STATE)}  {STATE}\n", encoding="ascii")
 
 
-def recover(folder: Path) -> None:
-    """Put the previous folder back where `save_model` was killed between its two renames."""
-    if not folder.exists() and _old(folder).exists():
-        with suppress(FileNotFoundError):  # another process was faster
-            _old(folder).rename(folder)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
-
-
-def save_state(
-    file: Path,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    progress: dict[str, Any],
-) -> None:
-    """Write all that resuming needs. Every process must call it; the main one writes.
+def run_state(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, progress: dict[str, Any]
+) -> dict[str, Any]:
+    """All that resuming needs. Every process must call it; the main one writes it with `save_model`.
 
     Args:
-        progress: plain values: place in the run, best score.
+        progress: the place of the run (`Progress.as_dict`).
+
+    Returns:
+        "objective", "optimizer", "random" and "progress".
     """
     from accelerate.utils import gather_object
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -133,28 +113,27 @@ def save_state(
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = get_state_dict(objective, optimizer, options=whole)
     states = gather_object([random_state()])
-    if accelerator.is_main_process:
-        torch.save({"objective": weights, "optimizer": moments, "random": states, "progress": progress}, file)
+    return {"objective": weights, "optimizer": moments, "random": states, "progress": progress}
 
 
 def read_state(file: Path, processes: int) -> dict[str, Any]:
-    """Read what `save_state` wrote, unchanged since then.
+    """Read a state, and check that it has not changed since it was written.
 
     Args:
         file: state.pt, with its checksum beside it.
         processes: number of processes of this run.
 
     Returns:
-        "objective", "optimizer", "random", "progress"; what is in them is not checked.
+        "objective", "optimizer", "random" and "progress"; their contents are not checked.
 
     Raises:
-        UserError: when the file is damaged, was not written by `save_model`, or is of another number of processes.
+        UserError: the file is damaged, was not written by `save_model`, or is of another number of processes.
     """
     try:
         expected = file.with_name(CHECKSUM).read_text(encoding="ascii")
     except (OSError, ValueError):
         raise refused(file, f"there is no {CHECKSUM} beside it, as runs of this version have") from None
-    if expected.split()[:1] != [_sha256(file)]:
+    if expected.split()[:1] != [sha256(file)]:
         raise refused(file, f"its bytes do not match {CHECKSUM}, so it is damaged")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
@@ -166,7 +145,7 @@ def read_state(file: Path, processes: int) -> dict[str, Any]:
         raise refused(file, "its random states are not a list")
     if len(state["random"]) != processes:
         raise UserError(
-            f"{file} is of a run on {len(state['random'])} processes, this one has {processes}: resume with as many"
+            f"{file} is from a run on {len(state['random'])} processes, this one has {processes}: resume with as many"
         )
     return state
 
@@ -177,25 +156,23 @@ def restore_state(
     """Put weights, moments and random generators back. Every process must call it.
 
     Args:
-        state: of `read_state`; it is used up.
-        objective, optimizer: as they were built for this run; the optimizer keeps its own settings, such as the
-            peak rates (the current ones are restored).
+        state: what `read_state` returned; it is used up.
+        objective, optimizer: as they were built for this run. The optimizer keeps the settings of this run, such as the
+            peak rates; the current rates are restored.
         rank: index of this process.
         file: where the state comes from, for messages.
 
     Raises:
-        UserError: when the state is of another model, or holds values that are not finite.
+        UserError: the state is of another model, or holds values that no run has.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-    # torch replaces a weight that is missing by the fresh one: what is there is compared before it is asked.
+    # torch keeps the fresh value of a weight that the state lacks, so the state is compared with the fresh one first.
     weights, moments = get_state_dict(objective, optimizer)
     for name, expected in (("objective", weights), ("optimizer", moments)):
-        if misfit := _misfit(expected, state[name], name):
-            raise refused(file, misfit)
-        if bad := _not_finite(state[name], name):
-            raise refused(file, f"{bad} holds values that are not finite")
-    kept = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+        if problem := _misfit(expected, state[name], name) or _impossible(state[name], name):
+            raise refused(file, problem)
+    settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
     set_state_dict(
         objective,
         optimizer,
@@ -203,8 +180,8 @@ def restore_state(
         optim_state_dict=state["optimizer"],
         options=StateDictOptions(full_state_dict=True, strict=True),
     )
-    for group, own in zip(optimizer.param_groups, kept, strict=True):
-        group.update(own)
+    for group, kept in zip(optimizer.param_groups, settings, strict=True):
+        group.update(kept)
     try:
         set_random_state(state["random"][rank])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
@@ -216,40 +193,43 @@ def refused(file: Path, why: str) -> UserError:
     return UserError(f"cannot resume from {file}: {why}. Start afresh without --resume, in another folder")
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _misfit(expected: Any, found: Any, name: str) -> str | None:
+def _misfit(expected: Any, given: Any, name: str) -> str | None:
     """Where nested states differ in keys, types, names or shapes; None: nowhere. Numbers may differ."""
     if isinstance(expected, Tensor):
         kind = (expected.shape, expected.dtype, expected.layout)
-        if isinstance(found, Tensor) and (found.shape, found.dtype, found.layout) == kind and not found.is_meta:
+        if isinstance(given, Tensor) and (given.shape, given.dtype, given.layout) == kind and not given.is_meta:
             return None
         return f"{name} is not a {expected.dtype} tensor of shape {tuple(expected.shape)}"
     if isinstance(expected, dict):
-        if not isinstance(found, dict):
-            return f"{name} is a {type(found).__name__}, not a dict"
-        if missing := [key for key in expected if key not in found]:
+        if not isinstance(given, dict):
+            return f"{name} is a {type(given).__name__}, not a dict"
+        if missing := [key for key in expected if key not in given]:
             return f"{name} lacks {missing[0]}"
-        if unknown := [key for key in found if key not in expected]:
-            return f"{name} holds {reprlib.repr(unknown[0])}, which this model has not"
-        pairs = [(expected[key], found[key], f"{name}.{key}") for key in expected]
+        if unknown := [key for key in given if key not in expected]:
+            return f"{name} holds {reprlib.repr(unknown[0])}, which this model does not have"
+        pairs = [(expected[key], given[key], f"{name}.{key}") for key in expected]
     elif isinstance(expected, list | tuple):
-        if not isinstance(found, list | tuple) or len(found) != len(expected):
+        if not isinstance(given, list | tuple) or len(given) != len(expected):
             return f"{name} is not a list of {len(expected)}"
-        pairs = [(a, b, f"{name}[{nth}]") for nth, (a, b) in enumerate(zip(expected, found, strict=True))]
+        pairs = [(a, b, f"{name}[{index}]") for index, (a, b) in enumerate(zip(expected, given, strict=True))]
     else:
-        same = type(found) is type(expected) and (not isinstance(expected, str) or found == expected)
-        return None if same else f"{name} is {reprlib.repr(found)}, unlike this run's {expected!r}"
+        same = type(given) is type(expected) and (not isinstance(expected, str) or given == expected)
+        return None if same else f"{name} is {reprlib.repr(given)}, unlike this run's {expected!r}"
     return next(filter(None, (_misfit(*pair) for pair in pairs)), None)
 
 
-def _not_finite(state: Any, name: str) -> str | None:
-    """Name of the first tensor with a NaN or an infinity; None: there is none."""
-    if isinstance(state, Tensor):
-        return None if state.isfinite().all() else name
+def _impossible(state: Any, name: str) -> str | None:
+    """The first tensor with a value that no run has; None: there is none.
+
+    Nothing is NaN or infinite, and AdamW's number of steps and mean of squares are never negative: it takes roots of
+    them, and divides by them.
+    """
     if isinstance(state, dict):
-        return next(filter(None, (_not_finite(value, f"{name}.{key}") for key, value in state.items())), None)
+        return next(filter(None, (_impossible(value, f"{name}.{key}") for key, value in state.items())), None)
+    if not isinstance(state, Tensor):
+        return None
+    if not state.isfinite().all():
+        return f"{name} holds values that are not finite"
+    if name.endswith((".step", ".exp_avg_sq")) and (state < 0).any():
+        return f"{name} holds negative values"
     return None

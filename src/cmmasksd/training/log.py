@@ -1,45 +1,62 @@
-"""metrics.jsonl: what it holds, and the means that a run writes into it."""
+"""metrics.jsonl and the trackers: rows with the means of the losses since the last row, and with validation scores."""
 
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, reason
 from cmmasksd.files import write_text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 class Meter:
-    """Means of the named losses, and references per second, since the last `take`."""
+    """Means of the named losses, and references per second, since the last `take`.
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # apart for each loss: those of the masked branches begin later
-        self.since = time.perf_counter()
+    Args:
+        sums, counts: sum and number of values of each loss, to continue from.
+    """
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Count one forward pass, without waiting for the device."""
+    def __init__(self, sums: dict[str, Tensor] | None = None, counts: dict[str, int] | None = None) -> None:
+        self.sums, self.counts = sums or {}, counts or {}  # counts differ: the masked branches begin later
+        self._references, self._since = 0, time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], references: int) -> None:
+        """Count one forward pass over a number of references (all processes), without waiting for the device."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
+        self._references += references
 
-    def take(self, references: int) -> dict[str, float]:
-        """The means, and references per second; start again.
-
-        Args:
-            references: seen since the last `take`, in all processes.
-        """
+    def take(self) -> dict[str, float]:
+        """The means and "references_per_s"; starts again."""
         row = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        row["references_per_s"] = references / (time.perf_counter() - self.since)
-        self.__init__()
+        row["references_per_s"] = self._references / (time.perf_counter() - self._since)
+        self.restart()
         return row
+
+    def restart(self) -> None:
+        """Forget everything and restart the clock."""
+        self.sums, self.counts, self._references, self._since = {}, {}, 0, time.perf_counter()
 
 
 class Log:
-    """metrics.jsonl, and TensorBoard where it is installed.
+    """metrics.jsonl, and trackers that get the same rows.
 
     Args:
         out: folder of the run.
@@ -47,39 +64,40 @@ class Log:
         updates: number of updates that a resumed run has done; rows after them are dropped, since they will be written
             again.
         validated: last update whose validation is done; later validations are dropped, too. None: all are done.
+        trackers: started trackers, see `start_trackers`.
 
     Raises:
-        UserError: when the log of a resumed run holds anything but rows.
+        UserError: the log of a resumed run holds anything but rows.
     """
 
-    def __init__(self, out: Path, config_yaml: str, updates: int, validated: int | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        config_yaml: str,
+        updates: int,
+        validated: int | None = None,
+        trackers: Sequence[GeneralTracker] = (),
+    ) -> None:
         out.mkdir(parents=True, exist_ok=True)
         file = out / "metrics.jsonl"
         kept = _rows(file, updates, updates if validated is None else validated) if updates and file.exists() else []
         (out / "config.yaml").write_text(config_yaml, encoding="utf-8")
         write_text(file, "".join(kept))
-        self.file = file.open("a", encoding="utf-8", newline="\n")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.board = None
-        else:
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=updates or None)
+        self.file, self.trackers = file.open("a", encoding="utf-8", newline="\n"), trackers
 
     def write(self, row: dict[str, float]) -> None:
         """Write one row; "step" is the update."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        if self.board:
-            for name, value in row.items():
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, int(row["step"]))
+        values = {name: value for name, value in row.items() if name not in ("step", "epoch")}
+        for tracker in self.trackers:
+            tracker.log(values, step=int(row["step"]))
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file and finish the trackers."""
         self.file.close()
-        if self.board:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
 
 def _rows(file: Path, updates: int, validated: int) -> list[str]:
@@ -97,3 +115,47 @@ def _rows(file: Path, updates: int, validated: int) -> list[str]:
         if step <= (validated if "mIoU" in row else updates):
             kept.append(line.decode("utf-8") + "\n")
     return kept
+
+
+def known_trackers(names: Sequence[str] | None) -> list[str]:
+    """The trackers to use, by the names that accelerate has for them; None: TensorBoard where it is installed.
+
+    Raises:
+        UserError: accelerate offers no such tracker, or its package is not installed.
+    """
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if names is None:
+        return ["tensorboard"] if "tensorboard" in installed else []
+    offered = sorted({tracker.value for tracker in LoggerType} - {"all"})
+    for name in names:
+        if name not in offered:
+            raise UserError(f"training.trackers names {name!r}, which is not a tracker: use {', '.join(offered)}")
+        if name not in installed:
+            raise UserError(f"training.trackers names {name}, which is not installed: pip install {name}")
+    return list(names)
+
+
+def start_trackers(accelerator: Accelerator, settings: dict[str, Any], updates: int) -> list[GeneralTracker]:
+    """Start the trackers that the accelerator was made with.
+
+    Args:
+        settings: the run's settings by dotted key, which trackers show beside the curves.
+        updates: number of updates that a resumed run has done.
+
+    Raises:
+        UserError: a tracker cannot start, for example because its service wants a login.
+    """
+    plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
+    try:
+        accelerator.init_trackers(
+            "cmmasksd", init_kwargs={"tensorboard": {"purge_step": updates + 1 if updates else None}}
+        )
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # it would add a run of its own for them at every start
+                tracker.store_init_configuration(plain)
+    except Exception as error:  # each tracker raises its own
+        raise UserError(f"a tracker of training.trackers cannot start: {reason(error)}") from error
+    return accelerator.trackers

@@ -51,3 +51,10 @@ def set_rates(optimizer: torch.optim.Optimizer, scale: float) -> None:
     """Set every group's rate to its peak times `scale`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
+
+
+def zero_moments(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Restart the optimizer's moments and step counts of some parameters."""
+    for parameter in parameters:
+        for moment in optimizer.state.get(parameter, {}).values():
+            moment.zero_()

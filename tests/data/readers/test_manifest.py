@@ -190,7 +190,7 @@ def test_splits_by_file(folder: Path):
         write(folder / f"{split}.jsonl", row(image=f"{name}.png", text=split, expressions=None))
     assert of_split(folder) == {"train": {"train"}, "val": {"val"}, "test": {"test"}}
     write(folder / "val.jsonl", row(text="val", expressions=None))
-    with pytest.raises(UserError, match=r"val.jsonl, line 1: picture .*a.png is in val, and by .*train.jsonl, line 1"):
+    with pytest.raises(UserError, match=r"val.jsonl, line 1: image .*a.png is in val, and by .*train.jsonl, line 1"):
         ManifestDataset(folder, "val")
 
 
@@ -216,7 +216,7 @@ def test_few_pictures_still_have_every_split(folder: Path):
     found = of_split(write(folder / "m.jsonl", *rows))
     assert {len(texts) for texts in found.values()} == {1, 2}
     assert any({"a", "copy"} == texts for texts in found.values()), "equal files stay together"
-    with pytest.raises(UserError, match="2 different pictures cannot be dealt out"):
+    with pytest.raises(UserError, match="2 different images are too few"):
         ManifestDataset(write(folder / "m.jsonl", *rows[:3]), "val")
     assert len(ManifestDataset(folder / "m.jsonl", "all")) == 3
 
@@ -295,7 +295,7 @@ def test_sentences_that_name_two_rows_of_a_picture_are_told(folder: Path, caplog
     assert not caplog.text
     write(file, *rows, row(expressions=["red cup", "cup"], polygon=[OTHER]), row(expressions=["red cup"]))
     assert len(ManifestDataset(file, "all")) == 4
-    assert f"name more than one object of their picture: 2, such as 'cup' in {file}, line 1 and {file}, line 3" in (
+    assert f"name more than one object of their image: 2, such as 'cup' in {file}, line 1 and {file}, line 3" in (
         caplog.text
     )
 
@@ -377,8 +377,8 @@ ROWS = [
     ({"image": "."}, "not a path inside"),
     ({"image": 5}, "image is 5: expected a path"),
     ({"image": "m.jsonl"}, "not an image"),
-    ({"expressions": None}, "give its sentences"),
-    ({"text": "b"}, "not none and not both"),
+    ({"expressions": None}, "give its sentences as either"),
+    ({"text": "b"}, "either .expressions. or"),
     ({"expressions": []}, "expected a list of texts"),
     ({"expressions": [""]}, "a sentence is empty"),
     ({"expressions": ["a", " \t"]}, "a sentence is empty"),
@@ -403,8 +403,8 @@ ROWS = [
     ({"polygon": None, "rle": [1]}, "rle is"),
     ({"polygon": None, "rle": {"labelme": []}}, "lacks 'size' or 'counts'"),
     ({"polygon": None, "mask": "absent.png"}, "absent.png does not exist"),
-    ({"polygon": None, "mask": "small.png"}, "5x4 pixels and its picture 24x16"),
-    ({"polygon": None, "mask": "turned.png"}, "16x24 pixels and its picture 24x16"),
+    ({"polygon": None, "mask": "small.png"}, "5x4 pixels and its image 24x16"),
+    ({"polygon": None, "mask": "turned.png"}, "16x24 pixels and its image 24x16"),
     ({"polygon": None, "mask": "../square.png"}, "not a path inside"),
     ({"sentence": "a"}, "unknown key 'sentence': expected some of image, expressions"),
     ({"split": "tset"}, "split 'tset': choose one of train, val, test"),
@@ -439,10 +439,10 @@ def test_mistakes_of_whole_files(folder: Path, monkeypatch: pytest.MonkeyPatch):
     refused("line 3 has the id '5', as .*line 1 has", write(m, row(id=5), row(id=6), row(id="5")))
     refused("no split 'tset': choose one of train, val, test, all", write(m, row()), "tset")
     refused("no row of the split 'val', only of test, train", write(m, row(split="test"), row(image="b.png")), "val")
-    refused("line 2: picture .* must not be scored", write(m, row(split="test"), row()), "test")
+    refused("line 2: image .* must not be scored", write(m, row(split="test"), row()), "test")
     m.write_bytes(json.dumps(row()).encode("utf-16"))
     refused("not UTF-8", m)
-    refused("is no manifest", folder / "a.png")
+    refused("is not a manifest", folder / "a.png")
     write(m, row())
     write(folder / "n.jsonl", row())
     refused("holds 2 manifests", folder)
@@ -482,7 +482,7 @@ def test_mistakes_of_labelme(folder: Path):
     refused("its points are", label("x", points=[[1, 2**2000]] * 3))
     refused("its points are", label("x", points=[[1, True]] * 3))
     refused("shape 2: a sentence is empty", label("x"), label(" "))
-    refused("labelled at 100x16 pixels and its picture has 24x16", label("x"), imageWidth=100)
+    refused("labelled at 100x16 pixels and its image has 24x16", label("x"), imageWidth=100)
     refused("shape 1: a shape of the type 'line' has no area", label("x", shape_type="line"))
     refused("its points are", label("x", points=[[1, 2, 3]]))
     refused("its points are", label("x", points=[[1, float("nan")]] * 3))
@@ -491,6 +491,7 @@ def test_mistakes_of_labelme(folder: Path):
     two = {"points": [[20, 2], [25, 8]], "shape_type": "mask"}
     refused("has no 'mask'", label("x", **two))
     refused("not base64", label("x", mask="#", **two))
+    refused("not base64", label("x", mask="é", **two))
     refused("does not decode", label("x", mask="AAAA", **two))
     refused("does not fit its points", label("x", mask=base64.b64encode(png(square())).decode(), **two))
     (folder / "a.json").write_text("{")

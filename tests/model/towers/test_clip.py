@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from cmmasksd.model.processing import tokenize
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
-from cmmasksd.model.towers.clip import encode_image, encode_text
+from cmmasksd.model.towers.clip import CLIPImageTower, CLIPTextTower
 from conftest import make_clip
 
 SIZES = [
@@ -59,14 +59,14 @@ def _no_grad():
 @pytest.mark.parametrize("size", SIZES)
 def test_pooled_image_equals_transformers(clip, size):
     image = pixels(2, *size)
-    _, pooled = encode_image(clip, image)
+    _, pooled = CLIPImageTower(clip)(image)
     close(pooled, clip.get_image_features(pixel_values=image, interpolate_pos_encoding=True).pooler_output)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_patches_equal_the_last_hidden_state_through_norm_and_projection(clip, size):
     image = pixels(2, *size)
-    features, _ = encode_image(clip, image)
+    features, _ = CLIPImageTower(clip)(image)
     hidden = clip.vision_model(image, interpolate_pos_encoding=True).last_hidden_state
     close(features.patches, clip.visual_projection(clip.vision_model.post_layernorm(hidden[:, 1:])))
     assert features.grid == (size[0] // 8, size[1] // 8)
@@ -79,7 +79,7 @@ def test_native_size_equals_the_whole_clip_model(clip, tiny_tokenizer):
     """CLIPModel.forward: its normalised embeddings and its logits."""
     image, tokens = pixels(3, 32, 32), tokenize(tiny_tokenizer, SENTENCES)
     theirs = clip(pixel_values=image, input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-    pooled, sentence = encode_image(clip, image)[1], encode_text(clip, tokens).sentence
+    pooled, sentence = CLIPImageTower(clip)(image)[1], CLIPTextTower(clip)(tokens).sentence
     close(F.normalize(pooled, dim=-1), theirs.image_embeds)
     close(F.normalize(sentence, dim=-1), theirs.text_embeds)
     logits = F.normalize(sentence, dim=-1) @ F.normalize(pooled, dim=-1).T * clip.logit_scale.exp()
@@ -89,16 +89,16 @@ def test_native_size_equals_the_whole_clip_model(clip, tiny_tokenizer):
 def test_patches_lie_row_by_row(clip):
     """Patch i of the grid is patch i of the features: the one whose pixels change, changes most."""
     image = pixels(1, 24, 40)
-    before = encode_image(clip, image)[0].patches
+    before = CLIPImageTower(clip)(image)[0].patches
     for patch in (0, 4, 7, 14):
-        change = (encode_image(clip, recolour(image, patch))[0].patches - before).norm(dim=-1)[0]
+        change = (CLIPImageTower(clip)(recolour(image, patch))[0].patches - before).norm(dim=-1)[0]
         assert change.argmax() == patch
 
 
 def test_keeping_every_patch_equals_keeping_none_out(clip):
     image = pixels(2, 40, 24)
-    whole, pooled = encode_image(clip, image)
-    kept, kept_pooled = encode_image(clip, image, keep=torch.arange(15).expand(2, 15))
+    whole, pooled = CLIPImageTower(clip)(image)
+    kept, kept_pooled = CLIPImageTower(clip)(image, keep=torch.arange(15).expand(2, 15))
     close(kept.patches, whole.patches)
     close(kept_pooled, pooled)
 
@@ -106,8 +106,8 @@ def test_keeping_every_patch_equals_keeping_none_out(clip):
 def test_kept_patches_come_back_in_the_given_order(clip):
     image = pixels(2, 32, 32)
     keep = torch.tensor([[3, 9, 12], [0, 1, 15]])
-    features, pooled = encode_image(clip, image, keep=keep)
-    turned, turned_pooled = encode_image(clip, image, keep=keep.flip(1))
+    features, pooled = CLIPImageTower(clip)(image, keep=keep)
+    turned, turned_pooled = CLIPImageTower(clip)(image, keep=keep.flip(1))
     assert features.patches.shape == (2, 3, clip.config.projection_dim)
     assert features.grid == (4, 4)  # of the whole image
     close(turned.patches, features.patches.flip(1))
@@ -116,27 +116,27 @@ def test_kept_patches_come_back_in_the_given_order(clip):
 
 def test_dropped_patches_have_no_influence(clip):
     image, keep = pixels(1, 32, 32), torch.tensor([[1, 5, 6, 11]])
-    before, pooled = encode_image(clip, image, keep=keep, value_path=True)
+    before, pooled = CLIPImageTower(clip)(image, keep=keep, value_path=True)
     for patch in (0, 2, 15):  # dropped
-        after, after_pooled = encode_image(clip, recolour(image, patch), keep=keep, value_path=True)
+        after, after_pooled = CLIPImageTower(clip)(recolour(image, patch), keep=keep, value_path=True)
         assert torch.equal(after.patches, before.patches)
         assert torch.equal(after.dense, before.dense)
         assert torch.equal(after_pooled, pooled)
-    kept = encode_image(clip, recolour(image, 5), keep=keep)[0]
+    kept = CLIPImageTower(clip)(recolour(image, 5), keep=keep)[0]
     assert not torch.allclose(kept.patches[:, 0], before.patches[:, 0], atol=1e-3)  # the test can see a leak
 
 
 def test_dropping_leaves_the_others_at_their_positions(clip):
     """Two images that differ only in where a patch lies must not look alike once the rest is dropped."""
     image = torch.zeros(1, 3, 32, 32)
-    here, there = (encode_image(clip, image, keep=torch.tensor([[at]]))[0].patches for at in (0, 10))
+    here, there = (CLIPImageTower(clip)(image, keep=torch.tensor([[at]]))[0].patches for at in (0, 10))
     assert not torch.allclose(here, there, atol=1e-2)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24)])
 def test_value_path_equals_a_computation_by_hand(clip, size):
     image = pixels(2, *size)
-    features, pooled = encode_image(clip, image, value_path=True)
+    features, pooled = CLIPImageTower(clip)(image, value_path=True)
     last = clip.vision_model.encoder.layers[-1]
     out = clip.vision_model(image, interpolate_pos_encoding=True, output_hidden_states=True)
     entering = out.hidden_states[-2][:, 1:]  # what the last block reads, without the class token
@@ -146,7 +146,7 @@ def test_value_path_equals_a_computation_by_hand(clip, size):
     hand = hand @ attention.out_proj.weight.T + attention.out_proj.bias
     hand = F.layer_norm(hand, final.normalized_shape, final.weight, final.bias, final.eps)
     close(features.dense, hand @ clip.visual_projection.weight.T)
-    plain, plain_pooled = encode_image(clip, image)
+    plain, plain_pooled = CLIPImageTower(clip)(image)
     assert torch.equal(features.patches, plain.patches)
     assert torch.equal(pooled, plain_pooled)
 
@@ -154,8 +154,8 @@ def test_value_path_equals_a_computation_by_hand(clip, size):
 def test_value_path_follows_keep(clip):
     image = pixels(1, 32, 32)
     keep = torch.arange(16)[None]
-    whole = encode_image(clip, image, value_path=True)[0]
-    some = encode_image(clip, image, value_path=True, keep=keep.flip(1))[0]
+    whole = CLIPImageTower(clip)(image, value_path=True)[0]
+    some = CLIPImageTower(clip)(image, value_path=True, keep=keep.flip(1))[0]
     close(some.dense, whole.dense.flip(1))
 
 
@@ -200,7 +200,7 @@ def test_a_patch_has_its_own_pixels_alone(size):
     image = torch.randn(1, 3, 2 * size, 3 * size)
     other = image.clone()
     other[..., :size, size : 2 * size] += 1  # the second patch
-    before, after = (encode_image(clip, pixels)[0].pixels for pixels in (image, other))
+    before, after = (CLIPImageTower(clip)(pixels)[0].pixels for pixels in (image, other))
     assert before.shape == (1, 6, 192)
     torch.testing.assert_close(after[0, 1], before[0, 1] + 1)
     assert torch.equal(after[0, [0, 2, 3, 4, 5]], before[0, [0, 2, 3, 4, 5]])
@@ -212,14 +212,14 @@ def test_a_patch_has_its_own_pixels_alone(size):
 @torch.no_grad()
 def test_kept_patches_bring_their_own_pixels(clip):
     image, keep = torch.randn(2, 3, 32, 48), torch.tensor([[3, 1], [0, 2]])
-    whole = encode_image(clip, image)[0].pixels
-    kept = encode_image(clip, image, keep=keep)[0].pixels
+    whole = CLIPImageTower(clip)(image)[0].pixels
+    kept = CLIPImageTower(clip)(image, keep=keep)[0].pixels
     assert torch.equal(kept, torch.stack([whole[0, [3, 1]], whole[1, [0, 2]]]))
 
 
 def test_text_equals_transformers(clip, tiny_tokenizer):
     tokens = tokenize(tiny_tokenizer, SENTENCES)
-    features = encode_text(clip, tokens)
+    features = CLIPTextTower(clip)(tokens)
     theirs = clip.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
     close(features.sentence, theirs.pooler_output)
     hidden = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
@@ -236,13 +236,13 @@ def test_threads_that_share_a_model_get_their_own_sentences_and_images(clip, tin
     sides = [tokenize(tiny_tokenizer, [text]) for text in ("the red square", "the blue circle")]
     images = [pixels(1, 32, 32, seed) for seed in (0, 1)]
     alone = [
-        (encode_text(clip, said), encode_image(clip, image, value_path=True)[0])
+        (CLIPTextTower(clip)(said), CLIPImageTower(clip)(image, value_path=True)[0])
         for said, image in zip(sides, images, strict=True)
     ]
 
     @torch.no_grad()
     def both(side: int) -> tuple[TextFeatures, ImageFeatures]:
-        return encode_text(clip, sides[side]), encode_image(clip, images[side], value_path=True)[0]
+        return CLIPTextTower(clip)(sides[side]), CLIPImageTower(clip)(images[side], value_path=True)[0]
 
     modules = (clip.text_model.embeddings.token_embedding, clip.vision_model.encoder.layers[-1].layer_norm1)
     hooks = [module.register_forward_pre_hook(wait) for module in modules]
@@ -261,12 +261,12 @@ def test_threads_that_share_a_model_get_their_own_sentences_and_images(clip, tin
 def test_eager_attention_equals_the_fused_kernel(clip, tiny_clip_folder, tiny_tokenizer):
     eager = CLIPModel.from_pretrained(tiny_clip_folder, attn_implementation="eager").eval()
     tokens = tokenize(tiny_tokenizer, SENTENCES)
-    close(encode_text(eager, tokens).words, encode_text(clip, tokens).words)
+    close(CLIPTextTower(eager)(tokens).words, CLIPTextTower(clip)(tokens).words)
 
 
 def test_word_mask_is_true_for_pieces_of_words_only(clip, tiny_tokenizer):
     tokens = tokenize(tiny_tokenizer, SENTENCES)
-    mask = encode_text(clip, tokens).word_mask
+    mask = CLIPTextTower(clip)(tokens).word_mask
     special = torch.tensor([tiny_tokenizer.bos_token_id, tiny_tokenizer.eos_token_id, tiny_tokenizer.pad_token_id])
     assert torch.equal(mask, ~torch.isin(tokens.input_ids, special))
     assert mask[0].sum() == 3
@@ -283,14 +283,14 @@ def test_the_sentence_is_the_end_token(legacy, tiny_tokenizer):
     hidden = torch.zeros_like(tokens.word_ids, dtype=torch.bool)
     hidden[:, 1] = True
     for said in (tokens, tokens.hide(hidden)):
-        features = encode_text(clip, said)
+        features = CLIPTextTower(clip)(said)
         close(features.sentence, features.words[torch.arange(3), ends])
 
 
 def test_a_sentence_is_the_same_alone_and_beside_a_longer_one(clip, tiny_tokenizer):
-    together = encode_text(clip, tokenize(tiny_tokenizer, SENTENCES))
+    together = CLIPTextTower(clip)(tokenize(tiny_tokenizer, SENTENCES))
     for i, text in enumerate(SENTENCES):
-        alone = encode_text(clip, tokenize(tiny_tokenizer, [text]))
+        alone = CLIPTextTower(clip)(tokenize(tiny_tokenizer, [text]))
         length = alone.words.shape[1]
         close(alone.sentence[0], together.sentence[i])
         close(alone.words[0], together.words[i, :length])
@@ -316,11 +316,11 @@ def test_a_hidden_word_has_no_influence(clip, said):
         tokens.truncated,
     )
     assert not torch.equal(other.input_ids, tokens.input_ids)
-    a, b = encode_text(clip, tokens.hide(hidden)), encode_text(clip, other.hide(hidden))
+    a, b = CLIPTextTower(clip)(tokens.hide(hidden)), CLIPTextTower(clip)(other.hide(hidden))
     assert torch.equal(a.words, b.words)
     assert torch.equal(a.sentence, b.sentence)
     assert torch.equal(a.word_mask, b.word_mask)
-    seen = encode_text(clip, tokens).sentence - encode_text(clip, other).sentence
+    seen = CLIPTextTower(clip)(tokens).sentence - CLIPTextTower(clip)(other).sentence
     assert seen.abs().amax() > 1e-2  # the test can see a leak
 
 
@@ -337,7 +337,7 @@ def test_hiding_changes_what_it_hides_and_nothing_else(said):
 
 def test_hiding_nothing_is_the_whole_sentence(clip, said):
     tokens, hidden = said
-    before, after = encode_text(clip, tokens), encode_text(clip, tokens.hide(hidden & False))
+    before, after = CLIPTextTower(clip)(tokens), CLIPTextTower(clip)(tokens.hide(hidden & False))
     assert torch.equal(before.words, after.words)
     assert torch.equal(before.sentence, after.sentence)
 
@@ -345,8 +345,8 @@ def test_hiding_nothing_is_the_whole_sentence(clip, said):
 def test_a_hidden_word_leaves_its_place_empty(clip, tiny_tokenizer):
     """Positions stay: hiding is not the same as never having said the word."""
     tokens = tokenize(tiny_tokenizer, ["the red square"])
-    hidden = encode_text(clip, tokens.hide(tokens.word_ids == 1)).sentence
-    left_out = encode_text(clip, tokenize(tiny_tokenizer, ["the square"])).sentence
+    hidden = CLIPTextTower(clip)(tokens.hide(tokens.word_ids == 1)).sentence
+    left_out = CLIPTextTower(clip)(tokenize(tiny_tokenizer, ["the square"])).sentence
     assert not torch.allclose(hidden, left_out, atol=1e-2)
 
 

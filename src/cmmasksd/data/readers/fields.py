@@ -1,10 +1,25 @@
-"""Typed fields of the records in a downloaded file; a UserError names what is wrong."""
+"""JSON and typed fields of files that others wrote; a UserError names what is wrong."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from cmmasksd.errors import UserError, shown
+
+
+def parse_json(content: str | bytes, what: str, remedy: str) -> Any:
+    """The value in JSON.
+
+    Args:
+        content: the JSON.
+        what: its name in the message.
+        remedy: what to do when it is damaged.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not JSON ({error}): {remedy}") from None
 
 
 def whole_number(record: dict[str, Any], key: str, where: str) -> int:

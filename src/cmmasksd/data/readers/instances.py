@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from cmmasksd.data.images import MAX_PIXELS
 from cmmasksd.data.masks import usable_segmentation
-from cmmasksd.data.readers.fields import whole_number
+from cmmasksd.data.readers.fields import parse_json, whole_number
 from cmmasksd.data.samples import Reference
 from cmmasksd.errors import UserError
 from cmmasksd.files import safe_path
@@ -87,10 +87,8 @@ _POLYGONS = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[[-+0-9.eE,\s\[\]]*\]\s*\]
 
 def _parse(content: bytes, path: Path) -> list[list[dict[str, Any]]]:
     """The records of "images" and "annotations", with polygons replaced by [[start, end]], their place in the file."""
-    try:
-        parsed = json.loads(_POLYGONS.sub(lambda match: b'"segmentation":[[%d,%d]]' % match.span(1), content))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}; download it again from its release") from None
+    shortened = _POLYGONS.sub(lambda match: b'"segmentation":[[%d,%d]]' % match.span(1), content)
+    parsed = parse_json(shortened, str(path), "download it again from its release")
     lists = []
     for key in ("images", "annotations"):
         records = parsed.get(key) if isinstance(parsed, dict) else None

@@ -1,10 +1,8 @@
-"""labelme's files: their objects as rows of a manifest, and their shapes as masks."""
+"""labelme files: their objects as rows of a manifest, and their shapes as masks."""
 
 from __future__ import annotations
 
 import base64
-import binascii
-import json
 import math
 import posixpath
 from collections.abc import Iterator
@@ -15,24 +13,25 @@ import numpy as np
 
 from cmmasksd.data.images import read_mask
 from cmmasksd.data.masks import decode_segmentation
-from cmmasksd.data.readers.rows import Row, Shapes, sentences
+from cmmasksd.data.readers.fields import parse_json
+from cmmasksd.data.readers.rows import Row, Shapes, read_expressions
 from cmmasksd.errors import UserError, shown
 from cmmasksd.files import safe_path
 
 
 def labelme_rows(file: Path, root: Path) -> Iterator[Row]:
-    """One row per object of a labelme file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not UTF-8 text: save it with this encoding") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}): save it again with labelme") from None
+    """One row per object of a labelme file.
+
+    Args:
+        file: the labelme file.
+        root: folder that it must not lead out of.
+    """
+    content = parse_json(file.read_bytes(), str(file), "save it again with labelme")
     shapes = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(shapes, list) or not isinstance(content.get("imagePath"), str):
         raise UserError(f"{file} is not a labelme file (no 'shapes' or no 'imagePath'): move it out of {root}")
-    below = posixpath.join(file.parent.relative_to(root).as_posix(), content["imagePath"].replace("\\", "/"))
-    image = safe_path(root, below, f"{file}: imagePath")
+    name = posixpath.join(file.parent.relative_to(root).as_posix(), content["imagePath"].replace("\\", "/"))
+    image = safe_path(root, name, f"{file}: imagePath")
     objects: dict[object, list[tuple[int, dict[str, Any]]]] = {}
     for number, shape in enumerate(shapes, start=1):
         if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
@@ -42,29 +41,30 @@ def labelme_rows(file: Path, root: Path) -> Iterator[Row]:
             raise UserError(f"{file}, shape {number} has the group_id {shown(group)}: expected a whole number or null")
         objects.setdefault(("shape", number) if group is None else str(group), []).append((number, shape))
     size = content.get("imageHeight"), content.get("imageWidth")
-    named: dict[str, int] = {}  # by sentence, the shape that it names
+    shape_of: dict[str, int] = {}  # by sentence
     for parts in objects.values():
         first = parts[0][0]
         where = f"{file}, shape {first}"
-        texts = sentences([text for _, shape in parts for text in shape["label"].split("|")], where)
+        texts = read_expressions([text for _, shape in parts for text in shape["label"].split("|")], where)
         for text in texts:
-            if named.setdefault(text.casefold(), first) != first:
+            if (other := shape_of.setdefault(text.casefold(), first)) != first:
                 raise UserError(
-                    f"{where}: the sentence {shown(text)} also names shape {named[text.casefold()]}: give both the "
-                    "same group_id if they are parts of one object, else write sentences that tell them apart"
+                    f"{where}: the sentence {shown(text)} also names shape {other}: give both the same group_id if "
+                    "they are parts of one object, else write sentences that tell them apart"
                 )
         yield Row(where, image, tuple(dict.fromkeys(texts)), Shapes([shape for _, shape in parts], size))
 
 
-def labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: tuple[int, int]) -> np.ndarray:
-    """The union of labelme shapes, (H, W) bool."""
-    if None not in stated and stated != size:
+def labelme_mask(shapes: Shapes, size: tuple[int, int]) -> np.ndarray:
+    """The union of labelme shapes, (H, W) bool; size is the image's (height, width)."""
+    stated_height, stated_width = shapes.size
+    if None not in shapes.size and shapes.size != size:
         raise UserError(
-            f"it was labelled at {shown(stated[1])}x{shown(stated[0])} pixels and its picture has {size[1]}x{size[0]}: "
-            "use the picture that was labelled"
+            f"it was labelled at {shown(stated_width)}x{shown(stated_height)} pixels and its image has "
+            f"{size[1]}x{size[0]}: use the image that was labelled"
         )
     union = np.zeros(size, dtype=bool)
-    for shape in shapes:
+    for shape in shapes.shapes:
         kind = shape.get("shape_type", "polygon")
         points = _points(shape.get("points"))
         if points is None:
@@ -86,30 +86,31 @@ def labelme_mask(shapes: list[dict[str, Any]], stated: tuple[Any, Any], size: tu
     return union
 
 
-def _points(given: object) -> np.ndarray | None:
-    """labelme's points as (P, 2), or None where they are none."""
-    if not isinstance(given, list) or not all(isinstance(point, list) and len(point) == 2 for point in given):
+def _points(points: object) -> np.ndarray | None:
+    """labelme's points as (P, 2) float64; None where they are anything else."""
+    if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
         return None
-    numbers = [number for point in given for number in point]
+    numbers = [number for point in points for number in point]
     if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers):  # also false for NaN
         return None
     return np.array(numbers, dtype=np.float64).reshape(-1, 2)
 
 
 def _pasted(encoded: object, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """labelme's shape of the type "mask": a PNG in base64, laid over the rectangle that its two points span."""
+    """A shape of the type "mask", (H, W) bool: a PNG in base64 that fills the rectangle of its two points."""
     if not isinstance(encoded, str):
         raise UserError("a shape of the type 'mask' has no 'mask': save it again with labelme")
     try:
-        part = read_mask(base64.b64decode(encoded, validate=True))
-    except binascii.Error as error:
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError as error:
         raise UserError(f"its mask is not base64 ({error}): save it again with labelme") from None
+    part = read_mask(content)
     (left, top), (right, bottom) = points.round().astype(int)
     whole = np.zeros(size, dtype=bool)
-    place = whole[max(top, 0) : bottom + 1, max(left, 0) : right + 1]
-    if min(left, top) < 0 or place.shape != part.shape:
+    rectangle = whole[max(top, 0) : bottom + 1, max(left, 0) : right + 1]
+    if min(left, top) < 0 or rectangle.shape != part.shape:
         raise UserError(
             f"its mask of {part.shape} does not fit its points {points.tolist()}: save it again with labelme"
         )
-    place |= part
+    rectangle |= part
     return whole

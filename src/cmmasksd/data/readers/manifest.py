@@ -1,27 +1,27 @@
-"""Your own pictures: a JSONL or CSV file with one row per object, or a folder of labelme files.
+"""Own data: a JSONL or CSV file with one row per object, or a folder of labelme files.
 
     {"image": "photos/1.jpg", "expressions": ["the red cup", "cup on the left"], "mask": "masks/1.png"}
 
-A row has these keys; a CSV file has them as its header:
+Keys of a row; a CSV file has them as its header:
 
-    image        path of the picture, relative to the file that names it and inside its folder
+    image        path of the image, relative to the manifest and inside its folder
     expressions  list of sentences, or one string (CSV: separated by "|"); or `text`: one sentence
-    mask         path of a PNG of the picture's size, any value but 0 is the object;
-      or polygon list of COCO polygons [[x0, y0, x1, y1, ...], ...] in pixels (CSV: as JSON);
+    mask         path of a PNG of the image's size; any value but 0 is the object
+      or polygon list of COCO polygons [[x0, y0, x1, y1, ...], ...] in pixels (CSV: as JSON)
       or rle     COCO's {"size": [height, width], "counts": ...} (CSV: as JSON)
     split        optional: train, val or test
-    id           optional and unique; ids that are all whole numbers become the ref_id of the results
+    id           optional and unique; if all ids are whole numbers, they become the ref_id of the results
 
-In a folder of labelme files every shape is an object and its label the sentence ("|" separates several). Shapes of one
-image with the same group_id are one object. A sentence that names two objects of an image is refused there, since the
-shapes may have been meant as one object; in a manifest, whose rows are objects, the log counts such sentences.
+In a folder of labelme files, every shape is an object and its label the sentence ("|" separates several). Shapes of one
+image with the same group_id are one object. A sentence that names two objects of an image is refused, since the shapes
+may have been meant as one object; in a manifest, whose rows are objects, the log counts such sentences.
 
-Splits. A file called train, val or test gives its rows this split. If rows name splits, those that name none are for
-training. If none does, pictures are dealt out by their content, about 80 % train, 10 % val, 10 % test and at least one
-each; a picture keeps its split when it is renamed. No picture may be in two splits. The split "all" is every row.
+Splits: a file called train, val or test gives its rows this split. If some rows name splits, the others are for
+training. If none does, the content of the images decides: about 80 % train, 10 % val, 10 % test and at least one each;
+an image keeps its split when it is renamed. An image must not be in two splits. The split "all" has every row.
 
-What is unusual: pictures are turned upright as their EXIF orientation says, as labelling tools and `predict` do (masks
-of RefCOCO are drawn on the stored pixels). A mask without a pixel is allowed: the sentence names nothing there.
+What is unusual: images are turned upright by their EXIF orientation, as labelling tools and `predict` do (masks of
+RefCOCO are drawn on the stored pixels). A mask without a pixel is allowed: the sentence names nothing in the image.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 
 
 class ManifestDataset:
-    """One split of one's own data; implements ``ReferringDataset``.
+    """One split of own data; implements ``ReferringDataset``.
 
-    Everything is checked on construction except pixels, so that a mistake stops a run before it starts. Polygons are
+    Everything but the pixels is checked on construction, so that a mistake stops a run before it starts. Polygons are
     kept as RLE.
 
     Args:
@@ -57,7 +57,7 @@ class ManifestDataset:
         split: "train", "val", "test" or "all".
 
     Raises:
-        UserError: naming file and line of the first mistake.
+        UserError: something is wrong; it names file and line.
     """
 
     name = "manifest"
@@ -68,7 +68,7 @@ class ManifestDataset:
             raise UserError(f"a manifest has no split {shown(split)}: choose one of {', '.join(SPLITS)}, {ALL}")
         rows = _all_rows(Path(root))
         _check_ids(rows)
-        _tell_ambiguous(rows, Path(root))
+        _log_ambiguous(rows, Path(root))
         numbered = all(row.id is not None and re.fullmatch("0|[1-9][0-9]{0,17}", row.id) for row in rows)
         if split != ALL:
             rows = with_splits(rows)
@@ -86,7 +86,7 @@ class ManifestDataset:
             sent_id += len(expressions)
             if split not in (ALL, row.split):
                 continue
-            with _saying(row.where):
+            with _located(row.where):
                 if row.image not in sizes:
                     sizes[row.image] = image_size(row.image, exif=True)
                 self._masks.append(_checked_mask(row.mask, sizes[row.image]))
@@ -94,8 +94,10 @@ class ManifestDataset:
             self._references.append(Reference(ref_id, image_id, (ref_id,), row.split or ALL, expressions))
             self._where.append((row.where, row.image))
         if not self._references:
-            have = ", ".join(sorted({row.split or ALL for row in rows}))
-            raise UserError(f"{root} has no row of the split {split!r}, only of {have}: name it in rows, or use {ALL}")
+            splits = ", ".join(sorted({row.split or ALL for row in rows}))
+            raise UserError(
+                f"{root} has no row of the split {split!r}, only of {splits}: name it in rows, or use {ALL}"
+            )
 
     def __len__(self) -> int:
         return len(self._references)
@@ -104,13 +106,13 @@ class ManifestDataset:
         return self._references[index]
 
     def image(self, reference: Reference) -> np.ndarray:
-        """The reference's picture, (H, W, 3) uint8 RGB, upright.
+        """The reference's image, upright, (H, W, 3) uint8 RGB.
 
         Raises:
             UserError: it is damaged.
         """
         where, image = self._where[self._rows[reference.ref_id]]
-        with _saying(where):
+        with _located(where):
             return read_image(image, exif=True)
 
     def mask(self, reference: Reference) -> np.ndarray:
@@ -123,7 +125,7 @@ class ManifestDataset:
         mask = self._masks[index]
         if isinstance(mask, dict):
             return decode_segmentation(mask, *mask["size"])
-        with _saying(self._where[index][0]):
+        with _located(self._where[index][0]):
             return read_mask(mask)
 
     def groups(self) -> list[list[int]]:
@@ -132,8 +134,8 @@ class ManifestDataset:
 
 
 @contextmanager
-def _saying(where: str) -> Iterator[None]:
-    """Within it, a UserError also says where: file and line."""
+def _located(where: str) -> Iterator[None]:
+    """Put the file and line in front of a UserError."""
     try:
         yield
     except UserError as error:
@@ -159,7 +161,7 @@ def _all_rows(root: Path) -> list[Row]:
     else:
         raise UserError(f"{root} holds no manifest (.jsonl or .csv) and no labelme file (.json): check the path")
     if not rows:
-        raise UserError(f"{root} has no row: give it at least one picture with a sentence")
+        raise UserError(f"{root} has no row: give it at least one image with a sentence")
     return rows
 
 
@@ -167,37 +169,38 @@ def _check_ids(rows: Sequence[Row]) -> None:
     first: dict[str, str] = {}
     for row in rows:
         if row.id is not None and (other := first.setdefault(row.id, row.where)) is not row.where:
-            raise UserError(f"{row.where} has the id {shown(row.id)}, as {other} has: give every row an id of its own")
+            raise UserError(f"{row.where} has the id {shown(row.id)}, as {other} has: ids must be unique")
 
 
-def _tell_ambiguous(rows: Sequence[Row], root: Path) -> None:
+def _log_ambiguous(rows: Sequence[Row], root: Path) -> None:
     """Log how many sentences name two objects of one image."""
     first: dict[tuple[Path, str], Row] = {}
     texts = [(row, text.casefold()) for row in rows for text in row.expressions]
-    again = [(row, text) for row, text in texts if first.setdefault((row.image, text), row) is not row]
-    if again:
-        row, text = again[0]
+    ambiguous = [(row, text) for row, text in texts if first.setdefault((row.image, text), row) is not row]
+    if ambiguous:
+        row, text = ambiguous[0]
         log.warning(
-            "%s: sentences that name more than one object of their picture: %d, such as %s in %s and %s",
-            *(root, len(again), shown(text), first[row.image, text].where, row.where),
+            "%s: sentences that name more than one object of their image: %d, such as %s in %s and %s",
+            *(root, len(ambiguous), shown(text), first[row.image, text].where, row.where),
         )
 
 
 def _checked_mask(
     mask: Path | list[Any] | dict[str, Any] | Shapes | None, size: tuple[int, int]
 ) -> Path | dict[str, Any]:
-    """The mask as a path or RLE, known to have the picture's size (height, width)."""
+    """The mask as a path or RLE, if it has the image's size (height, width)."""
     if isinstance(mask, Path):
-        if (own := image_size(mask)) != size:
-            turned = " (the picture is turned by its EXIF orientation)" if own == size[::-1] != size else ""
+        height, width = image_size(mask)
+        if (height, width) != size:
+            turned = " (the image is turned by its EXIF orientation)" if (width, height) == size else ""
             raise UserError(
-                f"mask {mask} is {own[1]}x{own[0]} pixels and its picture {size[1]}x{size[0]}{turned}: they must have "
-                "one size"
+                f"mask {mask} is {width}x{height} pixels and its image {size[1]}x{size[0]}{turned}: give a mask of the "
+                "image's size"
             )
         return mask
-    found = labelme_mask(mask.shapes, mask.size, size) if isinstance(mask, Shapes) else decode_segmentation(mask, *size)
-    if not isinstance(mask, dict) and not found.any():
+    pixels = labelme_mask(mask, size) if isinstance(mask, Shapes) else decode_segmentation(mask, *size)
+    if not isinstance(mask, dict) and not pixels.any():
         raise UserError(
             "its outline covers no pixel: draw the object again, or give an empty mask if the sentence names nothing"
         )
-    return mask_to_rle(found)
+    return mask_to_rle(pixels)

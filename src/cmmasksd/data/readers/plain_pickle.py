@@ -1,13 +1,13 @@
-"""Plain values from a pickle that a stranger wrote: lists, dicts, tuples, text, bytes and numbers, nothing else.
+"""Plain values from an untrusted pickle: lists, dicts, tuples, text, bytes and numbers, nothing else.
 
-A pickle is a program for a small stack machine. ``pickle.load`` calls whatever function the program names, hashes
-whatever it uses as a key (practically for ever, for nested tuples that share their parts), and can build ninety times
-the size of the file.
+A pickle is a program for a small stack machine. ``pickle.load`` calls any function that the program names, hashes
+anything that it uses as a key (practically for ever, for nested tuples that share their parts), and can build ninety
+times the size of the file.
 
-``_PlainUnpickler`` is Python's unpickler in Python with the instructions of plain values alone. It counts them, takes
-only text as keys, and calls no function but the three below, which read NumPy's numbers. The unpickler in C cannot be
-restricted like that and is three times as fast: it gets the pickles that hold no instruction by which it can be abused,
-such as RefCOCO's.
+``_PlainUnpickler`` is Python's unpickler written in Python, reduced to the instructions of plain values. It counts
+them, accepts only text as keys, and calls no function but the three below, which read NumPy's numbers. The unpickler
+in C is three times as fast but cannot be restricted like that: it reads the pickles without any instruction that can be
+abused, such as RefCOCO's.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ import numpy as np
 from cmmasksd.errors import UserError, shown
 
 MAX_INSTRUCTIONS = 40_000_000
-"""Pickles with more are refused; RefCOCO has 4 million."""
+"""Limit of instructions; RefCOCO has 4 million."""
 
 MAX_CONTAINERS = 4_000_000
-"""Pickles with more lists, dicts and tuples are refused; RefCOCO has 400,000. Each takes some 80 bytes."""
+"""Limit of lists, dicts and tuples, some 80 bytes each; RefCOCO has 400,000."""
 
 
 def load_plain_pickle(data: bytes) -> object:
-    """The value in a pickle. Python 2's text, which holds bytes, is read as UTF-8, else as Latin-1.
+    """The value in a pickle. Text of Python 2, which is bytes, is decoded as UTF-8, else as Latin-1.
 
     Raises:
-        UserError: the pickle is damaged, too large, or holds anything but plain values.
+        UserError: the pickle is damaged, too large, or has a value that is not plain.
     """
     if _is_simple(data):
         with contextlib.suppress(Exception):  # damaged (which raises nearly anything), or Latin-1: see below
@@ -51,12 +51,12 @@ def load_plain_pickle(data: bytes) -> object:
 
 # ------------------------------------------------------------------------------------------------ the unpickler in C
 
-# The instructions that say in so many bytes (little-endian) how many bytes of text or bytes follow
+# Instructions of text and bytes: number of bytes (little-endian) of the length that follows
 _COUNTED = {0x8C: 1, ord("X"): 4, 0x8D: 8, ord("U"): 1, ord("T"): 4, ord("C"): 1, ord("B"): 4, 0x8E: 8}
 
-# The instructions that make lists, dicts, text and numbers, by the size of their argument: no tuples and no integers
-# beyond 60 bits (their hashes can be made slow), no functions. Two are narrower than pickle's own: r and p give the
-# index of a memo entry, up to which Python allocates, and have 24 bits or 7 digits here.
+# Instructions of lists, dicts, text and numbers, by the size of their argument: no tuples and no integers beyond 60
+# bits (their hashes can be made slow), no functions. Two are narrower than pickle's own: the index of a memo entry, up
+# to which Python allocates, has 24 bits (r) or 7 digits (p) here.
 _SIMPLE = re.compile(
     rb"""(?:
         [(.012Nldaesu\]}\x88\x89\x94]   # no argument: marks, containers, None, True, False, STOP
@@ -69,19 +69,19 @@ _NOT_CONTAINERS = bytes(set(range(256)) - set(b"(]}"))
 
 
 class _NoNames(pickle.Unpickler):
-    """The second lock, should `_is_simple` ever read an instruction in another way than Python does."""
+    """A second lock, in case `_is_simple` ever reads an instruction differently from Python."""
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
         raise UserError(f"it asks for {shown(f'{module_name}.{global_name}')}")
 
 
 def _is_simple(data: bytes) -> bool:
-    """Whether the unpickler in C reads a pickle safely, within bounded time and memory."""
+    """Whether the unpickler in C reads a pickle safely, in bounded time and memory."""
     at = containers = 0
     while at < len(data):
         match = _SIMPLE.match(data, at)
-        assert match is not None  # it also matches nothing
-        containers += len(match[0].translate(None, _NOT_CONTAINERS))  # or more, where text holds such letters
+        assert match is not None  # it also matches the empty string
+        containers += len(match[0].translate(None, _NOT_CONTAINERS))  # an upper bound: text has such letters too
         at = match.end()
         if at < len(data):
             if data[at] not in _COUNTED or containers > MAX_CONTAINERS:
@@ -94,14 +94,14 @@ def _is_simple(data: bytes) -> bool:
 # ------------------------------------------------------------------------------------------- the unpickler in Python
 
 
-_UNPICKLER: Any = pickle._Unpickler  # whose attributes typeshed does not know
+_UNPICKLER: Any = pickle._Unpickler  # typeshed lacks its attributes
 
 _PLAIN = frozenset(b"(.012NIJKLMFGSTUVXBC)]}ldtaesugpqrhjcRb\x80\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x94\x95")
-_CONTAINERS = frozenset(b"(])}\x85\x86\x87ldt")  # what makes containers; a mark precedes most of them
+_CONTAINERS = frozenset(b"(])}\x85\x86\x87ldt")  # instructions that make containers; a mark precedes most of them
 
 
 class _PlainUnpickler(_UNPICKLER):
-    """Python's unpickler with the instructions in `_PLAIN` alone, counted and within bounds."""
+    """Python's unpickler with only the instructions in `_PLAIN`, which it counts."""
 
     instructions = containers = 0
 
@@ -149,7 +149,7 @@ class _PlainUnpickler(_UNPICKLER):
         self.count(1 + sys.getsizeof(self.stack[-1]) // 64)
 
     def load_build(self) -> None:
-        """NumPy sets a type's byte order, and what follows from it."""
+        """NumPy's way to set the byte order of a type."""
         state = self.stack.pop()
         if not isinstance(self.stack[-1], np.dtype):
             raise UserError(f"unexpected instruction {pickle.BUILD!r}")
@@ -158,16 +158,16 @@ class _PlainUnpickler(_UNPICKLER):
 
 
 def _instruction(code: int) -> Callable[[_PlainUnpickler], None]:
-    """The method of `_PlainUnpickler` that follows an opcode."""
+    """The method of `_PlainUnpickler` that executes an opcode."""
     method = getattr(_PlainUnpickler, _UNPICKLER.dispatch[code].__name__) if code in _PLAIN else None
 
-    def follow(self: _PlainUnpickler) -> None:
+    def execute(self: _PlainUnpickler) -> None:
         self.count(code in _CONTAINERS)
         if method is None:
             raise UserError(f"unexpected instruction {bytes([code])!r}")
         method(self)
 
-    return follow
+    return execute
 
 
 _PlainUnpickler.dispatch = {code: _instruction(code) for code in range(256)}
@@ -177,7 +177,7 @@ _PlainUnpickler.dispatch = {code: _instruction(code) for code in range(256)}
 
 
 def _dtype(code: object = None, *_: object) -> np.dtype:
-    """numpy.dtype, of whole numbers, floats, booleans and text."""
+    """numpy.dtype of whole numbers, floats, booleans and text."""
     if not isinstance(code, str) or not re.fullmatch("[iu][1248]|f[248]|b1|U[1-9][0-9]{0,4}", code):
         raise UserError(f"it holds NumPy values of the type {shown(code)}, which no refs file needs")
     return np.dtype(f"<{code}")
@@ -187,7 +187,7 @@ def _scalar(dtype: object = None, content: object = None, *_: object) -> object:
     """numpy.core.multiarray.scalar; the value is Python's int, float, bool or str."""
     if not isinstance(dtype, np.dtype):
         raise ValueError
-    if isinstance(content, str):  # from Python 2; only Latin-1 has as many characters as bytes
+    if isinstance(content, str):  # of Python 2; only decoded Latin-1 has as many characters as bytes
         content = content.encode("latin-1" if len(content) == dtype.itemsize else "utf-8")
     if not isinstance(content, bytes) or len(content) != dtype.itemsize:
         raise ValueError
@@ -197,7 +197,7 @@ def _scalar(dtype: object = None, content: object = None, *_: object) -> object:
 
 
 def _encode(text: object = None, encoding: object = None, *_: object) -> bytes:
-    """_codecs.encode, by which protocols 0 to 2 write bytes."""
+    """_codecs.encode, which protocols 0 to 2 use for bytes."""
     if not isinstance(text, str) or encoding != "latin1":
         raise ValueError
     return text.encode("latin-1")

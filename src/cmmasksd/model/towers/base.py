@@ -1,16 +1,18 @@
-"""What a dual encoder takes and gives: `Tokens` in, `ImageFeatures` and `TextFeatures` out.
+"""What a dual encoder must offer: two towers (`ImageTower`, `TextTower`) into one joint space, and its `EncoderSizes`.
 
-The decoder and the objective know encoders by these records alone.
+The decoder and the objective know encoders only by the records that pass between them: `Tokens` in, `ImageFeatures`
+and `TextFeatures` out. A new family is one file beside `clip.py`: the two towers, and its sizes from its configuration.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,3 +125,60 @@ class TextFeatures:
         columns: list[list[Any]] = [[getattr(part, field.name) for part in parts] for field in fields(TextFeatures)]
         joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
         return TextFeatures(*joined)
+
+
+class ImageTower(nn.Module, ABC):
+    """Images to patches in the joint space. Holds the parameters of this side alone, so it can be frozen or exported
+    without the other."""
+
+    @abstractmethod
+    def forward(
+        self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
+    ) -> tuple[ImageFeatures, Tensor]:
+        """Encode images of any size that is a multiple of the patch size.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised.
+            keep: (B, n) int64, the patches that the tower may see, in the order of the output; the pixels of all others
+                have no influence. None: all.
+            value_path: also return patch features for the correlation as `ImageFeatures.dense`.
+
+        Returns:
+            features: of the n kept patches; `grid` is that of the whole image.
+            embedding: (B, D), the family's own embedding of the whole image.
+        """
+
+
+class TextTower(nn.Module, ABC):
+    """Sentences to words and sentence in the joint space. Holds the parameters of this side alone."""
+
+    @abstractmethod
+    def forward(self, tokens: Tokens) -> TextFeatures:
+        """Encode sentences. A token whose `attention_mask` is 0 (padding, or hidden by `Tokens.hide`) has no influence
+        on any other, and its position stays."""
+
+
+class DualEncoder(NamedTuple):
+    """The two towers of a model."""
+
+    image: ImageTower
+    text: TextTower
+
+
+class EncoderSizes(NamedTuple):
+    """What the rest of the package needs to know of an encoder's configuration."""
+
+    joint_width: int
+    """D, the width of the joint space."""
+    embedding_width: int
+    """E, the width of `TextFeatures.embedded`."""
+    patch_size: int
+    """Pixels of the input per patch and side."""
+    image_size: int
+    """Side in pixels of the images that the encoder was trained on."""
+    max_tokens: int
+    """Longest sentence that the text tower has positions for, start and end included."""
+    vocabulary: int
+    """Number of token ids."""
+    start_token: int
+    end_token: int

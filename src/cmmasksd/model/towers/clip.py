@@ -18,67 +18,112 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.towers.base import (
+    DualEncoder,
+    EncoderSizes,
+    ImageFeatures,
+    ImageTower,
+    TextFeatures,
+    TextTower,
+    Tokens,
+)
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel
+    from transformers import CLIPConfig, CLIPModel
 
 
-def encode_image(
-    clip: CLIPModel, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
-) -> tuple[ImageFeatures, Tensor]:
-    """Run the image tower at any size that is a multiple of the patch size.
+def dual_encoder(clip: CLIPModel) -> DualEncoder:
+    """The towers of a CLIP, as views that share its modules."""
+    return DualEncoder(CLIPImageTower(clip), CLIPTextTower(clip))
 
-    Args:
-        pixel_values: (B, 3, H, W), normalised.
-        keep: (B, n) int64, the patches that enter the tower; the others are dropped before its first block, as MAE
-            does. None keeps all.
-        value_path: also return the values of the last block's attention (MaskCLIP's dense features) as `dense`.
 
-    Returns:
-        features: of the n kept patches; `grid` is that of the whole image.
-        pooled: (B, D), CLIP's own image embedding.
+def encoder_sizes(config: CLIPConfig) -> EncoderSizes:
+    """What the rest of the package needs to know of a CLIP's configuration."""
+    clip: Any = config
+    vision, text = clip.vision_config, clip.text_config
+    return EncoderSizes(
+        joint_width=clip.projection_dim,
+        embedding_width=text.hidden_size,
+        patch_size=vision.patch_size,
+        image_size=vision.image_size,
+        max_tokens=text.max_position_embeddings,
+        vocabulary=text.vocab_size,
+        start_token=text.bos_token_id,
+        end_token=text.eos_token_id,
+    )
+
+
+class CLIPImageTower(ImageTower):
+    """CLIP's vision transformer, patch by patch."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.vision_model: Any = clip.vision_model
+        self.visual_projection = clip.visual_projection
+
+    def forward(
+        self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
+    ) -> tuple[ImageFeatures, Tensor]:
+        """See `ImageTower`. The image embedding is the class token's; `keep` drops patches before the first block, as
+        MAE does; `value_path` gives the values of the last block's attention (MaskCLIP's dense features)."""
+        vision = self.vision_model
+        size = vision.config.patch_size
+        grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
+        hidden = _embed(vision.embeddings, pixel_values)  # (B, 1 + N, width)
+        if keep is not None:
+            index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
+            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden, last = vision.pre_layrnorm(hidden), vision.encoder.layers[-1]
+        for layer in vision.encoder.layers[:-1]:
+            hidden = layer(hidden, attention_mask=None)
+        entering, hidden = hidden, last(hidden, attention_mask=None)
+        projected = self.visual_projection(vision.post_layernorm(hidden))  # (B, 1 + n, D)
+        dense = None
+        if value_path:
+            values = last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(entering[:, 1:])))
+            dense = self.visual_projection(vision.post_layernorm(values))
+        fine = F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1]))
+        pixels = F.pixel_unshuffle(fine, 8).flatten(2).transpose(1, 2)  # (B, N, 192)
+        if keep is not None:
+            pixels = pixels.gather(1, keep[..., None].expand(-1, -1, pixels.shape[-1]))
+        return ImageFeatures(projected[:, 1:], grid, dense, pixels=pixels), projected[:, 0]
+
+
+def _embed(embeddings: Any, pixel_values: Tensor) -> Tensor:
+    """Class token and patches with their positions, (B, 1 + N, width).
+
+    The positions are interpolated on every grid, which is the identity on that of CLIP's training. transformers' own
+    forward branches there, so it cannot be exported as one graph for all sizes.
     """
-    vision: Any = clip.vision_model
-    size = vision.config.patch_size
-    grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
-    hidden = vision.embeddings(pixel_values, interpolate_pos_encoding=True)  # (B, 1 + N, width)
-    if keep is not None:
-        index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
-        hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-    hidden, last = vision.pre_layrnorm(hidden), vision.encoder.layers[-1]
-    for layer in vision.encoder.layers[:-1]:
-        hidden = layer(hidden, attention_mask=None)
-    entering, hidden = hidden, last(hidden, attention_mask=None)
-    projected = clip.visual_projection(vision.post_layernorm(hidden))  # (B, 1 + n, D)
-    dense = None
-    if value_path:
-        values = last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(entering[:, 1:])))
-        dense = clip.visual_projection(vision.post_layernorm(values))
-    fine = F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1]))
-    pixels = F.pixel_unshuffle(fine, 8).flatten(2).transpose(1, 2)  # (B, N, 192)
-    if keep is not None:
-        pixels = pixels.gather(1, keep[..., None].expand(-1, -1, pixels.shape[-1]))
-    return ImageFeatures(projected[:, 1:], grid, dense, pixels=pixels), projected[:, 0]
+    patches = embeddings.patch_embedding(pixel_values.to(embeddings.patch_embedding.weight.dtype))  # (B, width, h, w)
+    positions, side = embeddings.position_embedding.weight, embeddings.image_size // embeddings.patch_size
+    on_grid = F.interpolate(positions[1:].T.unflatten(1, (side, side))[None], patches.shape[-2:], mode="bicubic")
+    class_token = (embeddings.class_embedding + positions[0]).expand(patches.shape[0], 1, -1)
+    return torch.cat([class_token, (patches + on_grid).flatten(2).mT], dim=1)
 
 
-def encode_text(clip: CLIPModel, tokens: Tokens) -> TextFeatures:
-    """Run the text tower; every token goes through the final norm and the projection.
+class CLIPTextTower(TextTower):
+    """CLIP's text transformer, token by token."""
 
-    The tower runs from its parts, so that the tokens are looked up once: the gradient of every look-up is as large as
-    the whole vocabulary.
-    """
-    tower: Any = clip.text_model
-    embedded = tower.embeddings.token_embedding(tokens.input_ids)
-    length = embedded.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=embedded.device).tril()
-    mask = earlier & tokens.attention_mask.bool()[:, None, None]  # (B, 1, L, L), queries by keys
-    if tower.config._attn_implementation == "eager":  # adds its mask to the scores
-        mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
-    hidden = tower.encoder(tower.embeddings(inputs_embeds=embedded), mask).last_hidden_state
-    words = clip.text_projection(tower.final_layer_norm(hidden))
-    end = words[torch.arange(words.shape[0], device=words.device), _end(tower.config.eos_token_id, tokens.input_ids)]
-    return TextFeatures(words, end, tokens.word_ids >= 0, embedded)
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.text_model: Any = clip.text_model
+        self.text_projection = clip.text_projection
+
+    def forward(self, tokens: Tokens) -> TextFeatures:
+        """See `TextTower`. Tokens are looked up once: the gradient of a look-up is as large as the vocabulary."""
+        tower = self.text_model
+        embedded = tower.embeddings.token_embedding(tokens.input_ids)
+        length = embedded.shape[1]
+        earlier = torch.ones(length, length, dtype=torch.bool, device=embedded.device).tril()
+        mask = earlier & tokens.attention_mask.bool()[:, None, None]  # (B, 1, L, L), queries by keys
+        if tower.config._attn_implementation == "eager":  # adds its mask to the scores
+            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
+        hidden = tower.encoder(tower.embeddings(inputs_embeds=embedded), mask).last_hidden_state
+        words = self.text_projection(tower.final_layer_norm(hidden))
+        end = _end(tower.config.eos_token_id, tokens.input_ids)
+        sentence = words[torch.arange(words.shape[0], device=words.device), end]
+        return TextFeatures(words, sentence, tokens.word_ids >= 0, embedded)
 
 
 def _end(eos_token_id: int, input_ids: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""What a configuration names, opened: the model to train, its processor, and the splits of the data set."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cmmasksd.config import Config
+from cmmasksd.data.datasets import open_dataset
+from cmmasksd.data.samples import ReferringDataset
+from cmmasksd.errors import UserError
+from cmmasksd.training.log import say
+
+if TYPE_CHECKING:
+    from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+
+def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
+    """The model to train and its processor: `config.model.weights`, or a new model on the configured backbone.
+
+    Sets `size`, `resize` and `max_tokens` of `config.model` to what they resolve to where they are None.
+
+    Raises:
+        UserError: the backbone or the weights cannot be loaded, or the sizes do not fit.
+    """
+    from cmmasksd.model.modeling import CMMaskSDModel
+    from cmmasksd.model.processing import CMMaskSDProcessor
+
+    settings = config.model
+    if settings.weights is None:
+        source, trained = settings.backbone, None
+        model = CMMaskSDModel.from_backbone(
+            source,
+            decoder_width=settings.decoder_width,
+            decoder_layers=settings.decoder_layers,
+            decoder_heads=settings.decoder_heads,
+            decoder_mlp=settings.decoder_mlp,
+            head_width=settings.head_width,
+            dropout=settings.dropout,
+        )
+        defaults = {"size": (128, 128), "resize": "warp", "max_tokens": 48}
+    else:
+        source = settings.weights
+        model, trained = CMMaskSDModel.from_pretrained(source), CMMaskSDProcessor.from_pretrained(source)
+        defaults = {"size": trained.size, "resize": trained.resize, "max_tokens": trained.max_tokens}
+    for name, default in defaults.items():
+        given = getattr(settings, name)
+        if given is None:
+            setattr(settings, name, default)
+        elif trained is not None and given != default:
+            say(f"model.{name} is {given}, in place of {default}, which {source} was trained with")
+    assert settings.size is not None
+    assert settings.resize is not None
+    assert settings.max_tokens is not None
+    model.freeze_unused()
+    if config.training.freeze_text:
+        model.towers.text.requires_grad_(False)
+    patch_size, longest = model.config.encoder.patch_size, model.config.encoder.max_tokens
+    if not 3 <= settings.max_tokens <= longest:
+        raise UserError(f"model.max_tokens {settings.max_tokens} does not fit {source}: choose from 3 to {longest}")
+    if trained is None:
+        processor = CMMaskSDProcessor.from_backbone(
+            source, settings.size, patch_size=patch_size, resize=settings.resize, max_tokens=settings.max_tokens
+        )
+    else:
+        processor = CMMaskSDProcessor(
+            trained.tokenizer,
+            settings.size,
+            patch_size=patch_size,
+            resize=settings.resize,
+            max_tokens=settings.max_tokens,
+            mean=trained.mean,
+            std=trained.std,
+        )
+    return model, processor
+
+
+def open_split(config: Config, split: str) -> ReferringDataset:
+    """One split of the configured data set; generated splits have `train_references` or `val_references` references."""
+    data = config.data
+    count = data.train_references if split == data.train_split else data.val_references
+    return open_dataset(
+        data.name, split, root=data.root, references=count, seed=data.scene_seed, scene_size=data.scene_size
+    )
