@@ -57,6 +57,7 @@ def report(
     Raises:
         UserError: a file is not as scoring writes it, or holds the scores of another model or of other data.
     """
+    from cmmasksd.config import SplitConfig
     from cmmasksd.data.datasets import open_dataset
     from cmmasksd.inference.predictor import Segmenter
     from cmmasksd.model.locating import model_folder, weights_digest
@@ -68,14 +69,8 @@ def report(
     if first.get("weights", digest := weights_digest(model_folder(model))) != digest:
         raise UserError(f"{folders[0]} holds the scores of another model: score {model} with `cmmasksd evaluate`")
     curves = read_log(metrics) if metrics is not None else []
-    data = open_dataset(
-        first["data"],
-        first["split"],
-        root=root,
-        references=first.get("references", 0),
-        seed=first.get("scene_seed", 0),
-        scene_size=first.get("scene_size", 128),
-    )
+    scenes = {key: first[key] for key in ("references", "scene_seed", "scene_size") if key in first}
+    data = open_dataset(SplitConfig(first["data"], first["split"], root, **scenes))
     segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
     chosen = choose_examples(read_expressions(folders[0]), EXAMPLES)
     return write_report(

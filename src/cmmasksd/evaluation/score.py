@@ -32,14 +32,7 @@ def score(config: ScoreConfig, out: Path | None = None) -> SplitScores:
         UserError: the model, the data set or the split cannot be opened, or a threshold is not a probability.
     """
     protocol = replace(ORIGINAL, threshold=config.threshold)
-    data = open_dataset(
-        config.data,
-        config.split,
-        root=config.root,
-        references=config.references,
-        seed=config.scene_seed,
-        scene_size=config.scene_size,
-    )
+    data = open_dataset(config)
     accelerator = make_accelerator()
     model = CMMaskSDModel.from_pretrained(config.model).to(accelerator.device)
     processor = CMMaskSDProcessor.from_pretrained(config.model)
@@ -57,6 +50,5 @@ def _provenance(config: ScoreConfig, references: int, counts: dict[str, Any]) ->
     provenance: dict[str, Any] = {"data": config.data, "model": config.model, **counts}
     provenance["weights"] = weights_digest(model_folder(config.model))
     if config.root is None:
-        scenes = {"scene_seed": config.scene_seed, "scene_size": config.scene_size}
-        provenance |= {"references": references, **scenes}
+        provenance |= {"references": references, "scene_seed": config.scene_seed, "scene_size": config.scene_size}
     return provenance
