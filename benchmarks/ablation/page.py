@@ -1,21 +1,22 @@
-"""docs/ablation.md and its pictures, made from the result files of the study alone.
+"""Writes docs/ablation.md and its images from the result files of the study.
 
     python benchmarks/ablation/page.py
 
-The text is `ablation.md.in` beside this file; what stands there in double braces is computed here, so that no number
-of the page is typed by hand:
+The text is `ablation.md.in` beside this file. Expressions in double braces are computed, so that no number of the page
+is typed by hand:
 
     {{table REGIME REFERENCES}}                          every arm: scores, and differences to "none"
     {{slices REGIME REFERENCES ARM BASE SPLIT}}          a difference by kind of sentence and size of object
     {{difference REGIME REFERENCES ARM BASE SPLIT METRIC}}   points and their interval
-    {{seeds REGIME REFERENCES ARM BASE SPLIT METRIC}}    the same seed by seed
+    {{seeds REGIME REFERENCES ARM BASE SPLIT METRIC}}    the same per seed
     {{score REGIME REFERENCES ARM SPLIT METRIC}}         percent, mean over seeds
-    {{runs}}                                             how many runs there are
-    {{looks PREFIX …}}                                   what correlation.py found whose name begins with PREFIX
-    {{steps}}                                            what step.py timed
+    {{runs}}                                             number of runs
+    {{looks PREFIX …}}                                   results of correlation.py whose name begins with PREFIX
+    {{towers}}                                           results of text_tower.py
+    {{steps}}                                            results of step.py
 
-Unusual here: the bootstrap draws images, and all sentences and all seeds of an image together. It says how far a
-difference would hold on other images; how far it would hold for other seeds is to be seen seed by seed.
+The bootstrap draws images, with all sentences and all seeds of an image together. Its intervals cover other images;
+the variation over seeds is shown per seed.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ IMAGES = "images"
 
 
 class Study:
-    """The finished runs in a folder of results, and what the page says of them.
+    """Finished runs, and the expressions of the template.
 
     Args:
-        results: the folder.
-        resamples: of every bootstrap.
+        results: folder of the runs.
+        resamples: number of resamples per bootstrap.
     """
 
     def __init__(self, results: Path, resamples: int = 10_000) -> None:
@@ -59,7 +60,7 @@ class Study:
         return {run.seed: run for run in self.runs if (run.regime, run.references, run.arm) == wanted}
 
     def pairs(self, regime: str, references: int, arm: str, base: str) -> list[tuple[Run, Run]]:
-        """(base, arm) of every seed that both have."""
+        """(base, arm) of every seed that both arms have."""
         a, b = self.seeds(regime, references, base), self.seeds(regime, references, arm)
         return [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
 
@@ -67,7 +68,7 @@ class Study:
         return json.loads((self.results / run.name / "run.json").read_text())
 
     def _rows(self, run: Run, split: str) -> list[ExpressionScore]:
-        """Sentence ids are made apart by seed, so that the runs of an arm can stand in one list."""
+        """Rows of a run. Sentence ids are offset by seed, so that the runs of an arm can be concatenated."""
         rows = read_expressions(self.results / run.name / f"{split}.jsonl.gz")
         return [replace(row, sent_id=row.sent_id + run.seed * 10**12) for row in rows]
 
@@ -83,7 +84,7 @@ class Study:
         slices = slices_of if sliced else whole
         return compare(a, b, ORIGINAL, metrics=[metric], resamples=self.resamples, slices=slices)
 
-    # -- what the template asks for
+    # -- expressions of the template
 
     def say_score(self, regime: str, references: str, arm: str, split: str, metric: str) -> str:
         values = [self.percent(run, split, metric) for run in self.seeds(regime, int(references), arm).values()]
@@ -122,10 +123,10 @@ class Study:
     def say_slices(self, regime: str, references: str, arm: str, base: str, split: str) -> str:
         lines = [f"| sentences | number | oIoU {base} | oIoU {arm} | difference |", "|---|---|---|---|---|"]
         pairs = len(self.pairs(regime, int(references), arm, base))
-        for one in self.compared(regime, int(references), arm, base, split, "oIoU", True):
-            interval = f"{_points(one.difference)} [{_points(one.low)}, {_points(one.high)}]"
-            scores = f"{100 * one.a:.2f} | {100 * one.b:.2f}"
-            lines.append(f"| {one.slice} | {one.expressions // pairs} | {scores} | {interval} |")
+        for row in self.compared(regime, int(references), arm, base, split, "oIoU", True):
+            interval = f"{_points(row.difference)} [{_points(row.low)}, {_points(row.high)}]"
+            scores = f"{100 * row.a:.2f} | {100 * row.b:.2f}"
+            lines.append(f"| {row.slice} | {row.expressions // pairs} | {scores} | {interval} |")
         return "\n".join(lines)
 
     def say_runs(self) -> str:
@@ -159,7 +160,7 @@ class Study:
 
 
 def whole(rows: object) -> dict[str, np.ndarray]:
-    """The one slice of a plain difference."""
+    """The only slice of a plain difference."""
     assert isinstance(rows, list)
     return {"all": np.ones(len(rows), bool)}
 
@@ -170,21 +171,21 @@ def _points(value: float) -> str:
 
 
 def fill(template: str, study: Study) -> str:
-    """The template with everything in double braces computed."""
+    """The template with its expressions computed."""
 
-    def said(match: re.Match[str]) -> str:
-        what, *given = match[1].split()
-        return getattr(study, f"say_{what}")(*given)
+    def value(match: re.Match[str]) -> str:
+        name, *arguments = match[1].split()
+        return getattr(study, f"say_{name}")(*arguments)
 
-    return re.sub(r"\{\{(.+?)\}\}", said, template)
+    return re.sub(r"\{\{(.+?)\}\}", value, template)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def draw(study: Study, folder: Path) -> list[Path]:
-    """The study's pictures as SVG: every arm's difference, training-set sizes, training losses."""
+    """The images as SVG: differences of all arms, training-set sizes, training losses."""
     import matplotlib as mpl
 
     mpl.use("svg")
