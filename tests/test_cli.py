@@ -282,8 +282,8 @@ MISTAKES = [
     (PREDICT + " --image good.png --text x --threshold .nan", "between 0 and 1"),
     (PREDICT + " --image good.png --text x --threshold nan", "--threshold"),
     (PREDICT + " --image good.png --text x --device toaster", "device 'toaster'"),
-    (PREDICT + " --image good.png --text x --device gpu", "device 'gpu': say cuda or cpu, or nothing (found: cpu"),
-    (PREDICT + " --image good.png --text x --device meta", "device 'meta': say cuda or cpu"),
+    (PREDICT + " --image good.png --text x --device gpu", "device 'gpu' does not exist: use one of cpu"),
+    (PREDICT + " --image good.png --text x --device meta", "device 'meta' does not exist: use one of cpu"),
     (PREDICT + " --image https://example.org/a.jpg --text x", "URLs are not fetched"),
     (PREDICT + " --image data:image/png;base64," + 999 * "A" + " --text x", "URLs are not fetched"),
     (PREDICT + " --image " + 999 * "A" + " --text x", "AAA"),
@@ -513,9 +513,9 @@ def test_the_saved_config_is_the_config_of_the_run(
             main("train", *given, "--print_config")
         shown.append(yaml.safe_load(capsys.readouterr().out))
     assert shown[0] == shown[1]
-    assert {key: shown[0][key] for key in shown[0] if key != "resume"} == yaml.safe_load(
-        (run / "config.yaml").read_text()
-    )
+    assert not shown[0]["training"].pop("resume")
+    assert not shown[0]["training"].pop("allow_change")
+    assert shown[0] == yaml.safe_load((run / "config.yaml").read_text())
 
 
 def test_resume_of_a_finished_run_changes_nothing(

@@ -71,17 +71,17 @@ def test_every_choice_of_branches(tiny_model, tiny_processor, how, branches):
     (found,) = explain(build(tiny_model, **how), tiny_processor, image(), TEXTS[:1])
     assert found.probabilities.keys() == branches
     assert (found.hidden_patches is None) == (how.get("vision") is False)
-    assert found.picture().width > 300
+    assert found.figure().width > 300
 
 
 def test_the_picture_shows_every_panel(tiny_model, tiny_processor):
     found = explain(build(tiny_model), tiny_processor, image(), TEXTS)[0]
-    page = np.asarray(found.picture())
+    page = np.asarray(found.figure())
     assert page.shape[1] > 6 * 120
     narrow = Explanation(
         found.text, found.words, found.image, found.correlation, None, {"main": found.probabilities["main"]}
     )
-    assert np.asarray(narrow.picture()).shape[1] < page.shape[1]
+    assert np.asarray(narrow.figure()).shape[1] < page.shape[1]
     assert HIDDEN in " ".join(HIDDEN if hidden else word for word, hidden in found.words)
 
 

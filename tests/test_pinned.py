@@ -22,13 +22,14 @@ COMMANDS = (
 
 def scenes() -> dict[str, dict[str, str]]:
     """Style and split -> SHA-256 of ids and sentences, of the images, and of the masks, for 60 references."""
+    from cmmasksd.config import SplitConfig
     from cmmasksd.data.datasets import open_dataset
     from cmmasksd.data.scenes import STYLES
 
     pinned = {}
     for style in STYLES:
         for split in ("train", "val", "testA", "testB"):
-            data = open_dataset(style, split, references=60, seed=0, scene_size=96)
+            data = open_dataset(SplitConfig(style, split, references=60, scene_seed=0, scene_size=96))
             digests = {name: hashlib.sha256() for name in ("sentences", "images", "masks")}
             for index in range(len(data)):
                 reference = data[index]

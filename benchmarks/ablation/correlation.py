@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from study import HERE, SCORING, config
 
-from cmmasksd.config import DistillationConfig
+from cmmasksd.config import DistillationConfig, SplitConfig
 from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.masking import choose_patches, patch_scores
@@ -53,7 +53,7 @@ def measure(name: str, data: str, references: int) -> dict[str, float]:
     else:
         model, processor = build(config({"model.backbone": name}))
     model.eval()
-    split = open_dataset(data, "val", references=references, seed=SCORING["scene_seed"])
+    split = open_dataset(SplitConfig(data, "val", references=references, scene_seed=SCORING["scene_seed"]))
     items = TrainingItems(split, processor, stride=model.stride)
     batches = TrainingBatches(split.groups(), 24, per_image=3, seed=0).at(0)
     values_of: dict[str, list[float]] = {}

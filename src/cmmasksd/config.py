@@ -101,12 +101,18 @@ class DataConfig:
         require_between("data.workers", self.workers, 0, MAX_WORKERS)
         require_between("data.greyscale", self.greyscale, 0, 1)
 
-    def of_split(self, split: str) -> SplitConfig:
-        """One of the two splits; of scenes, with as many references as it is used with."""
-        references = self.train_references if split == self.train_split else self.val_references
-        return SplitConfig(
-            self.name, split, self.root, references or SplitConfig.references, self.scene_seed, self.scene_size
-        )
+    @property
+    def training(self) -> SplitConfig:
+        """The split to train on."""
+        return self._split(self.train_split, self.train_references)
+
+    @property
+    def validation(self) -> SplitConfig:
+        """The split to validate on."""
+        return self._split(self.val_split, self.val_references or SplitConfig.references)
+
+    def _split(self, split: str, references: int) -> SplitConfig:
+        return SplitConfig(self.name, split, self.root, references, self.scene_seed, self.scene_size)
 
 
 @dataclass

@@ -1,16 +1,16 @@
-"""What the masked branches see: for a sentence, its correlation with the image, what LMVSD and VMLSD hide, and what
-each branch makes of the rest. One picture per sentence.
+"""What the masked branches see: for each sentence, its correlation with the image, what LMVSD and VMLSD mask, and what
+each branch predicts from the rest. One figure per sentence.
 
-Everything is drawn on the canvas that the network sees (warped or letterboxed), because that is where patches live. The
-masked branches need more than the model: the mask token and the settings of the run, which training leaves beside it
+Everything is drawn on the canvas that the network sees (warped or letterboxed), where the patches are. The masked
+branches need more than the model: the mask token and the settings of the run, which training writes beside it
 (`distillation.safetensors`, `config.yaml`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,24 +18,25 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cmmasksd.config import DistillationConfig
+from cmmasksd.data.images import read_image
 from cmmasksd.distillation.masking import patch_scores
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
+from cmmasksd.inference.outputs import slug
+from cmmasksd.inference.sources import refuse_url
 from cmmasksd.inference.visualize import heat, overlay
 from cmmasksd.model.locating import model_folder
-from cmmasksd.model.processing import Placement
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.placement import Placement
+from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training.checkpoint import WEIGHTS
 
-if TYPE_CHECKING:
-    from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor
-
 SIDE = 256
-"""Pixels of a panel's long side."""
+"""Long side of a panel in pixels."""
 HIDDEN = "___"
-"""What stands for a word that VMLSD hides."""
+"""Replaces a word that VMLSD masks."""
 BRANCHES = {"main": "prediction", "lmvsd": "without the patches", "joint": "without both"}
-"""Captions; VMLSD's is the sentence that is left."""
+"""Branch -> caption; VMLSD's is the remaining sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +45,10 @@ class Explanation:
 
     Attributes:
         text: the sentence.
-        words: its words as the network reads them, and for each whether VMLSD hides it.
+        words: its words as the network reads them, and whether VMLSD masks each.
         image: (H, W, 3) uint8, the canvas.
-        correlation: (h, w), of each patch with the word it matches best.
-        hidden_patches: (h, w) bool, what LMVSD hides; None without it.
+        correlation: (h, w), cosine of each patch with its best-matching word.
+        hidden_patches: (h, w) bool, the patches that LMVSD masks; None without LMVSD.
         probabilities: branch -> (H, W) in [0, 1].
     """
 
@@ -58,27 +59,27 @@ class Explanation:
     hidden_patches: np.ndarray | None
     probabilities: dict[str, np.ndarray]
 
-    def picture(self, threshold: float = 0.5) -> Image.Image:
-        """All panels in a row, each with a line that says what it is."""
+    def figure(self, threshold: float = 0.5) -> Image.Image:
+        """All panels in a row, each under its caption."""
         panels = [(f"“{self.text}”", self.image), ("correlation with the words", heat(self.image, self.correlation))]
         if self.hidden_patches is not None:
             panels.append(("LMVSD hides", _hide(self.image, self.hidden_patches)))
-        said = " ".join(HIDDEN if hidden else word for word, hidden in self.words)
+        remaining = " ".join(HIDDEN if hidden else word for word, hidden in self.words)
         for branch, probability in self.probabilities.items():
-            name = f"“{said}”" if branch == "vmlsd" else BRANCHES[branch]
-            panels.append((name, overlay(self.image, probability > threshold)))
+            caption = f"“{remaining}”" if branch == "vmlsd" else BRANCHES[branch]
+            panels.append((caption, overlay(self.image, probability > threshold)))
         return _row(panels)
 
 
 def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistillation:
-    """The objective that a model was trained with, from the files that training left beside it.
+    """The objective that a model was trained with, from the files that training wrote beside it.
 
     Args:
-        name: the model's folder, a hub id, or the name of a shipped model.
+        name: folder of the model, hub id, or name of a shipped model.
         model: the model in it.
 
     Raises:
-        UserError: when there are none, or they do not fit the model.
+        UserError: the files are missing, damaged, or do not fit the model; or the run had no masked branches.
     """
     import yaml
     from safetensors import SafetensorError
@@ -95,11 +96,9 @@ def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistilla
     except (yaml.YAMLError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the masked branches in {folder} cannot be read ({reason}): train again") from error
-    own = [key for key in missing.missing_keys if not key.startswith("model.")]
-    if own or missing.unexpected_keys:
-        raise UserError(
-            f"{folder / WEIGHTS} does not fit its config.yaml: {own + missing.unexpected_keys}; train again"
-        )
+    misfits = [key for key in missing.missing_keys if not key.startswith("model.")] + missing.unexpected_keys
+    if misfits:
+        raise UserError(f"{folder / WEIGHTS} does not fit its config.yaml: {misfits}; train again")
     if not objective.branches:
         raise UserError(f"{folder} was trained without masked branches: there is nothing to explain")
     return objective.eval()
@@ -107,19 +106,19 @@ def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistilla
 
 @torch.no_grad()
 def explain(
-    objective: MaskedSelfDistillation, processor: CMMaskSDProcessor, image: np.ndarray, texts: list[str]
+    objective: MaskedSelfDistillation, processor: CMMaskSDProcessor, image: np.ndarray, texts: Sequence[str]
 ) -> list[Explanation]:
-    """Look at what the branches do with an image.
+    """What the branches do with an image, for each sentence.
 
     Args:
         objective: see `load_objective`.
-        processor: the model's own.
+        processor: processor of the model.
         image: (H, W, 3) uint8 RGB.
         texts: sentences.
     """
     device = next(objective.parameters()).device
     canvas, placement = processor.image(image)
-    tokens = processor.tokens(texts).to(device)
+    tokens = processor.tokens(list(texts)).to(device)
     index = torch.zeros(len(texts), dtype=torch.long, device=device)
     views = objective.views(processor.pixel_values(canvas[None].to(device)), tokens, index)
     logits = objective.decode(views)
@@ -131,12 +130,12 @@ def explain(
     hidden_words = views.hidden_words
     if hidden_words is None:
         hidden_words = torch.zeros_like(tokens.word_ids, dtype=torch.bool)
-    found = []
-    for nth, said in enumerate(texts):
-        hidden = views.hidden_patches
-        found.append(
+    hidden = views.hidden_patches
+    explanations = []
+    for nth, sentence in enumerate(texts):
+        explanations.append(
             Explanation(
-                said,
+                sentence,
                 _words(processor, tokens.input_ids[nth], tokens.word_ids[nth], hidden_words[nth]),
                 canvas.permute(1, 2, 0).cpu().numpy(),
                 scores[nth].cpu().numpy(),
@@ -144,11 +143,41 @@ def explain(
                 {name: maps[nth] for name, maps in probabilities.items()},
             )
         )
-    return found
+    return explanations
+
+
+def write_figures(
+    model: str | Path, image: Path, texts: Sequence[str], out: Path, *, seed: int = 0
+) -> Iterator[tuple[str, Path]]:
+    """Explain a trained model on an image file, and write a figure per sentence.
+
+    Args:
+        model: folder that training wrote, hub id, or name of a shipped model.
+        image: image file.
+        texts: sentences.
+        out: folder for the figures; made if missing.
+        seed: seed of masks that are drawn at random.
+
+    Yields:
+        Each sentence and the PNG file of its figure.
+
+    Raises:
+        UserError: the image cannot be read, or the model cannot be explained.
+    """
+    refuse_url(image)
+    pixels = read_image(image, exif=True)
+    network = CMMaskSDModel.from_pretrained(model)
+    objective, processor = load_objective(model, network), CMMaskSDProcessor.from_pretrained(model)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    for nth, explanation in enumerate(explain(objective, processor, pixels, texts), 1):
+        file = out / f"{image.stem}_{nth}_{slug(explanation.text)}_explained.png"
+        explanation.figure().save(file)
+        yield explanation.text, file
 
 
 def _words(processor: CMMaskSDProcessor, ids: Tensor, word_ids: Tensor, hidden: Tensor) -> tuple[tuple[str, bool], ...]:
-    """The words of one sentence, put together from their pieces, and whether each is hidden."""
+    """The words of one sentence, joined from their tokens, and whether each is hidden."""
     words = []
     for word in range(int(word_ids.max()) + 1):
         of_word = word_ids == word
@@ -157,7 +186,7 @@ def _words(processor: CMMaskSDProcessor, ids: Tensor, word_ids: Tensor, hidden: 
 
 
 def _hide(image: np.ndarray, patches: np.ndarray) -> np.ndarray:
-    """The image with hidden patches painted grey: (H, W, 3) and (h, w) bool."""
+    """The image (H, W, 3) with hidden patches (h, w) painted grey."""
     rows, columns = (side // cells for side, cells in zip(image.shape[:2], patches.shape, strict=True))
     mask = patches.repeat(rows, 0).repeat(columns, 1)
     return np.where(mask[..., None], np.uint8(128), image)

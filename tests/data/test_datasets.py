@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
+from cmmasksd.config import SplitConfig
 from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
 
 
 def test_open_dataset_opens_scenes():
-    data = open_dataset("scenes+", "testB", references=9, seed=4, scene_size=64)
+    data = open_dataset(SplitConfig("scenes+", "testB", references=9, scene_seed=4, scene_size=64))
     assert (data.name, data.split, len(data)) == ("scenes+", "testB", 9)
     same = SceneDataset("scenes+", "testB", 9, seed=4, scene_size=64)
     assert data[3] == same[3]
@@ -28,4 +29,4 @@ def test_open_dataset_opens_scenes():
 )
 def test_open_dataset_says_what_is_wrong(name, split, root, said, tmp_path):
     with pytest.raises(UserError, match=said):
-        open_dataset(name, split, root=None if root is None else tmp_path)
+        open_dataset(SplitConfig(name, split, root=None if root is None else tmp_path))

@@ -72,7 +72,7 @@ def test_a_model_does_not_differ_from_itself():
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
-    """Over 200 pairs of models of equal worth: the 95 % interval leaves out 0 in about 5 % of them."""
+    """Over 200 pairs of models of equal worth: the 95 % interval excludes 0 in about 5 % of them."""
     missed = 0
     for seed in range(200):
         a, b = rows_of(80, 2 * seed), rows_of(80, 2 * seed + 1)
@@ -145,12 +145,12 @@ def test_a_slice_of_too_few_is_left_out():
 
 def test_rows_of_different_splits_are_refused():
     rows = rows_of(30, 1)
-    with pytest.raises(UserError, match="1 are in one only, such as sent_id 29"):
+    with pytest.raises(UserError, match="1 are only in one, such as sent_id 29"):
         compare(rows, rows[:-1], ORIGINAL)
     other = [*rows[:-1], replace(rows[-1], sentence="heart")]
     with pytest.raises(UserError, match=r"expression 29 differs .*'star'.*'heart'"):
         compare(rows, other, ORIGINAL)
-    with pytest.raises(UserError, match="nothing to compare"):
+    with pytest.raises(UserError, match="nothing can be compared"):
         compare([], rows, ORIGINAL)
 
 

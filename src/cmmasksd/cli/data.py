@@ -27,17 +27,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    how = settings.scenes
-    require_between("--train", how.train, 1, MAX_REFERENCES)
-    require_between("--test", how.test, 1, MAX_REFERENCES)
-    require_between("--size", how.size, 64, MAX_SCENE_SIZE)
-    from cmmasksd.data.datasets import open_dataset
+    scenes = settings.scenes
+    require_between("--train", scenes.train, 1, MAX_REFERENCES)
+    require_between("--test", scenes.test, 1, MAX_REFERENCES)
+    require_between("--size", scenes.size, 64, MAX_SCENE_SIZE)
     from cmmasksd.data.readers.refer_release import write_refer_release
+    from cmmasksd.data.scenes import SceneDataset
 
-    counts = {"train": how.train, "val": how.test, "testA": how.test, "testB": how.test}
-    splits = [
-        open_dataset(how.name, split, references=count, seed=how.seed, scene_size=how.size)
-        for split, count in counts.items()
-    ]
-    write_refer_release(how.out, splits)
-    print(f"{sum(map(len, splits))} references in {how.out}; read them with --data refcoco --root {how.out}")
+    counts = {"train": scenes.train, "val": scenes.test, "testA": scenes.test, "testB": scenes.test}
+    scene = {"seed": scenes.seed, "scene_size": scenes.size}
+    splits = [SceneDataset(scenes.name, split, count, **scene) for split, count in counts.items()]
+    write_refer_release(scenes.out, splits)
+    print(f"{sum(map(len, splits))} references in {scenes.out}; read them with --data refcoco --root {scenes.out}")

@@ -22,23 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
 def run(settings: Namespace) -> None:
     require_words(settings.text)
     require_between("--seed", settings.seed, 0, MAX_SEED)
-    import torch
+    from cmmasksd.explain import write_figures
 
-    from cmmasksd.data.images import read_image
-    from cmmasksd.explain import explain, load_objective
-    from cmmasksd.inference.outputs import slug
-    from cmmasksd.inference.sources import refuse_url
-    from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor
-
-    refuse_url(settings.image)
-    pixels = read_image(settings.image, exif=True)
-    model = CMMaskSDModel.from_pretrained(settings.model)
-    objective = load_objective(settings.model, model)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
-    found = explain(objective, CMMaskSDProcessor.from_pretrained(settings.model), pixels, settings.text)
-    for nth, one in enumerate(found):
-        picture = settings.out / f"{settings.image.stem}_{nth + 1}_{slug(one.text)}_explained.png"
-        one.picture().save(picture)
-        print(f"{one.text!r} -> {picture}")
+    for text, file in write_figures(settings.model, settings.image, settings.text, settings.out, seed=settings.seed):
+        print(f"{text!r} -> {file}")

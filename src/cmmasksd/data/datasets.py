@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from cmmasksd.config import DATASETS
+from cmmasksd.config import DATASETS, SplitConfig
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.scenes import STYLES, SceneDataset
 from cmmasksd.errors import UserError, shown
 
 
-def open_dataset(
-    name: str, split: str, *, root: Path | None = None, references: int = 0, seed: int = 0, scene_size: int = 128
-) -> ReferringDataset:
-    """Open one split of a data set by its name in the command line.
-
-    Args:
-        name: one of `cmmasksd.config.DATASETS`.
-        split: name of the split.
-        root: folder of RefCOCO's releases, or file or folder of own data (see `cmmasksd.data.readers.manifest`).
-        references, seed, scene_size: see `SceneDataset` (generated scenes only).
+def open_dataset(config: SplitConfig) -> ReferringDataset:
+    """Open one split of a data set.
 
     Raises:
-        UserError: the name is unknown, or the reader refuses the files.
+        UserError: the data set is unknown, `root` is missing or superfluous, or the reader refuses the files.
     """
+    name, split, root = config.data, config.split, config.root
     if name not in DATASETS:
         raise UserError(f"unknown data set {shown(name)}: choose one of {', '.join(DATASETS)}")
     if name in STYLES:
@@ -31,7 +22,7 @@ def open_dataset(
             raise UserError(f"{name} is generated and has no folder: leave out --root (given: {root})")
         if split == "pretrain":
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
-        return SceneDataset(name, split, references or 1500, seed=seed, scene_size=scene_size)
+        return SceneDataset(name, split, config.references, seed=config.scene_seed, scene_size=config.scene_size)
     if name == "manifest":
         if root is None:
             raise UserError(

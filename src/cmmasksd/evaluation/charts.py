@@ -1,6 +1,6 @@
-"""Line charts of a run's log as inline SVG: what the report shows of training losses and validation scores.
+"""Line charts of a run's log as inline SVG: training losses and validation scores in the report.
 
-Curves differ in dash as well as colour; both come from the style sheet of the page (classes c0, c1, …).
+Curves differ in dash as well as colour; both come from the page's style sheet (classes c0, c1, …).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOSS_CURVES = {
     "vmlsd": "VMLSD",
     "joint": "both at once",
 }
-"""Key in `metrics.jsonl` -> name in the legend. A curve whose key is in no row is left out."""
+"""Key in `metrics.jsonl` -> name in the legend. A curve without values is left out."""
 
 SCORE_CURVES = {"oIoU": "oIoU", "mIoU": "mIoU"}
 
@@ -27,7 +27,7 @@ WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 10, 40
 """Size of a chart and margins around its axes, in units of its view box."""
 MAX_POINTS = 200
-"""Points per curve: more than the chart has room for only makes the page heavy."""
+"""Maximum number of points per curve; more would not be visible at this width."""
 MAX_VALUE = 1e100
 """A logged value beyond this counts as infinite, so that no sum or difference of two overflows."""
 
@@ -67,11 +67,14 @@ class Chart:
 
 
 def run_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """The charts of a run's log; none for values that the log lacks.
+    """Draw the charts of a run's log.
 
     Args:
-        rows: dictionaries with a `step` and any of the keys of LOSS_CURVES and SCORE_CURVES. Other rows and keys are
-            ignored.
+        rows: rows of `metrics.jsonl`: a `step` and any of the keys of LOSS_CURVES and SCORE_CURVES. Other rows and keys
+            are ignored.
+
+    Returns:
+        Training losses and validation scores; a chart without values is left out.
     """
     losses = {name: _points(rows, key) for key, name in LOSS_CURVES.items()}
     scores = {name: [(x, 100 * y) for x, y in _points(rows, key)] for key, name in SCORE_CURVES.items()}
@@ -80,21 +83,21 @@ def run_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> Points:
-    """The (step, value) points of one key; a value that is not finite is NaN, a step that is not is left out."""
+    """The (step, value) points of one key. Non-finite values become NaN; non-finite steps are left out."""
     pairs = [(row.get("step"), row.get(key)) for row in rows]
     numbers = [(x, y) for x, y in pairs if isinstance(x, int | float) and isinstance(y, int | float)]
     return [(float(x), float(y) if abs(y) < MAX_VALUE else math.nan) for x, y in numbers if abs(x) < MAX_VALUE]
 
 
 def _chart(title: str, curves: Mapping[str, Points]) -> Chart:
-    """NaN and infinity have no place on an axis: they are left out of the curve and counted in the note."""
+    """Non-finite values are left out of the curves and counted in the note."""
     finite = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in curves.items()}
-    lost = sum(map(len, curves.values())) - sum(map(len, finite.values()))
-    note = f"{lost} logged values were NaN or infinite and are not drawn." if lost else ""
-    everything = [point for points in finite.values() for point in points]
-    if not everything:
+    omitted = sum(map(len, curves.values())) - sum(map(len, finite.values()))
+    note = f"{omitted} logged values were NaN or infinite and are not drawn." if omitted else ""
+    all_points = [point for points in finite.values() for point in points]
+    if not all_points:
         return Chart(title, Markup(), [], note)
-    axes = _Axes.around(everything)
+    axes = _Axes.around(all_points)
     parts, legend, largest = [axes.svg()], [], 1
     for index, (name, points) in enumerate(finite.items()):
         if points:
@@ -151,7 +154,7 @@ class _Axes:
 
 
 def _curve(axes: _Axes, index: int, points: Points) -> Markup:
-    """One line, with dots where the points are few enough that each is a measurement to be seen."""
+    """A line, with a dot at every point where there are at most 30."""
     places = [(f"{axes.x(x):.1f}", f"{axes.y(y):.1f}") for x, y in points]
     line = f'<polyline class="curve c{index}" points="{" ".join(map(",".join, places))}"/>'
     dots = [f'<circle class="dot c{index}" cx="{x}" cy="{y}" r="2.6"/>' for x, y in places if len(places) <= 30]
@@ -159,16 +162,16 @@ def _curve(axes: _Axes, index: int, points: Points) -> Markup:
 
 
 def _thinned(points: Points) -> tuple[Points, int]:
-    """At most MAX_POINTS points, each the mean of that many neighbours; and how many neighbours."""
+    """At most MAX_POINTS points, each the mean of a group of neighbours; and the size of a group."""
     size = math.ceil(len(points) / MAX_POINTS) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups], size
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten) that cover low to high."""
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """About `count` round numbers (multiples of 1, 2 or 5 times a power of ten) that cover low to high."""
     span = max((high - low) or abs(high) or 1.0, 1e-9 * max(abs(low), abs(high)), 1e-99)
-    raw = span / about
+    raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -1,12 +1,12 @@
-"""Is B better than A? Two models scored on the same sentences, compared sentence by sentence.
+"""Two models scored on the same sentences: differences of their scores, with bootstrap intervals.
 
-The difference of two scores means little without an interval, and the sentences of one image share its difficulty. So
-the bootstrap (Efron 1979) is paired, both models on the same resampled sentences, and by default it draws whole images:
-drawing single sentences as if they were independent gives intervals that are too narrow.
+The bootstrap (Efron 1979) is paired: both models are scored on the same resampled sentences. By default it draws whole
+images, because the sentences of one image share its difficulty; drawing single sentences as if they were independent
+gives intervals that are too narrow.
 
-Slices say where a difference comes from: sentences with location words, with relations, short and long ones, small and
-large objects; for generated scenes also sentences that name a colour-shape pair never trained on. They follow from the
-rows alone, so any two `expressions.jsonl` of one split can be compared, whoever wrote them.
+Slices show where a difference comes from: sentences with location words or relations, short and long sentences, small
+and large objects; for generated scenes also sentences that name a colour-shape pair never trained on. They follow from
+the rows alone, so any two `expressions.jsonl` of one split can be compared.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from cmmasksd.files import write_text
 LEVEL = 0.95
 """Confidence level of the intervals."""
 FEWEST = 20
-"""Least number of sentences in a slice: with fewer its interval says nothing."""
+"""Minimum number of sentences in a slice: with fewer, its interval is meaningless."""
 RESAMPLES_AT_ONCE = 250
-"""Bootstrap resamples that are computed together; bounds the memory."""
+"""Number of bootstrap resamples that are computed together; bounds the memory."""
 
 _LOCATION = re.compile(
     r"\b(left|right|top|bottom|middle|center|centre|upper|lower|side|corner|leftmost|rightmost|topmost|lowest|"
@@ -52,7 +52,7 @@ class Comparison:
         expressions: number of expressions in it.
         metric: one of METRIC_NAMES.
         a, b: the scores, fractions of 1.
-        low, high: the bounds of the LEVEL interval of b - a, fractions of 1.
+        low, high: bounds of the LEVEL interval of b - a, fractions of 1.
     """
 
     slice: str
@@ -70,20 +70,20 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 def slices_of(rows: Sequence[ExpressionScore]) -> dict[str, np.ndarray]:
     """Slice -> (K,) bool, the rows that belong to it. Object sizes are thirds of the split, by pixels of the truth."""
-    texts = [row.sentence.lower() for row in rows]
-    words = np.array([len(text.split()) for text in texts])
+    sentences = [row.sentence.lower() for row in rows]
+    words = np.array([len(sentence.split()) for sentence in sentences])
     slices = {"all": np.ones(len(rows), bool)}
-    relation = np.array([bool(_RELATION.search(text)) for text in texts])
-    location = np.array([bool(_LOCATION.search(text)) for text in texts]) & ~relation
+    relation = np.array([bool(_RELATION.search(sentence)) for sentence in sentences])
+    location = np.array([bool(_LOCATION.search(sentence)) for sentence in sentences]) & ~relation
     slices |= {"relation": relation, "location word": location, "neither": ~relation & ~location}
     slices |= {"1-2 words": words <= 2, "3-5 words": (words >= 3) & (words <= 5), "6 words or more": words >= 6}
-    slices["unseen pair"] = np.array([names_held_out(text) for text in texts])  # occurs in generated scenes only
+    slices["unseen pair"] = np.array([names_held_out(sentence) for sentence in sentences])  # generated scenes only
     sizes = np.array([row.target for row in rows])
     small, large = np.quantile(sizes, [1 / 3, 2 / 3])
     slices |= {
@@ -110,17 +110,17 @@ def compare(
     Args:
         a, b: rows of the same expressions, in any order.
         protocol: the rules that both were scored by.
-        metrics: some of METRIC_NAMES.
+        metrics: metrics to compare, a subset of METRIC_NAMES.
         resamples: number of bootstrap resamples.
-        unit: what is drawn: whole images with their sentences, or single sentences.
+        unit: what the bootstrap draws: whole images with all their sentences, or single sentences.
         seed: seed of the draws.
         slices: rows of A -> slice -> (K,) bool.
 
     Returns:
-        One comparison per slice (of at least FEWEST expressions, or all) and metric.
+        One comparison per metric and slice; slices of fewer than FEWEST expressions are left out, except "all".
 
     Raises:
-        UserError: the two are not of the same expressions, or there are none.
+        UserError: `a` and `b` hold different expressions, or none.
     """
     a, b = _paired(a, b)
     units = np.array([row.image_id if unit == "image" else row.sent_id for row in a])
@@ -132,12 +132,14 @@ def compare(
         if count < FEWEST and name != "all":
             continue
         _, owner = np.unique(units[members], return_inverse=True)
+        scores_a, scores_b = (
+            protocol.scores((rows[index].intersection, rows[index].union) for index in np.flatnonzero(members))
+            for rows in (a, b)
+        )
         sums_a, sums_b = (_sums(table[members], owner) for table in columns)
-        scores_a, scores_b = (_scores(sums.sum(0, keepdims=True), protocol) for sums in (sums_a, sums_b))
         intervals = _intervals(sums_a, sums_b, protocol, metrics, resamples, draw)
         for metric, (low, high) in intervals.items():
-            score_a, score_b = float(scores_a[metric][0]), float(scores_b[metric][0])
-            comparisons.append(Comparison(name, count, metric, score_a, score_b, low, high))
+            comparisons.append(Comparison(name, count, metric, scores_a[metric], scores_b[metric], low, high))
     return comparisons
 
 
@@ -173,8 +175,8 @@ def compare_results(
     """Compare two scored models by their files.
 
     Args:
-        a, b: `expressions.jsonl` of either, or its folder. The `results.json` beside it, where there is one, gives the
-            protocol, else it is ORIGINAL.
+        a, b: `expressions.jsonl` of each, or its folder. The protocol is that of the `results.json` beside it, or
+            ORIGINAL where there is none.
         metrics, resamples, unit, seed: see `compare`.
 
     Raises:
@@ -196,13 +198,13 @@ def _protocol(path: Path) -> ScoringProtocol:
 def _paired(
     a: Sequence[ExpressionScore], b: Sequence[ExpressionScore]
 ) -> tuple[list[ExpressionScore], list[ExpressionScore]]:
-    """Both in the order of sent_id; the same expressions of the same objects, or an error that says what differs."""
+    """Both in the order of sent_id, after a check that they hold the same expressions of the same objects."""
     a, b = (sorted(rows, key=lambda row: row.sent_id) for rows in (a, b))
     if not a or not b:
-        raise UserError("there is nothing to compare: a file holds no expression")
+        raise UserError("a file holds no expression, so nothing can be compared: score the split again")
     if unpaired := {row.sent_id for row in a} ^ {row.sent_id for row in b}:
         raise UserError(
-            f"the two files must hold the same expressions, but {len(unpaired)} are in one only, such as sent_id"
+            f"the two files must hold the same expressions, but {len(unpaired)} are only in one, such as sent_id"
             f" {min(unpaired)}: score both models on the same split"
         )
     for row_a, row_b in zip(a, b, strict=True):
@@ -215,8 +217,10 @@ def _paired(
 
 
 def _columns(rows: Sequence[ExpressionScore], protocol: ScoringProtocol) -> np.ndarray:
-    """(K, 4 + X) float64: for each expression 1, intersection, union, IoU, and whether it reaches each X of P@X. Every
-    score is a function of the sums of these."""
+    """(K, 4 + X) float64: for each expression 1, intersection, union, IoU, and whether it reaches each X of P@X.
+
+    Every score is a function of the sums of these.
+    """
     columns = [
         [1, row.intersection, row.union, row.iou]
         + [protocol.reaches(row.intersection, row.union, tenths) for tenths in PRECISION_TENTHS]
@@ -226,14 +230,14 @@ def _columns(rows: Sequence[ExpressionScore], protocol: ScoringProtocol) -> np.n
 
 
 def _sums(columns: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """(units, 4 + X): the sums of `_columns` over each resampled unit."""
+    """(units, 4 + X): the sums of `_columns` over the expressions of each unit."""
     sums = np.zeros((int(owner.max()) + 1, columns.shape[1]))
     np.add.at(sums, owner, columns)
     return sums
 
 
 def _scores(sums: np.ndarray, protocol: ScoringProtocol) -> dict[str, np.ndarray]:
-    """METRIC_NAMES -> (R,) from R rows of sums."""
+    """METRIC_NAMES -> (R,): the scores of R resamples, as `ScoringProtocol.scores` computes them, from their sums."""
     count, intersection, union, iou, *reached = sums.T
     empty = np.full(len(sums), protocol.empty_iou)
     overall = np.divide(intersection, union, out=empty, where=union > 0)
@@ -247,7 +251,7 @@ def _draws(draw: np.random.Generator, resamples: int, units: int) -> np.ndarray:
 
 
 def format_comparison(comparisons: Sequence[Comparison], names: tuple[str, str] = ("A", "B")) -> str:
-    """A plain text table: percent, the difference in points, its interval, and a star where that leaves out 0."""
+    """A plain text table: percent, the difference in points, its interval, and a star where that excludes 0."""
     cells = [["slice", "expressions", "metric", *names, f"{names[1]} - {names[0]}", f"{LEVEL:.0%} interval", ""]]
     for row in comparisons:
         scores = [f"{100 * row.a:.2f}", f"{100 * row.b:.2f}", f"{100 * row.difference:+.2f}"]

@@ -1,8 +1,7 @@
-"""Score a split: every sentence of every reference, at the image's own size, with the same digits on any number of
-processes.
+"""Score a model on a split: every sentence of every reference, at the image's own size.
 
-Images form blocks that do not depend on the number of processes, and each process takes whole blocks. So nothing is
-padded, nothing is counted twice, and every number is computed from the same batch in whichever process.
+The scores do not depend on the number of processes, to the last digit: images form fixed blocks, and each process takes
+whole blocks. So nothing is padded, nothing is counted twice, and each number is computed from the same batch.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ BLOCK = 8
 SENTENCES = 64
 """Number of sentences about one image that are encoded and decoded in one call; bounds the memory."""
 RESTORE_PIXELS = 1 << 24
-"""Pixels of the masks that are restored to the image's own size in one call (at least one mask); bounds the memory."""
+"""Number of mask pixels restored to the image's own size in one call (at least one mask); bounds the memory."""
 
 
 def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
-    """The device and the processes of this run, for training and scoring alike.
+    """The device and the processes of this run, for training and for scoring.
 
     Args:
         trackers: experiment trackers, by accelerate's names.
         folder: where those trackers write that write files.
 
     Raises:
-        UserError: the launcher started more processes than accelerate joins, so each would do the whole work alone.
+        UserError: the launcher started more processes than accelerate joins, so each would do all of the work.
     """
     from accelerate import Accelerator
 
@@ -81,20 +80,21 @@ def evaluate(
     """Score a model on a data set.
 
     Args:
-        model, processor: see `from_pretrained`.
+        model: the model; it is scored in evaluation mode and left in its own.
+        processor: its processor.
         data: the split.
         protocol: threshold and rules.
-        accelerator: for the device, and to share the work among its processes; None: this process, the model's device.
+        accelerator: shares the work among its processes; None: this process alone.
         workers: number of processes that read images.
         references: score whole images until there are at least this many references (0: all).
         progress: show a bar.
 
     Returns:
-        The scores of all sentences, of all processes. Its provenance counts the "truncated_expressions": sentences that
-        lost words to the limit of tokens.
+        The scores of all sentences of all processes. Their provenance counts the "truncated_expressions": sentences
+        that exceed the maximum number of tokens.
 
     Raises:
-        UserError: the split is empty, or two sentences have one id.
+        UserError: the split is empty, or two sentences have the same id.
     """
     from tqdm import tqdm
 
@@ -163,7 +163,7 @@ def _score_block(
 
 
 def _count(item: ScoringItem, first: int, predicted: Tensor, protocol: ScoringProtocol) -> Iterator[ExpressionScore]:
-    """Compare masks with the truth. predicted: (k, H, W) bool, of the k sentences from `first` on."""
+    """Compare the masks of the k sentences from `first` on, (k, H, W) bool, with the truth."""
     last = first + len(predicted)
     truth = torch.stack([item.mask(sentence) for sentence in range(first, last)]).to(predicted.device)
     intersections = (predicted & truth).sum((1, 2)).tolist()

@@ -1,6 +1,6 @@
 """The expressions that a report shows: the best, the worst, and a random sample, predicted again.
 
-The random sample is the honest one: best and worst show the range, a seeded draw from all expressions shows the model.
+The best and the worst show the range; the random sample, a seeded draw from all expressions, shows the typical quality.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Example:
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
-        sentence: the text, as given.
-        truth: (H, W) bool.
-        prediction: (H, W) bool.
-        iou: fraction of 1.
+        sentence: the sentence.
+        truth: (H, W) bool, the true mask.
+        prediction: (H, W) bool, the predicted mask.
+        iou: IoU of the two, a fraction of 1.
         sent_id: id of the expression.
         image_id: id of its image.
     """
@@ -47,16 +47,16 @@ class Example:
 def choose_examples(rows: Sequence[ExpressionScore], n: int, seed: int = 0) -> dict[str, list[int]]:
     """Choose the n best expressions, the n worst, and n drawn from all.
 
-    The choice depends on the rows and the seed, not on the rows' order. Ties are drawn by lot, for otherwise the many
-    expressions with IoU 0 would be represented by the first image.
+    The choice depends on the rows and the seed, not on the order of the rows. Ties are broken at random: otherwise the
+    many expressions with IoU 0 would be represented by the first image.
 
     Args:
         rows: the scored expressions of a split.
-        n: number of each kind; fewer where there are fewer rows, and then the kinds overlap.
+        n: maximum number of each kind; the kinds overlap where there are few rows.
         seed: seed of the draw.
 
     Returns:
-        "best", "worst" and "random" -> sent_ids; the best start with the best, the worst with the worst.
+        "best", "worst" and "random" -> sent_ids, the best and the worst of all first.
     """
     drawn = sorted(rows, key=lambda row: row.sent_id)
     random.Random(seed).shuffle(drawn)
@@ -69,12 +69,15 @@ def choose_examples(rows: Sequence[ExpressionScore], n: int, seed: int = 0) -> d
 def collect_examples(
     data: ReferringDataset, segmenter: Segmenter, chosen: Mapping[str, Sequence[int]]
 ) -> dict[str, list[Example]]:
-    """Predict the chosen expressions again, and gather their images and masks.
+    """Predict the chosen expressions again.
 
     Args:
-        data: the split that they are from.
+        data: the split that was scored.
         segmenter: the model that was scored, with the same threshold.
         chosen: kind -> sent_ids, see `choose_examples`.
+
+    Returns:
+        Kind -> examples, in the order of `chosen`.
 
     Raises:
         UserError: an expression is not in the split.

@@ -1,4 +1,4 @@
-"""What is scored: images with all the sentences of their references."""
+"""The items of scoring: images with all sentences of their references."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ScoringItem:
-    """One image with all the sentences of some of its references. K sentences, R references.
+    """One image with all K sentences of its R references.
 
     Attributes:
-        image: (3, h, w) uint8 on the canvas.
-        placement: how it was laid there.
-        tokens: of the K sentences.
-        sentences: (ref_id, image_id, sent_id, text) of each.
-        masks: (R, ceil(H * W / 8)) uint8, the bits of the masks at the original size: a block of large photographs with
-            many objects would not fit into memory otherwise. See `mask`.
-        mask_index: (K,) int64, the reference of each sentence.
+        image: (3, h, w) uint8, the image on the model's canvas.
+        placement: where on the canvas it lies.
+        tokens: the K sentences as tokens.
+        sentences: (ref_id, image_id, sent_id, sentence) of each.
+        masks: (R, ceil(H * W / 8)) uint8, the masks at the original size as bits: otherwise a block of large
+            photographs with many objects would not fit into memory. See `mask`.
+        mask_index: (K,) int64, index of each sentence's reference in `masks`.
     """
 
     image: Tensor
@@ -41,14 +41,20 @@ class ScoringItem:
     mask_index: Tensor
 
     def mask(self, sentence: int) -> Tensor:
-        """The mask that the nth sentence names, (H, W) bool."""
+        """The true mask of a sentence, given by its index: (H, W) bool."""
         height, width = self.placement.original
         bits = np.unpackbits(self.masks[self.mask_index[sentence]].numpy(), count=height * width)
         return torch.from_numpy(bits.view(bool).reshape(height, width))
 
 
 class ScoringItems(Dataset):
-    """Loads an image with all sentences of all its references (never one per reference, as while training)."""
+    """Loads images with all sentences of all their references (training draws one sentence per reference).
+
+    Args:
+        data: the split.
+        processor: processor of the model.
+        groups: indices of each image's references.
+    """
 
     def __init__(self, data: ReferringDataset, processor: CMMaskSDProcessor, groups: Sequence[Sequence[int]]) -> None:
         self.data, self.processor, self.groups = data, processor, groups

@@ -1,9 +1,9 @@
-"""How pixel counts become scores: every choice on which published RIS numbers silently differ, in one stored record.
+"""How pixel counts become scores: the choices on which published RIS scores silently differ, as one stored record.
 
-The same model scores points apart between papers because of the threshold, the comparison in P@X, the image size, and
-what two empty masks are worth. Here each choice is a field; the protocol is written into every result file.
+The scores of one model differ by points between papers because of the threshold, the comparison in P@X, the image size,
+and the value of two empty masks. Here each choice is a field, and the protocol is written into every result file.
 
-Two aggregates bear the name "IoU" in the literature and differ by one to four points, so neither is ever printed alone:
+Two aggregates are called "IoU" in the literature and differ by one to four points, so both are always printed:
     oIoU  sum of intersections / sum of unions over the split ("overall", "cIoU"); large objects weigh more
     mIoU  mean of the per-expression IoU ("gIoU" in GRES); every expression weighs the same
     P@X   fraction of expressions whose IoU reaches X
@@ -32,15 +32,14 @@ class ScoringProtocol:
     """The rules under which a split is scored.
 
     Attributes:
-        name: what the tables call it.
-        threshold: a pixel belongs to the prediction when its probability is above this.
+        name: name of the protocol in tables.
+        threshold: probability above which a pixel belongs to the prediction.
         comparison: P@X counts an expression when IoU >= X (LAVT's code and its descendants; our default) or IoU > X
-            (CRIS and its descendants). They differ only where the IoU is exactly X, which small objects do hit.
+            (CRIS and its descendants). They differ where the IoU is exactly X, which occurs for small objects.
         frame: where masks are compared. "original": at the image's own size, letterbox undone, never on a resized
             square.
-        empty_iou: the IoU of an empty prediction on an empty truth, 0 or 1. Our default is 1: nothing to find and
-            nothing found is correct. (LAVT's code gives 0, torchmetrics' MeanIoU NaN.) Such a pair adds nothing to
-            oIoU.
+        empty_iou: IoU of an empty prediction on an empty truth, 0 or 1. Our default is 1: the prediction is correct.
+            (LAVT's code gives 0, torchmetrics' MeanIoU NaN.) Such a pair adds nothing to oIoU.
         expressions: "all": every sentence of every reference is scored once, in validation as in test.
     """
 
@@ -83,8 +82,8 @@ class ScoringProtocol:
     def scores(self, counts: Iterable[tuple[int, int]]) -> dict[str, float]:
         """All aggregate scores of a split.
 
-        Sums are of integers or by `math.fsum`, which rounds once: the digits do not depend on the order of the
-        expressions, nor on how many processes counted them.
+        Sums are of integers or by `math.fsum`, which rounds once, so the digits do not depend on the order of the
+        expressions or the number of processes.
 
         Args:
             counts: (intersection, union) in pixels, one pair per expression.
@@ -93,7 +92,7 @@ class ScoringProtocol:
             METRIC_NAMES -> fraction of 1. Where every pair is empty, oIoU is `empty_iou`.
 
         Raises:
-            UserError: no expression at all.
+            UserError: there is no expression.
         """
         counts = list(counts)
         if not counts:

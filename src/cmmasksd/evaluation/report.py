@@ -1,7 +1,7 @@
 """One self-contained HTML page of a run: scores, curves, and the best, worst and randomly drawn expressions.
 
-The page needs neither network nor script: images are embedded, curves are inline SVG (see `charts`), and its content
-security policy forbids everything else. Sentences come from data sets; the template escapes every value.
+The page needs neither network nor scripts: images are embedded, curves are inline SVG (see `charts`), and its content
+security policy forbids everything else. The template escapes every value, since sentences come from data sets.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from cmmasksd.inference.visualize import PREDICTION_COLOR, TRUTH_COLOR, check_si
 
 TEMPLATE = "report.html.jinja"
 SECTIONS = {
-    "best": ("Best", "The expressions with the highest IoU; ties are drawn by lot."),
-    "worst": ("Worst", "The expressions with the lowest IoU; ties are drawn by lot."),
-    "random": ("Random sample", "Drawn from all expressions with a fixed seed, whatever they scored."),
+    "best": ("Best", "The expressions with the highest IoU; ties are broken at random."),
+    "worst": ("Worst", "The expressions with the lowest IoU; ties are broken at random."),
+    "random": ("Random sample", "Drawn from all expressions with a fixed seed, regardless of their scores."),
 }
 """Kind of example -> heading and explanation."""
 EXAMPLES = 12
 """Number of examples of each kind."""
 MAX_SIDE = 512
-"""Long side of an embedded image in pixels."""
+"""Maximum length of the longer side of an embedded image in pixels."""
 
 
 def report(
@@ -55,8 +55,9 @@ def report(
         The path of the page.
 
     Raises:
-        UserError: a file is not as scoring writes it, or holds the scores of another model or other data.
+        UserError: a file is not as scoring writes it, or holds the scores of another model or of other data.
     """
+    from cmmasksd.config import SplitConfig
     from cmmasksd.data.datasets import open_dataset
     from cmmasksd.inference.predictor import Segmenter
     from cmmasksd.model.locating import model_folder, weights_digest
@@ -68,14 +69,8 @@ def report(
     if first.get("weights", digest := weights_digest(model_folder(model))) != digest:
         raise UserError(f"{folders[0]} holds the scores of another model: score {model} with `cmmasksd evaluate`")
     curves = read_log(metrics) if metrics is not None else []
-    data = open_dataset(
-        first["data"],
-        first["split"],
-        root=root,
-        references=first.get("references", 0),
-        seed=first.get("scene_seed", 0),
-        scene_size=first.get("scene_size", 128),
-    )
+    scenes = {key: first[key] for key in ("references", "scene_seed", "scene_size") if key in first}
+    data = open_dataset(SplitConfig(first["data"], first["split"], root, **scenes))
     segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
     chosen = choose_examples(read_expressions(folders[0]), EXAMPLES)
     return write_report(
@@ -146,7 +141,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
         UserError: the file is missing, or a line is not a JSON object.
     """
     if not file.is_file():
-        raise UserError(f"there is no log {file}: leave out --metrics, or give the metrics.jsonl of a run")
+        raise UserError(f"{file} does not exist: leave out --metrics, or give the metrics.jsonl of a run")
     rows = []
     try:
         for line in file.read_text(encoding="utf-8").split("\n"):
@@ -160,7 +155,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def _extras(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the results say beyond their scores, one line per result that says more."""
+    """The other texts and numbers of the results, one line per result that has some."""
     known = {"split", *METRIC_NAMES, "expressions", "protocol", "data"}
     lines = []
     for result in results:
@@ -171,7 +166,7 @@ def _extras(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _card(example: Example) -> dict[str, Any]:
-    """An example as the template shows it."""
+    """The values of an example in the template."""
     check_sizes(example.image, example.truth, example.prediction)
     image, truth, prediction = _at_display_size(example)
     return {

@@ -3,8 +3,7 @@
     results.json        the scores (fractions of 1), the number of expressions, the protocol, and what was scored
     expressions.jsonl   one row per sentence with its pixel counts, from which every score can be computed again
 
-The scores are always computed from the rows, so that a file that holds only one process's rows, or scores of another
-run, cannot come to be.
+The scores are always computed from the rows, so the two files never disagree.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -29,7 +28,7 @@ MAX_BYTES = 1 << 28
 """Largest result file that is read: RefCOCO's largest split needs three megabytes."""
 _SCORE_KEYS = ("split", *METRIC_NAMES, "expressions", "protocol")
 _COUNTS = {"expressions": 10**9, "references": MAX_REFERENCES, "scene_size": MAX_SCENE_SIZE}
-"""Whole numbers of a result file, and the largest that scoring writes."""
+"""Whole numbers of a result file -> the largest that scoring writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,35 @@ class ExpressionScore:
     union: int
     target: int
     iou: float
+
+    def as_json(self) -> str:
+        """The row as a line of `expressions.jsonl`."""
+        values = asdict(self)
+        values["IoU"] = values.pop("iou")
+        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ExpressionScore:
+        """The row of a JSON object that `as_json` wrote.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+            ValueError: a value has another type or contradicts the others.
+        """
+        values = dict(values)
+        values["iou"] = values.pop("IoU", None)
+        row = cls(**values)
+        counts = (row.ref_id, row.image_id, row.sent_id, row.intersection, row.union, row.target)
+        if (
+            not all(map(_is_int, counts))
+            or not isinstance(row.sentence, str)
+            or not 0 <= row.intersection <= row.union
+            or not 0 <= row.target <= row.union
+            or not _is_fraction(row.iou)
+            or (row.union and not math.isclose(row.iou, row.intersection / row.union, abs_tol=1e-9))
+        ):
+            raise ValueError("the values are not those of an expression")
+        return row
 
 
 @dataclass(slots=True)
@@ -118,15 +146,9 @@ def write_results(out: Path, result: SplitScores) -> Path:
             raise ValueError(f"the IoU of {row} does not follow from its counts")
     rows = sorted(result.rows, key=lambda row: (row.ref_id, row.sent_id))
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / EXPRESSIONS_FILE, "".join(map(_line, rows)))
+    write_text(out / EXPRESSIONS_FILE, "".join(f"{row.as_json()}\n" for row in rows))
     write_text(out / RESULTS_FILE, json.dumps(result.as_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return out / RESULTS_FILE
-
-
-def _line(row: ExpressionScore) -> str:
-    values = asdict(row)
-    values["IoU"] = values.pop("iou")
-    return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -177,30 +199,14 @@ def read_expressions(path: Path) -> list[ExpressionScore]:
         if not line:
             continue
         values = _parse(line, f"{path}, line {number},")
-        values["iou"] = values.pop("IoU", None)
-        if not _is_row(values):
-            raise UserError(f"{path}, line {number}, is not an expression's row: score the split again")
-        row = ExpressionScore(**values)
+        try:
+            row = ExpressionScore.from_json(values)
+        except (TypeError, ValueError):
+            raise UserError(f"{path}, line {number}, is not an expression's row: score the split again") from None
         if row.sent_id in rows:
             raise UserError(f"{path}, line {number}, repeats sent_id {row.sent_id}: score the split again")
         rows[row.sent_id] = row
     return list(rows.values())
-
-
-_ROW_KEYS = {column.name for column in fields(ExpressionScore)}
-
-
-def _is_row(values: dict[str, Any]) -> bool:
-    """Whether these are the fields of an ExpressionScore, of the right types."""
-    return (
-        values.keys() == _ROW_KEYS
-        and all(_is_int(value) for key, value in values.items() if key not in ("sentence", "iou"))
-        and isinstance(values["sentence"], str)
-        and 0 <= values["intersection"] <= values["union"]
-        and 0 <= values["target"] <= values["union"]
-        and _is_fraction(values["iou"])
-        and (not values["union"] or math.isclose(values["iou"], values["intersection"] / values["union"], abs_tol=1e-9))
-    )
 
 
 def _is_int(value: object) -> TypeGuard[int]:

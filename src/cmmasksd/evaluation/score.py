@@ -1,4 +1,4 @@
-"""score(config): a model and a split by their names, scored and written."""
+"""score(config): a model on a split, both given by name."""
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ from cmmasksd.model.processing import CMMaskSDProcessor
 def score(config: ScoreConfig, out: Path | None = None) -> SplitScores:
     """Score a model on a split.
 
-    Every process of a launch calls it; the work is shared, and each gets the scores of the whole split.
+    Every process of a launch must call it: they share the work, and each gets the scores of the whole split.
 
     Args:
         config: model, split and threshold.
         out: folder for `results.json` and `expressions.jsonl`, which the main process writes; None: write nothing.
 
+    Returns:
+        The scores, as they are written.
+
     Raises:
         UserError: the model, the data set or the split cannot be opened, or a threshold is not a probability.
     """
     protocol = replace(ORIGINAL, threshold=config.threshold)
-    data = open_dataset(
-        config.data,
-        config.split,
-        root=config.root,
-        references=config.references,
-        seed=config.scene_seed,
-        scene_size=config.scene_size,
-    )
+    data = open_dataset(config)
     accelerator = make_accelerator()
     model = CMMaskSDModel.from_pretrained(config.model).to(accelerator.device)
     processor = CMMaskSDProcessor.from_pretrained(config.model)
@@ -50,10 +46,9 @@ def score(config: ScoreConfig, out: Path | None = None) -> SplitScores:
 
 
 def _provenance(config: ScoreConfig, references: int, counts: dict[str, Any]) -> dict[str, Any]:
-    """What was scored, with the counts of scoring, in the order of `results.json`."""
+    """What was scored, and the counts of `evaluate`, in the order of `results.json`."""
     provenance: dict[str, Any] = {"data": config.data, "model": config.model, **counts}
     provenance["weights"] = weights_digest(model_folder(config.model))
     if config.root is None:
-        scenes = {"scene_seed": config.scene_seed, "scene_size": config.scene_size}
-        provenance |= {"references": references, **scenes}
+        provenance |= {"references": references, "scene_seed": config.scene_seed, "scene_size": config.scene_size}
     return provenance

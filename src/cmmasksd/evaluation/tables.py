@@ -1,4 +1,4 @@
-"""Scores as text: plain tables and their lines, oIoU and mIoU side by side everywhere."""
+"""Scores as text: plain tables and their lines."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def format_table(results: Iterable[Mapping[str, Any]]) -> str:
     """A plain text table, one row per split, in percent with two decimals.
 
     Args:
-        results: as `read_results` gives them. Where they name their `data`, it stands before the split.
+        results: as `read_results` gives them.
 
     Returns:
-        The table, and below it the protocol of its rows, since scores of two protocols do not compare.
+        The table, and below it the protocol of its rows, since scores of two protocols cannot be compared.
     """
     results = list(results)
     header = ["split", *METRIC_NAMES, "expressions"]
@@ -30,7 +30,7 @@ def align(cells: Sequence[Sequence[str]], left: Iterable[int]) -> list[str]:
 
     Args:
         cells: rows of equal length.
-        left: indices of the columns that are aligned to the left; the others to the right.
+        left: indices of the left-aligned columns; the others are right-aligned.
     """
     left = set(left)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -44,7 +44,7 @@ def align(cells: Sequence[Sequence[str]], left: Iterable[int]) -> list[str]:
 
 
 def row_name(result: Mapping[str, Any]) -> str:
-    """Name of a result in a table: its split, after its data set where that is known."""
+    """Name of a result in a table: its data set, where known, and its split."""
     return f"{result['data']} {result['split']}" if isinstance(result.get("data"), str) else str(result["split"])
 
 
@@ -54,7 +54,7 @@ def percentages(result: Mapping[str, Any]) -> list[str]:
 
 
 def protocol_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line per protocol among the results; it names its rows where there is more than one."""
+    """One line per protocol of the results, with the names of its rows where there are several protocols."""
     rows: dict[str, list[str]] = {}
     for result in results:
         protocol = dict(result["protocol"])

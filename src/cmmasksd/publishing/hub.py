@@ -55,6 +55,7 @@ def publish(
     if to_hub and Path(to).parent.is_dir():
         raise UserError(f"{to} may be a folder or a hub id: write ./{to} for the folder")
     folder = model_folder(model)
+    check_folder(folder)
     scores = [read_results(path) for path in results]
     digest = weights_digest(folder)
     for path, result in zip(results, scores, strict=True):

@@ -1,12 +1,10 @@
-"""What a configuration names, opened: the model to train, its processor, and the splits of the data set."""
+"""The model to train and its processor, as configured."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from cmmasksd.config import Config
-from cmmasksd.data.datasets import open_dataset
-from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.errors import UserError
 from cmmasksd.training.log import say
 
@@ -73,12 +71,3 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
             std=trained.std,
         )
     return model, processor
-
-
-def open_split(config: Config, split: str) -> ReferringDataset:
-    """One split of the configured data set; generated splits have `train_references` or `val_references` references."""
-    data = config.data
-    count = data.train_references if split == data.train_split else data.val_references
-    return open_dataset(
-        data.name, split, root=data.root, references=count, seed=data.scene_seed, scene_size=data.scene_size
-    )

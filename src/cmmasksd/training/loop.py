@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from cmmasksd.config import Config, TrainingConfig
+from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
 from cmmasksd.files import recover_folder
 from cmmasksd.training.batches import Batch, TrainingBatches, TrainingItems, named_count, split_batch, training_loader
-from cmmasksd.training.build import build, open_split
+from cmmasksd.training.build import build
 from cmmasksd.training.checkpoint import STATE, read_state, require_resumable, restore_state, run_state, save_model
 from cmmasksd.training.log import Log, known_trackers, say, start_trackers
 from cmmasksd.training.optim import parameter_groups, rate_scale, set_rates, zero_moments
@@ -79,7 +80,7 @@ def _run(config: Config, stop: Sigterm) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(0.9, 0.98))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     set_seed(training.seed + accelerator.process_index)  # but different masks
-    train_data, val_data = open_split(config, config.data.train_split), open_split(config, config.data.val_split)
+    train_data, val_data = open_dataset(config.data.training), open_dataset(config.data.validation)
     items = TrainingItems(
         train_data, processor, stride=model.stride, seed=training.seed, greyscale=config.data.greyscale
     )

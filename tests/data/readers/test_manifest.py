@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
+from cmmasksd.config import SplitConfig
 from cmmasksd.data import images
 from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.masks import mask_to_polygons, mask_to_rle
@@ -514,10 +515,10 @@ def test_a_damaged_picture_or_mask_names_its_row(folder: Path):
 
 def test_it_is_a_data_set_by_name(folder: Path):
     write(folder / "m.jsonl", row())
-    data = open_dataset("manifest", "all", root=folder)
+    data = open_dataset(SplitConfig("manifest", "all", root=folder))
     assert (data.name, data.split, len(data)) == ("manifest", "all", 1)
     with pytest.raises(UserError, match=r"--root.*\.jsonl"):
-        open_dataset("manifest", "all")
+        open_dataset(SplitConfig("manifest", "all"))
 
 
 def test_predictions_need_no_masks(folder: Path):

@@ -573,8 +573,13 @@ def test_a_sentence_that_is_not_text_is_refused_on_opening(tmp_path):
 
 def test_what_is_left_out_is_one_line_on_stderr(tmp_path):
     write_files(tmp_path, refs=[*REFS, ref(6, 7, "train", sentences=[])], instances=instances_of(REFS))
-    code = "import sys; from cmmasksd.data.datasets import open_dataset as o; o('refcoco', 'train', root=sys.argv[1])"
-    code = code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
+    code = """
+import sys
+from pathlib import Path
+from cmmasksd.config import SplitConfig
+from cmmasksd.data.datasets import open_dataset
+open_dataset(SplitConfig("refcoco", "train", root=Path(sys.argv[1])))
+"""
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=300)
     line = f"refcoco train of {tmp_path / 'refcoco'}: left out references without a sentence (1)"
     assert (done.returncode, done.stderr.splitlines()) == (0, [line])
