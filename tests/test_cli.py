@@ -100,7 +100,7 @@ def test_help_of_every_command_is_light():
     code = """
 import contextlib, io, sys
 from cmmasksd.cli import main
-commands = "demo,train,evaluate,compare,predict,export,explain,data,data scenes,examples,pretrain"
+commands = "demo,train,evaluate,compare,predict,export,explain,data,data scenes,data expressions,examples,pretrain"
 commands += ",push,report,completion"
 for command in ["", *commands.split(",")]:
     text = io.StringIO()
@@ -1037,7 +1037,7 @@ def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
     from accelerate.state import AcceleratorState
     from transformers import CLIPConfig, CLIPModel
 
-    from cmmasksd.model.processing import load_tokenizer
+    from cmmasksd.model.tokenizing import load_tokenizer
 
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the case before
     tokenizer = load_tokenizer("tiny")  # fewer pieces than CLIP's 49408, so its ids fit
