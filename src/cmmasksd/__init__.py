@@ -9,7 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cmmasksd.config import ScoreConfig as ScoreConfig
     from cmmasksd.errors import UserError as UserError
+    from cmmasksd.evaluation.compare import compare_results as compare_results
+    from cmmasksd.evaluation.report import report as report
+    from cmmasksd.evaluation.score import score as score
     from cmmasksd.inference.base import Segmentation as Segmentation
     from cmmasksd.inference.formats import overlay_all as overlay_all
     from cmmasksd.inference.formats import to_coco as to_coco
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from cmmasksd.model.auto import CMMaskSDConfig as CMMaskSDConfig
     from cmmasksd.model.auto import CMMaskSDModel as CMMaskSDModel
     from cmmasksd.model.auto import CMMaskSDProcessor as CMMaskSDProcessor
+    from cmmasksd.publishing.hub import publish as publish
     from cmmasksd.publishing.hub import push_to_hub as push_to_hub
 
 __version__ = "0.1.0.dev0"
@@ -34,6 +39,11 @@ _HOME = {
     "CMMaskSDConfig": "cmmasksd.model.auto",
     "CMMaskSDModel": "cmmasksd.model.auto",
     "CMMaskSDProcessor": "cmmasksd.model.auto",
+    "ScoreConfig": "cmmasksd.config",
+    "score": "cmmasksd.evaluation.score",
+    "compare_results": "cmmasksd.evaluation.compare",
+    "report": "cmmasksd.evaluation.report",
+    "publish": "cmmasksd.publishing.hub",
     "push_to_hub": "cmmasksd.publishing.hub",
 }
 
