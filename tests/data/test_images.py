@@ -177,7 +177,7 @@ def test_an_animation_that_is_cut_off_gives_its_first_frames(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
-def test_a_picture_in_any_form_is_the_same_picture(tmp_path, mode):
+def test_a_image_in_any_form_is_the_same_image(tmp_path, mode):
     image = Image.effect_mandelbrot((12, 10), (-2, -2, 2, 2), 20).convert(mode)
     if mode == "RGBA":
         image.putalpha(Image.linear_gradient("L").resize((12, 10)))
@@ -191,7 +191,7 @@ def test_a_picture_in_any_form_is_the_same_picture(tmp_path, mode):
         np.testing.assert_array_equal(images.as_pixels(file), wanted)
 
 
-def test_what_is_no_picture(tmp_path, monkeypatch):
+def test_what_is_no_image(tmp_path, monkeypatch):
     def refused(said, picture):
         with pytest.raises(UserError, match=said):
             images.as_pixels(picture)

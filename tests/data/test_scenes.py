@@ -24,27 +24,22 @@ import cmmasksd
 from cmmasksd.data.samples import Reference, ReferringDataset
 from cmmasksd.data.scenes import (
     COLOURS,
-    FILLS,
     HELD_OUT,
-    MIN_VISIBLE,
-    REFERENCES_PER_SCENE,
     SHAPES,
-    SIZES,
     SPLITS,
     STYLES,
     Scene,
     SceneDataset,
-    SceneObject,
     caption,
     describe,
     facts,
     make_scene,
     referring,
     render,
-    stencil,
     twin,
 )
-from cmmasksd.data.scenes.drawing import _crop
+from cmmasksd.data.scenes.drawing import _crop, stencil
+from cmmasksd.data.scenes.vocabulary import FILLS, MIN_VISIBLE, REFERENCES_PER_SCENE, SIZES, SceneObject
 from cmmasksd.errors import UserError
 
 SCORED = ("train", "val", "testA", "testB")
@@ -157,7 +152,7 @@ def in_zone(scene: Scene, o: SceneObject, zone: str, slack: float) -> bool:
 
 
 def along(o: SceneObject, side: str) -> int:
-    """How far from a side of the picture an object lies, up to a constant."""
+    """How far from a side of the image an object lies, up to a constant."""
     return {"left": o.x, "right": -o.x, "top": o.y, "bottom": -o.y}[side]
 
 

@@ -1,4 +1,4 @@
-"""Pretraining: a tokenizer that knows every byte, the two losses by hand, and a run that goes on where it stopped."""
+"""Pretraining: a tokenizer that knows every byte, the two losses by hand, and a run that resumes where it stopped."""
 
 import json
 import math
@@ -278,7 +278,7 @@ def rows_of(out):
     return [{k: v for k, v in row.items() if k != "images_per_s"} for row in rows]
 
 
-def test_pretrain_writes_a_clip_and_goes_on_where_it_stopped(quick, tmp_path, monkeypatch):
+def test_pretrain_writes_a_clip_and_resumes_where_it_stopped(quick, tmp_path, monkeypatch):
     folder = pretrain(micro(tmp_path / "straight"))
     clip = load_clip(folder)
     assert clip.config.vision_config.hidden_size == 32

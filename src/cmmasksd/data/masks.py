@@ -123,18 +123,16 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
     Returns:
         One polygon ``[x0, y0, x1, y1, ...]`` per part, corners only; no polygon for an empty mask.
     """
-    rows, columns = (np.flatnonzero(_checked_mask(mask).any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
+    if (box := mask_to_box(mask)) is None:
         return []
-    top, left = rows[0], columns[0]
-    box = mask[top : rows[-1] + 1, left : columns[-1] + 1]  # objects are small, and tracing takes time per pixel
-    start, successor, outlines = _trace(box)
+    left, top, right, bottom = box
+    start, successor, outlines = _trace(mask[top:bottom, left:right])  # it takes time per pixel; objects are small
     polygons = []
     for first in outlines:
         walk = [first]
         while (edge := successor[walk[-1]]) != first:
             walk.append(edge)
-        y, x = np.divmod(start[walk], box.shape[1] + 1)
+        y, x = np.divmod(start[walk], right - left + 1)
         points = np.stack([x + left, y + top], axis=1)
         heading = np.sign(np.roll(points, -1, axis=0) - points)
         corner = (heading != np.roll(heading, 1, axis=0)).any(axis=1)

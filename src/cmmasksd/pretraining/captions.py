@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REFERRING = 0.2
-"""How often a phrase is a referring sentence ("leftmost star"), where its object has one; else a description."""
+"""Chance that a phrase is a referring sentence ("leftmost star") where its object has one; else it is a description."""
 DROPS = (0.0, 0.5, 0.7, 0.8)
-"""Of a description, how likely each attribute (and the region) is left out: one of these by chance."""
+"""Chances, one of them drawn per description, that each of its attributes (and the region) is left out."""
 
 
 class Captioned(NamedTuple):
@@ -28,11 +28,26 @@ class Captioned(NamedTuple):
     images: Tensor
     """(B, H, W, 3) uint8."""
     captions: list[tuple[str, list[int]]]
-    """Of each image, with the claims of its parts."""
+    """One per image, with the claims of its parts."""
     phrases: list[list[Phrase]]
-    """Of each image, about one object of it."""
+    """Several per image, about one of its objects."""
     facts: list[list[int]]
-    """Of each image, those of its objects."""
+    """One per object, for each image."""
+
+
+class CaptionedBatch(NamedTuple):
+    """B images, twins side by side, with P phrases each."""
+
+    images: Tensor
+    """(B, H, W, 3) uint8."""
+    captions: Tokens
+    """B captions."""
+    phrases: Tokens
+    """B * P phrases, those of one image together."""
+    caption_true: Tensor
+    """(B, B) bool, captions by images: whether the caption may be true of the image."""
+    phrase_true: Tensor
+    """(B * P, B) bool, the same for phrases."""
 
 
 class CaptionedScenes(Dataset):
@@ -68,22 +83,23 @@ class CaptionedScenes(Dataset):
         )
 
     def _caption(self, scene: Scene, draw: random.Random) -> tuple[str, list[int]]:
-        """A caption; half of those of scenes with sentences on relations (too long for phrases) begin with one."""
+        """A caption. If the scene has sentences about relations (too long for phrases), half of its captions begin with
+        one."""
         text, claims = caption(scene, draw)
-        said = [text for _, sentences in scene.references for text in sentences if _relates(text)]
-        if said and draw.random() < 0.5:
-            sentence = referring(draw.choice(said))
+        relations = [text for _, sentences in scene.references for text in sentences if _relates(text)]
+        if relations and draw.random() < 0.5:
+            sentence = referring(draw.choice(relations))
             return f"{sentence.text}, {text}", [sentence.claims, *claims]
         return text, claims
 
     def _phrases(self, scene: Scene, changed: int, elsewhere: list[int], draw: random.Random) -> list[Phrase]:
-        """Texts about the object that tells the twins apart, and not true of the other twin (`elsewhere`: its facts) if
-        that can be said at once. About any other object, patches of the background could know as much as its own."""
-        said = dict(scene.references).get(changed, ())
+        """Texts about the object that tells the twins apart, if possible not true of the other twin (`elsewhere`: its
+        facts). Background patches could know as much about any other object as its own patches do."""
+        sentences = dict(scene.references).get(changed, ())
         phrases = []
         for _ in range(self.phrases):
-            if said and not _relates(said[0]) and draw.random() < REFERRING:
-                phrases.append(referring(draw.choice(said)))
+            if sentences and not _relates(sentences[0]) and draw.random() < REFERRING:
+                phrases.append(referring(draw.choice(sentences)))
                 continue
             tries = [describe(scene, changed, draw, drop=draw.choice(DROPS)) for _ in range(4)]
             apart = [phrase for phrase in tries if not any(map(phrase.may_be, elsewhere))]
@@ -92,7 +108,7 @@ class CaptionedScenes(Dataset):
 
 
 def _relates(sentence: str) -> bool:
-    """Whether a sentence of a scene is about relations: those alone begin with an article."""
+    """Whether a sentence of a scene is about relations; only those begin with an article."""
     return sentence.startswith("the ")
 
 
@@ -102,18 +118,20 @@ def true_of(claims: Tensor, known: Tensor) -> Tensor:
 
 
 class Collate:
+    """Items of `CaptionedScenes` to a batch."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
 
-    def __call__(self, items: list[Captioned]) -> tuple[Tensor, Tokens, Tokens, Tensor, Tensor]:
+    def __call__(self, items: list[Captioned]) -> CaptionedBatch:
         captions = [caption for item in items for caption in item.captions]
-        phrases = [phrase for item in items for own in item.phrases for phrase in own]
+        phrases = [phrase for item in items for of_image in item.phrases for phrase in of_image]
         known = [objects for item in items for objects in item.facts]
         most = max(len(objects) for objects in known)
         padded = torch.tensor([objects + [0] * (most - len(objects)) for objects in known])
         parts = torch.tensor([claim for _, claims in captions for claim in claims])
         split = true_of(parts, padded).split([len(claims) for _, claims in captions])
-        return (
+        return CaptionedBatch(
             torch.cat([item.images for item in items]),
             tokenize(self.tokenizer, [text for text, _ in captions]),
             tokenize(self.tokenizer, [phrase.text for phrase in phrases]),

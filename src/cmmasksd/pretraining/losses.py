@@ -28,15 +28,15 @@ def region_similarity(texts: Tensor, patches: Tensor, sharpness: Tensor | float)
 
 
 def changed_patches(images: Tensor, size: int) -> Tensor:
-    """Which patches of images (B, H, W, 3), twins side by side, differ from the twin's in any pixel: (B, N) bool."""
+    """Whether a patch differs from the twin's in any pixel: images (B, H, W, 3), twins side by side, to (B, N) bool."""
     differ = (images[0::2] != images[1::2]).any(-1)  # (B / 2, H, W)
     return differ.unflatten(2, (-1, size)).unflatten(1, (-1, size)).any(4).any(2).flatten(1).repeat_interleave(2, 0)
 
 
 def lend_patches(patches: Tensor, changed: Tensor) -> Tensor:
-    """Features (B, N, D), twins side by side: where nothing changed, those of the twin."""
-    lent = patches.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
-    return torch.where(changed[..., None], patches, lent)
+    """Patch features (B, N, D), twins side by side, with those of the twin where nothing changed."""
+    twins = patches.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return torch.where(changed[..., None], patches, twins)
 
 
 def contrastive_losses(
@@ -55,26 +55,25 @@ def contrastive_losses(
         pooled: (B, D) image embeddings. patches: (B, N, D). captions: (B, D). phrases: (B * P, D), those of one image
             together.
         scale: inverse temperature.
-        caption_true: (B, B) bool, captions by images: true where they are no negatives of each other.
+        caption_true: (B, B) bool, captions by images: true pairs are not used as negatives.
         phrase_true: (B * P, B) bool, the same for phrases.
     """
     pooled, patches = F.normalize(pooled.float(), dim=-1), F.normalize(patches.float(), dim=-1)
     captions, phrases = F.normalize(captions.float(), dim=-1), F.normalize(phrases.float(), dim=-1)
     batch = pooled.shape[0]
-    own = torch.arange(batch, device=pooled.device)
+    image = torch.arange(batch, device=pooled.device)
     logits = scale * captions @ pooled.T  # (B, B)
     if caption_true is not None:
-        logits = logits.masked_fill(caption_true & (own[:, None] != own), float("-inf"))
-    clip_loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        logits = logits.masked_fill(caption_true & (image[:, None] != image), float("-inf"))
+    clip_loss = (F.cross_entropy(logits, image) + F.cross_entropy(logits.T, image)) / 2
 
-    each = phrases.shape[0] // batch
-    owner = own.repeat_interleave(each)  # (B * P,)
-    positive = owner[:, None] == own  # (B * P, B)
+    owner = image.repeat_interleave(phrases.shape[0] // batch)  # (B * P,), the image of each phrase
+    positive = owner[:, None] == image  # (B * P, B)
     logits = scale * region_similarity(phrases, patches, SHARPNESS * scale)  # (B * P, B)
     if phrase_true is not None:
         logits = logits.masked_fill(phrase_true & ~positive, float("-inf"))
     to_image = F.cross_entropy(logits, owner)
-    # image to phrase: each own phrase against the phrases of all other images
+    # image to phrase: each phrase of an image against the phrases of all other images
     others = torch.logsumexp(logits.masked_fill(positive, float("-inf")), dim=0)  # (B,)
     to_phrase = F.softplus(others[owner] - logits[torch.arange(len(owner)), owner]).mean()
     return clip_loss, (to_image + to_phrase) / 2

@@ -1,4 +1,4 @@
-"""The small CLIP that pretraining starts from: its tokenizer, its sizes, and how it is stored."""
+"""The small CLIP: its tokenizer, its sizes, and its files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def train_tokenizer(vocabulary: int, context: int, seed: int = 0) -> PreTrainedT
     texts = []
     for index in range(3000):
         scene = make_scene(seed, "pretrain", index, style=STYLES[index % 3])
-        texts += [caption(scene, draw)[0], *(s for _, said in scene.references for s in said)]
+        texts += [caption(scene, draw)[0], *(text for _, sentences in scene.references for text in sentences)]
     alphabet = sorted(_byte_alphabet())
     blank = CLIPTokenizer()
     trainer = BpeTrainer(
-        vocab_size=vocabulary - 2 - len(alphabet),  # the ends of words that training did not see are added below
+        vocab_size=vocabulary - 2 - len(alphabet),  # bytes that end a word are added below
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -39,11 +39,11 @@ def train_tokenizer(vocabulary: int, context: int, seed: int = 0) -> PreTrainedT
     blank.backend_tokenizer.train_from_iterator(texts, trainer)
     trained = json.loads(blank.backend_tokenizer.to_str())["model"]["merges"]
     merges: Any = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in trained]
-    # Numbered here: the trainer's own numbers differ from process to process. Every byte may end a word, seen or not.
+    # Numbered here, because the trainer's own numbers differ between processes. Every byte may end a word.
     pieces = [*alphabet, *(byte + "</w>" for byte in alphabet), *(a + b for a, b in merges)]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
-        vocab={p: i for i, p in enumerate(pieces)},
+        vocab={piece: index for index, piece in enumerate(pieces)},
         merges=merges,
         model_max_length=context,
         clean_up_tokenization_spaces=False,

@@ -26,7 +26,7 @@ def say(line: str) -> None:
 
 
 class Meter:
-    """Means of the named losses, and references per second, since the last `take`.
+    """Means of the named losses, and references (or images) per second, since the last `take`.
 
     Args:
         sums, counts: sum and number of values of each loss, to continue from.
@@ -34,25 +34,25 @@ class Meter:
 
     def __init__(self, sums: dict[str, Tensor] | None = None, counts: dict[str, int] | None = None) -> None:
         self.sums, self.counts = sums or {}, counts or {}  # counts differ: the masked branches begin later
-        self._references, self._since = 0, time.perf_counter()
+        self._seen, self._since = 0, time.perf_counter()
 
-    def add(self, losses: dict[str, Tensor], references: int) -> None:
-        """Count one forward pass over a number of references (all processes), without waiting for the device."""
+    def add(self, losses: dict[str, Tensor], seen: int) -> None:
+        """Count one forward pass over `seen` references in all processes, without waiting for the device."""
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
-        self._references += references
+        self._seen += seen
 
-    def take(self) -> dict[str, float]:
-        """The means and "references_per_s"; starts again."""
+    def take(self, speed: str) -> dict[str, float]:
+        """The means by name, and the references per second under the name `speed`; starts again."""
         row = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        row["references_per_s"] = self._references / (time.perf_counter() - self._since)
+        row[speed] = self._seen / (time.perf_counter() - self._since)
         self.restart()
         return row
 
     def restart(self) -> None:
         """Forget everything and restart the clock."""
-        self.sums, self.counts, self._references, self._since = {}, {}, 0, time.perf_counter()
+        self.sums, self.counts, self._seen, self._since = {}, {}, 0, time.perf_counter()
 
 
 class Log:

@@ -143,7 +143,7 @@ def _run(config: Config, stop: Sigterm) -> dict[str, Any]:
 
                 # once in a while: log
                 if progress.update % training.log_every == 0 or progress.update == total:
-                    row = progress.meter.take()
+                    row = progress.meter.take("references_per_s")
                     _require_finite(health, objective, progress.update)
                     row |= {"lr": training.lr * scale, "ramp": ramp, "grad_norm": float(health[1])}
                     bar.set_postfix(loss=f"{row['loss']:.3f}", seg=f"{row['seg']:.3f}")

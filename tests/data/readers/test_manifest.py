@@ -41,7 +41,7 @@ def png(mask: np.ndarray) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Pictures a.png … l.png of 24x16 pixels, all different; the mask square.png."""
+    """Images a.png … l.png of 24x16 pixels, all different; the mask square.png."""
     for nth, name in enumerate("abcdefghijkl"):
         Image.new("RGB", (WIDTH, HEIGHT), (20 * nth, 9, 9)).save(tmp_path / f"{name}.png")
     (tmp_path / "square.png").write_bytes(png(square()))
@@ -196,7 +196,7 @@ def test_splits_by_file(folder: Path):
 
 
 def test_splits_by_content(folder: Path):
-    """Every row once, no picture twice; the same for the same pictures under other names and in another order."""
+    """Every row once, no image twice; the same for the same images under other names and in another order."""
     rows = [row(image=f"{x}.png", text=f"{x}{k}", expressions=None) for x in "abcdefghijkl" for k in range(2)]
     found = of_split(write(folder / "m.jsonl", *rows))
     assert sum(map(len, found.values())) == 24
@@ -211,7 +211,7 @@ def test_splits_by_content(folder: Path):
     assert of_split(write(folder / "other.csv.jsonl", *reversed(rows))) == found
 
 
-def test_few_pictures_still_have_every_split(folder: Path):
+def test_few_images_still_have_every_split(folder: Path):
     (folder / "copy.png").write_bytes((folder / "a.png").read_bytes())
     rows = [row(image=f"{x}.png", text=x, expressions=None) for x in ("a", "copy", "b", "c")]
     found = of_split(write(folder / "m.jsonl", *rows))
@@ -289,7 +289,7 @@ def test_shapes_are_one_object_only_by_their_group(folder: Path, groups: tuple):
     assert [data.mask(data[i]).sum() for i in range(2)] == [54, 36]
 
 
-def test_sentences_that_name_two_rows_of_a_picture_are_told(folder: Path, caplog: pytest.LogCaptureFixture):
+def test_sentences_that_name_two_rows_of_a_image_are_told(folder: Path, caplog: pytest.LogCaptureFixture):
     rows = [row(text="cup", expressions=None), row(image="b.png", expressions=["cup", "cup"])]
     file = write(folder / "m.jsonl", *rows)
     assert len(ManifestDataset(file, "all")) == 2
@@ -500,7 +500,7 @@ def test_mistakes_of_labelme(folder: Path):
         ManifestDataset(folder, "all")
 
 
-def test_a_damaged_picture_or_mask_names_its_row(folder: Path):
+def test_a_damaged_image_or_mask_names_its_row(folder: Path):
     noise = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "noise.png")
     content = (folder / "noise.png").read_bytes()

@@ -30,6 +30,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ class ManifestDataset:
         image_ids: dict[Path, int] = {}
         sizes: dict[Path, tuple[int, int]] = {}
         self._references: list[Reference] = []
-        self._masks: list[Path | dict[str, Any]] = []
-        self._rows: dict[int, int] = {}  # ref_id -> index
-        self._where: list[tuple[str, Path]] = []
+        self._rows: dict[int, Row] = {}  # by ref_id; their masks are paths or RLE
         sent_id = 0
         for number, row in enumerate(rows, start=1):
             image_id = image_ids.setdefault(row.image, len(image_ids) + 1)
@@ -89,10 +88,8 @@ class ManifestDataset:
             with _located(row.where):
                 if row.image not in sizes:
                     sizes[row.image] = image_size(row.image, exif=True)
-                self._masks.append(_checked_mask(row.mask, sizes[row.image]))
-            self._rows[ref_id] = len(self._references)
+                self._rows[ref_id] = replace(row, mask=_checked_mask(row.mask, sizes[row.image]))
             self._references.append(Reference(ref_id, image_id, (ref_id,), row.split or ALL, expressions))
-            self._where.append((row.where, row.image))
         if not self._references:
             splits = ", ".join(sorted({row.split or ALL for row in rows}))
             raise UserError(
@@ -111,9 +108,9 @@ class ManifestDataset:
         Raises:
             UserError: it is damaged.
         """
-        where, image = self._where[self._rows[reference.ref_id]]
-        with _located(where):
-            return read_image(image, exif=True)
+        row = self._rows[reference.ref_id]
+        with _located(row.where):
+            return read_image(row.image, exif=True)
 
     def mask(self, reference: Reference) -> np.ndarray:
         """The reference's object, (H, W) bool.
@@ -121,12 +118,12 @@ class ManifestDataset:
         Raises:
             UserError: its file is damaged.
         """
-        index = self._rows[reference.ref_id]
-        mask = self._masks[index]
-        if isinstance(mask, dict):
-            return decode_segmentation(mask, *mask["size"])
-        with _located(self._where[index][0]):
-            return read_mask(mask)
+        row = self._rows[reference.ref_id]
+        if isinstance(row.mask, dict):
+            return decode_segmentation(row.mask, *row.mask["size"])
+        assert isinstance(row.mask, Path)
+        with _located(row.where):
+            return read_mask(row.mask)
 
     def groups(self) -> list[list[int]]:
         """Indices of the references that share an image; see `ReferringDataset`."""

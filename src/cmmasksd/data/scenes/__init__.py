@@ -6,15 +6,6 @@ Objects share attributes, so that every word of an expression matters. Three sty
 (long, with relations to other objects, like G-Ref).
 
 ``HELD_OUT`` lists eight colour-shape pairs. No object of train, val or testA has one; every target of testB has one.
-
-    vocabulary.py   words, attributes, and the records SceneObject and Scene
-    drawing.py      scene -> pixels
-    layout.py       positions of objects
-    meaning.py      which words are true of which objects
-    language.py     expressions that name one object
-    captions.py     captions and their claims (for contrastive training)
-    dataset.py      make_scene, SceneDataset
-    examples.py     the images of `cmmasksd examples`
 """
 
 from cmmasksd.data.scenes.captions import Phrase as Phrase
@@ -26,17 +17,10 @@ from cmmasksd.data.scenes.captions import twin as twin
 from cmmasksd.data.scenes.dataset import SceneDataset as SceneDataset
 from cmmasksd.data.scenes.dataset import make_scene as make_scene
 from cmmasksd.data.scenes.drawing import render as render
-from cmmasksd.data.scenes.drawing import stencil as stencil
-from cmmasksd.data.scenes.meaning import RELATIONS as RELATIONS
 from cmmasksd.data.scenes.vocabulary import COLOURS as COLOURS
-from cmmasksd.data.scenes.vocabulary import FILLS as FILLS
 from cmmasksd.data.scenes.vocabulary import HELD_OUT as HELD_OUT
-from cmmasksd.data.scenes.vocabulary import MIN_VISIBLE as MIN_VISIBLE
-from cmmasksd.data.scenes.vocabulary import REFERENCES_PER_SCENE as REFERENCES_PER_SCENE
 from cmmasksd.data.scenes.vocabulary import SHAPES as SHAPES
-from cmmasksd.data.scenes.vocabulary import SIZES as SIZES
 from cmmasksd.data.scenes.vocabulary import SPLITS as SPLITS
 from cmmasksd.data.scenes.vocabulary import STYLES as STYLES
 from cmmasksd.data.scenes.vocabulary import Scene as Scene
-from cmmasksd.data.scenes.vocabulary import SceneObject as SceneObject
 from cmmasksd.data.scenes.vocabulary import names_held_out as names_held_out
