@@ -1,11 +1,11 @@
-"""How many generated scenes one core draws in a second: layout and sentences, and with the image rendered.
+"""Number of scenes that one core generates per second: layout and sentences alone, and with the rendered image.
 
     python benchmarks/scenes.py                       # train, 128 x 128
     python benchmarks/scenes.py --splits train testB --scene-size 200
 
-Unusual here: it counts this process's own CPU seconds, so that other programs on the machine disturb it less, and the
-best of a few rounds is printed. Each round draws scenes that no earlier round has drawn. A warm-up fills the caches of
-stencils and textures, which a training run has full after its first second.
+Unusual here: it counts the CPU seconds of this process, so that other programs on the machine disturb it less, and
+prints the best of a few rounds. Each round draws new scenes. A warm-up fills the caches of stencils and textures, which
+a training run fills within its first second.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from cmmasksd.data.scenes import SPLITS, STYLES, make_scene, render
 def rate(draw: Callable[[int], object], scenes: int, rounds: int) -> float:
     """Scenes per CPU second of the fastest round."""
     fastest = float("inf")
-    for nth in range(rounds):
+    for round_index in range(rounds):
         start = time.process_time()
-        for index in range(nth * scenes, (nth + 1) * scenes):
+        for index in range(round_index * scenes, (round_index + 1) * scenes):
             draw(index)
         fastest = min(fastest, time.process_time() - start)
     return scenes / fastest
@@ -28,12 +28,16 @@ def rate(draw: Callable[[int], object], scenes: int, rounds: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenes", type=int, default=200, help="scenes of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="the fastest one counts (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=200, help="scenes per round (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds, of which the fastest counts (default: %(default)s)"
+    )
     parser.add_argument(
         "--scene-size", type=int, default=128, help="side of the images in pixels (default: %(default)s)"
     )
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["train"], help="(default: train)")
+    parser.add_argument(
+        "--splits", nargs="+", choices=SPLITS, default=["train"], help="splits to draw (default: train)"
+    )
     options = parser.parse_args()
 
     def made(split: str, style: str) -> Callable[[int], object]:

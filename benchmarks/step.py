@@ -1,14 +1,14 @@
-"""How long a training step takes at the method's real size, with and without the masked branches.
+"""Time of a training step at the method's full size, with and without the masked branches.
 
     python benchmarks/step.py                                          # CLIP ViT-B/16 at 480 x 480
     python benchmarks/step.py --batch 16 --precision bf16 --out step.json   # on a GPU
 
-Arms: no masked branch, LMVSD alone, VMLSD alone, both, and two full passes (MaskRIS's way). Times of a machine drift
-with its load, so the arms take turns, A B C … A B C …, and what is reported is each arm's time over the plain one's in
-the same turn: the median turn, and all of them. Weights are random: the time does not depend on them.
+Arms: no masked branch, LMVSD alone, VMLSD alone, both, and two full passes as in MaskRIS. Times drift with the
+machine's load, so the arms take turns, A B C … A B C …, and each arm's time is reported relative to the plain arm's in
+the same turn: the median and all turns. Weights are random, since the time does not depend on them.
 
-Unusual here: a step is forward and backward. The update takes the same time for every arm and every batch; beside the
-single images that fit a small machine it would hide the difference that is measured.
+Unusual here: a step is forward and backward only. The update takes the same time for every arm and batch size; with the
+batch of one image that fits a small machine, it would hide the difference.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ ARMS = {
 class Step:
     """A training step of one arm: forward and backward."""
 
-    def __init__(self, model: CMMaskSDModel, how: DistillationConfig, options: argparse.Namespace) -> None:
+    def __init__(self, model: CMMaskSDModel, distillation: DistillationConfig, options: argparse.Namespace) -> None:
         self.device, self.bf16 = torch.device(options.device), options.precision == "bf16"
-        self.objective = MaskedSelfDistillation(model, how, model.config.encoder.joint_width).to(self.device)
+        self.objective = MaskedSelfDistillation(model, distillation, model.config.encoder.joint_width).to(self.device)
         words = torch.arange(options.words).expand(options.batch, -1)
         ends = torch.full((options.batch, 1), -1)
         word_ids = torch.cat([ends, words, ends], dim=1)
@@ -64,7 +64,7 @@ class Step:
         self.objective.zero_grad(set_to_none=True)
 
     def seconds(self) -> float:
-        """Of one step, everything it started on the device included."""
+        """Seconds of one step, including the work it queued on the device."""
         self._wait()
         begin = time.perf_counter()
         self()
@@ -72,7 +72,7 @@ class Step:
         return time.perf_counter() - begin
 
     def flops(self) -> int:
-        """Of forward and backward."""
+        """FLOPs of forward and backward."""
         with FlopCounterMode(display=False) as counter:
             self()
         return counter.get_total_flops()
@@ -85,11 +85,13 @@ class Step:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=480, help="side of the images in pixels (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="images, a sentence each (default: %(default)s)")
-    parser.add_argument("--words", type=int, default=8, help="of a sentence (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=3, help="of all arms (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(default: all)")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="(default: float32)")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="number of images, with one sentence each (default: %(default)s)"
+    )
+    parser.add_argument("--words", type=int, default=8, help="words per sentence (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=3, help="number of turns (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="arms to time (default: all)")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="autocast (default: float32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     options = parser.parse_args()
@@ -98,7 +100,7 @@ def main() -> None:
     model = CMMaskSDModel(
         CMMaskSDConfig(clip_config=clip, decoder_width=512, decoder_heads=8, decoder_mlp=1024, head_width=256)
     )
-    chosen = dict.fromkeys(["none", *options.arms])  # the one that the others are measured by, whatever is chosen
+    chosen = dict.fromkeys(["none", *options.arms])  # the others are reported relative to it
     steps = {arm: Step(model, ARMS[arm], options) for arm in chosen}
     flops = {arm: step.flops() for arm, step in tqdm(steps.items(), desc="warm-up")}
     times: dict[str, list[float]] = {arm: [] for arm in steps}
@@ -106,19 +108,20 @@ def main() -> None:
         for arm, step in steps.items():
             times[arm].append(step.seconds())
     print(f"{'arm':16}{'step':>10}{'x none':>9}{'all turns':>24}{'TFLOP':>9}{'x none':>9}{'TFLOP/s':>10}")
-    found = {}
-    for arm, own in times.items():
-        ratios = [mine / plain for mine, plain in zip(own, times["none"], strict=True)]
-        middle, ratio, count = statistics.median(own), statistics.median(ratios), flops[arm] / 1e12
-        found[arm] = {"seconds": own, "ratios": ratios, "ratio": ratio, "tflop": count, "tflop_per_s": count / middle}
+    figures = {}
+    for arm, seconds in times.items():
+        ratios = [arm_time / plain for arm_time, plain in zip(seconds, times["none"], strict=True)]
+        median, ratio, tflop = statistics.median(seconds), statistics.median(ratios), flops[arm] / 1e12
+        figures[arm] = {"seconds": seconds, "ratios": ratios, "ratio": ratio}
+        figures[arm] |= {"tflop": tflop, "tflop_per_s": tflop / median}
         turns = " ".join(f"{ratio:.2f}" for ratio in ratios[:4])
         share = flops[arm] / flops["none"]
-        print(f"{arm:16}{middle:9.3f}s{ratio:9.2f}{turns:>24}{count:9.3f}{share:9.2f}{count / middle:10.3f}")
+        print(f"{arm:16}{median:9.3f}s{ratio:9.2f}{turns:>24}{tflop:9.3f}{share:9.2f}{tflop / median:10.3f}")
     if options.out is not None:
         machine = {"device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu"}
         machine |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
         settings = {"size": options.size, "batch": options.batch, "words": options.words, "dtype": options.precision}
-        options.out.write_text(json.dumps(machine | settings | {"arms": found}, indent=2) + "\n")
+        options.out.write_text(json.dumps(machine | settings | {"arms": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

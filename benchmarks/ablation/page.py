@@ -1,21 +1,22 @@
-"""docs/ablation.md and its pictures, made from the result files of the study alone.
+"""Make docs/ablation.md and its figures from the result files of the study.
 
     python benchmarks/ablation/page.py
 
-The text is `ablation.md.in` beside this file; what stands there in double braces is computed here, so that no number
-of the page is typed by hand:
+The text is `ablation.md.in` beside this file. Expressions in double braces are computed here, so that no number on the
+page is typed by hand:
 
     {{table REGIME REFERENCES}}                          every arm: scores, and differences to "none"
     {{slices REGIME REFERENCES ARM BASE SPLIT}}          a difference by kind of sentence and size of object
     {{difference REGIME REFERENCES ARM BASE SPLIT METRIC}}   points and their interval
-    {{seeds REGIME REFERENCES ARM BASE SPLIT METRIC}}    the same seed by seed
+    {{seeds REGIME REFERENCES ARM BASE SPLIT METRIC}}    the difference of each seed
     {{score REGIME REFERENCES ARM SPLIT METRIC}}         percent, mean over seeds
-    {{runs}}                                             how many runs there are
-    {{looks PREFIX …}}                                   what correlation.py found whose name begins with PREFIX
-    {{steps}}                                            what step.py timed
+    {{runs}}                                             number of runs
+    {{looks PREFIX …}}                                   figures of correlation.py whose name begins with PREFIX
+    {{towers}}                                           scores of text_tower.py
+    {{steps}}                                            times of step.py
 
-Unusual here: the bootstrap draws images, and all sentences and all seeds of an image together. It says how far a
-difference would hold on other images; how far it would hold for other seeds is to be seen seed by seed.
+Unusual here: the bootstrap draws images with all their sentences and all seeds. Its interval covers other images, not
+other seeds; for these, see the differences of each seed.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ IMAGES = "images"
 
 
 class Study:
-    """The finished runs in a folder of results, and what the page says of them.
+    """The finished runs in a folder, and the page's text about them.
 
     Args:
-        results: the folder.
-        resamples: of every bootstrap.
+        results: folder of finished runs.
+        resamples: number of bootstrap resamples.
     """
 
     def __init__(self, results: Path, resamples: int = 10_000) -> None:
@@ -59,7 +60,7 @@ class Study:
         return {run.seed: run for run in self.runs if (run.regime, run.references, run.arm) == wanted}
 
     def pairs(self, regime: str, references: int, arm: str, base: str) -> list[tuple[Run, Run]]:
-        """(base, arm) of every seed that both have."""
+        """(base run, arm run) of every seed that both have."""
         a, b = self.seeds(regime, references, base), self.seeds(regime, references, arm)
         return [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
 
@@ -67,7 +68,7 @@ class Study:
         return json.loads((self.results / run.name / "run.json").read_text())
 
     def _rows(self, run: Run, split: str) -> list[ExpressionScore]:
-        """Sentence ids are made apart by seed, so that the runs of an arm can stand in one list."""
+        """The rows of a run, with sentence ids that no other seed has, so that all runs of an arm can be one list."""
         rows = read_expressions(self.results / run.name / f"{split}.jsonl.gz")
         return [replace(row, sent_id=row.sent_id + run.seed * 10**12) for row in rows]
 
@@ -83,7 +84,7 @@ class Study:
         slices = slices_of if sliced else whole
         return compare(a, b, ORIGINAL, metrics=[metric], resamples=self.resamples, slices=slices)
 
-    # -- what the template asks for
+    # -- expressions of the template
 
     def say_score(self, regime: str, references: str, arm: str, split: str, metric: str) -> str:
         values = [self.percent(run, split, metric) for run in self.seeds(regime, int(references), arm).values()]
@@ -91,8 +92,8 @@ class Study:
         return f"{statistics.mean(values):.2f}{spread}"
 
     def say_difference(self, regime: str, references: str, arm: str, base: str, split: str, metric: str) -> str:
-        (found,) = self.compared(regime, int(references), arm, base, split, metric, False)
-        return f"{_points(found.difference)} [{_points(found.low)}, {_points(found.high)}]"
+        (comparison,) = self.compared(regime, int(references), arm, base, split, metric, False)
+        return _with_interval(comparison)
 
     def say_seeds(self, regime: str, references: str, arm: str, base: str, split: str, metric: str) -> str:
         pairs = self.pairs(regime, int(references), arm, base)
@@ -122,27 +123,26 @@ class Study:
     def say_slices(self, regime: str, references: str, arm: str, base: str, split: str) -> str:
         lines = [f"| sentences | number | oIoU {base} | oIoU {arm} | difference |", "|---|---|---|---|---|"]
         pairs = len(self.pairs(regime, int(references), arm, base))
-        for one in self.compared(regime, int(references), arm, base, split, "oIoU", True):
-            interval = f"{_points(one.difference)} [{_points(one.low)}, {_points(one.high)}]"
-            scores = f"{100 * one.a:.2f} | {100 * one.b:.2f}"
-            lines.append(f"| {one.slice} | {one.expressions // pairs} | {scores} | {interval} |")
+        for row in self.compared(regime, int(references), arm, base, split, "oIoU", True):
+            scores = f"{100 * row.a:.2f} | {100 * row.b:.2f}"
+            lines.append(f"| {row.slice} | {row.expressions // pairs} | {scores} | {_with_interval(row)} |")
         return "\n".join(lines)
 
     def say_runs(self) -> str:
         return str(len(self.runs))
 
     def say_looks(self, *prefixes: str) -> str:
-        found = json.loads((self.results / "correlation.json").read_text())
-        lines = ["| percent | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-        for key in {key: None for own in found.values() for key in own if key.startswith(prefixes)}:
-            shown = [f"{own[key]:.1f}" if key in own else "" for own in found.values()]
-            lines.append(f"| {key} | " + " | ".join(shown) + " |")
+        models = json.loads((self.results / "correlation.json").read_text())
+        lines = ["| percent | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+        for key in {key: None for figures in models.values() for key in figures if key.startswith(prefixes)}:
+            cells = [f"{figures[key]:.1f}" if key in figures else "" for figures in models.values()]
+            lines.append(f"| {key} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
     def say_towers(self) -> str:
-        found = json.loads((self.results / "text_tower.json").read_text())
+        models = json.loads((self.results / "text_tower.json").read_text())
         lines = ["| model | val oIoU | val mIoU | testB oIoU | testB mIoU |", "|---|---|---|---|---|"]
-        for model, scores in found.items():
+        for model, scores in models.items():
             cells = [f"{100 * scores[split][metric]:.1f}" for split in SPLITS for metric in ("oIoU", "mIoU")]
             lines.append(f"| {model} | {' | '.join(cells)} |")
         return "\n".join(lines)
@@ -151,15 +151,15 @@ class Study:
         timed = json.loads((self.results / "step.json").read_text())
         lines = ["| arm | TFLOP | FLOPs × none | time × none | in every turn |", "|---|---|---|---|---|"]
         plain = timed["arms"]["none"]["tflop"]
-        for arm, own in timed["arms"].items():
-            turns = ", ".join(f"{ratio:.2f}" for ratio in own["ratios"])
-            share = own["tflop"] / plain
-            lines.append(f"| {arm} | {own['tflop']:.3f} | {share:.2f} | {own['ratio']:.2f} | {turns} |")
+        for arm, step in timed["arms"].items():
+            turns = ", ".join(f"{ratio:.2f}" for ratio in step["ratios"])
+            share = step["tflop"] / plain
+            lines.append(f"| {arm} | {step['tflop']:.3f} | {share:.2f} | {step['ratio']:.2f} | {turns} |")
         return "\n".join(lines)
 
 
 def whole(rows: object) -> dict[str, np.ndarray]:
-    """The one slice of a plain difference."""
+    """The slice of a difference over all sentences."""
     assert isinstance(rows, list)
     return {"all": np.ones(len(rows), bool)}
 
@@ -169,22 +169,26 @@ def _points(value: float) -> str:
     return f"{100 * value:+.2f}".replace("-", "−")
 
 
+def _with_interval(comparison: Comparison) -> str:
+    return f"{_points(comparison.difference)} [{_points(comparison.low)}, {_points(comparison.high)}]"
+
+
 def fill(template: str, study: Study) -> str:
-    """The template with everything in double braces computed."""
+    """The template with its expressions computed."""
 
-    def said(match: re.Match[str]) -> str:
-        what, *given = match[1].split()
-        return getattr(study, f"say_{what}")(*given)
+    def text(match: re.Match[str]) -> str:
+        name, *arguments = match[1].split()
+        return getattr(study, f"say_{name}")(*arguments)
 
-    return re.sub(r"\{\{(.+?)\}\}", said, template)
+    return re.sub(r"\{\{(.+?)\}\}", text, template)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Figures
 
 
 def draw(study: Study, folder: Path) -> list[Path]:
-    """The study's pictures as SVG: every arm's difference, training-set sizes, training losses."""
+    """The study's figures as SVG: every arm's difference, training-set sizes, training losses."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -212,10 +216,11 @@ def _arms(study: Study, file: Path) -> Path:
     for axes, split in zip(figure.subplots(1, 2, sharey=True), SPLITS, strict=True):
         axes.axvline(0, color="0.6", linewidth=1)
         for row, arm in enumerate(arms):
-            (found,) = study.compared("trained", SIZE, arm, "none", split, "oIoU", False)
+            (comparison,) = study.compared("trained", SIZE, arm, "none", split, "oIoU", False)
             many = len(study.pairs("trained", SIZE, arm, "none")) > 1
-            axes.plot([100 * found.low, 100 * found.high], [row, row], color="tab:blue", linewidth=3 if many else 1)
-            axes.plot(100 * found.difference, row, "o", color="tab:blue", markersize=6 if many else 4)
+            interval = [100 * comparison.low, 100 * comparison.high]
+            axes.plot(interval, [row, row], color="tab:blue", linewidth=3 if many else 1)
+            axes.plot(100 * comparison.difference, row, "o", color="tab:blue", markersize=6 if many else 4)
         axes.set_yticks(range(len(arms)), arms)
         axes.set_title(f"{split}: oIoU points over no distillation")
         axes.grid(axis="x", color="0.9")
@@ -228,17 +233,17 @@ def _sizes(study: Study, file: Path) -> Path:
 
     figure = Figure(figsize=(8, 3))
     for axes, split in zip(figure.subplots(1, 2, sharey=True), SPLITS, strict=True):
-        for arm, look in (("none", "o--"), ("both", "s-")):
+        for arm, style in (("none", "o--"), ("both", "s-")):
             sizes = [size for size in SIZES if study.seeds("trained", size, arm)]
             values = [
                 [study.percent(run, split, "oIoU") for run in study.seeds("trained", s, arm).values()] for s in sizes
             ]
-            means = [statistics.mean(own) for own in values]
+            means = [statistics.mean(of_size) for of_size in values]
             axes.errorbar(
                 sizes,
                 means,
-                yerr=[statistics.stdev(own) if len(own) > 1 else 0 for own in values],
-                fmt=look,
+                yerr=[statistics.stdev(of_size) if len(of_size) > 1 else 0 for of_size in values],
+                fmt=style,
                 capsize=3,
                 label={"none": "no distillation", "both": "both branches"}[arm],
             )
@@ -257,7 +262,7 @@ def _losses(study: Study, file: Path) -> Path:
 
     figure = Figure(figsize=(8, 3))
     for axes, regime in zip(figure.subplots(1, 2), REGIMES, strict=True):
-        for arm, look in (("none", "--"), ("both", "-"), ("random", ":")):
+        for arm, style in (("none", "--"), ("both", "-"), ("random", ":")):
             runs = list(study.seeds(regime, SIZE, arm).values())
             logs = [
                 [json.loads(line) for line in (study.results / run.name / "metrics.jsonl").read_text().splitlines()]
@@ -265,8 +270,8 @@ def _losses(study: Study, file: Path) -> Path:
             ]
             points = [[(row["step"], row["seg"]) for row in log if "seg" in row] for log in logs]
             if points:
-                steps, losses = np.mean([own[: min(map(len, points))] for own in points], axis=0).T
-                axes.plot(steps, losses, look, label=f"{arm}, {len(runs)} seed{'s' * (len(runs) > 1)}")
+                steps, losses = np.mean([run_points[: min(map(len, points))] for run_points in points], axis=0).T
+                axes.plot(steps, losses, style, label=f"{arm}, {len(runs)} seed{'s' * (len(runs) > 1)}")
         axes.set_title(REGIMES[regime].title, fontsize=8)
         axes.set_xlabel("step")
         axes.grid(color="0.9")
