@@ -220,7 +220,7 @@ def unnamed(meaning: Meaning, named: set[int]) -> Counter[str]:
         elif not instance.verified:
             reasons["not verified and not alone"] += 1
         elif meaning.vague >> index & 1:
-            reasons["two masks on the same pixels"] += 1
+            reasons["overlapping or misplaced masks"] += 1
         elif not meaning.vocabulary.nouns(instance.category):
             reasons["of a class that has no noun"] += 1
         else:

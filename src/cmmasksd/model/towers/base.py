@@ -119,6 +119,23 @@ class ImageFeatures:
         parts = (self.dense, self.context, self.pixels, self.hidden, self.whole)
         return ImageFeatures(self.patches[index], self.grid, *(None if part is None else part[index] for part in parts))
 
+    @staticmethod
+    def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """The images of several records of the same grid, one after the other, for the decoder: `dense` is left out.
+        If any record hides patches, those of the others are marked as not hidden."""
+
+        def column(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        hidden = whole = None
+        if any(part.hidden is not None for part in parts):
+            none = [part.patches.new_zeros(part.patches.shape[:2], dtype=torch.bool) for part in parts]
+            hidden = torch.cat([n if part.hidden is None else part.hidden for n, part in zip(none, parts, strict=True)])
+            whole = torch.cat([part.patches if part.whole is None else part.whole for part in parts])
+        patches = torch.cat([part.patches for part in parts])
+        return ImageFeatures(patches, parts[0].grid, None, column("context"), column("pixels"), hidden, whole)
+
 
 @dataclass(frozen=True, slots=True)
 class TextFeatures:
