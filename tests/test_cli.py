@@ -100,7 +100,7 @@ def test_help_of_every_command_is_light():
     code = """
 import contextlib, io, sys
 from cmmasksd.cli import main
-commands = "demo,train,evaluate,compare,predict,export,explain,data,data scenes,examples,pretrain"
+commands = "demo,train,evaluate,compare,predict,export,explain,data,data scenes,data expressions,examples,pretrain"
 commands += ",push,report,completion"
 for command in ["", *commands.split(",")]:
     text = io.StringIO()

@@ -15,7 +15,8 @@ import pytest
 PINNED = Path(__file__).parent / "pinned"
 MODELS = ("scenes", "tiny")
 COMMANDS = (
-    *("demo", "train", "evaluate", "compare", "predict", "export", "serve", "explain", "data", "data scenes"),
+    *("demo", "train", "evaluate", "compare", "predict", "export", "serve", "explain", "data"),
+    *("data scenes", "data expressions"),
     *("examples", "pretrain", "push", "report", "completion"),
 )
 

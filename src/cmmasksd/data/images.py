@@ -87,6 +87,12 @@ def image_size(source: str | Path | bytes, *, exif: bool = False) -> tuple[int, 
         return (width, height) if turned else (height, width)
 
 
+def is_turned(source: str | Path | bytes) -> bool:
+    """Whether the EXIF orientation of an image file says that its stored pixels are not upright."""
+    with _opened(source, _FORMATS) as (image, _):
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+
+
 def read_mask(source: str | Path | bytes) -> np.ndarray:
     """Read a mask from a PNG: all pixels but those of value 0, palette index 0, or full transparency.
 

@@ -49,7 +49,7 @@ def read_instances(
         UserError: the file is damaged, or does not fit the references.
     """
     content = path.read_bytes()
-    image_records, annotation_records = _parse(content, path)
+    image_records, annotation_records = parse_instances(content, path)
     images = _images(image_records, {reference.image_id for reference in references}, image_folder, path)
     needed = {ann_id for reference in references for ann_id in reference.ann_ids}
     annotations = _annotations(annotation_records, needed, path)
@@ -85,12 +85,14 @@ def read_instances(
 _POLYGONS = re.compile(rb'"segmentation"\s*:\s*(\[\s*\[[-+0-9.eE,\s\[\]]*\]\s*\])')
 
 
-def _parse(content: bytes, path: Path) -> list[list[dict[str, Any]]]:
-    """The records of "images" and "annotations", with polygons replaced by [[start, end]], their place in the file."""
+def parse_instances(
+    content: bytes, path: Path, keys: Sequence[str] = ("images", "annotations")
+) -> list[list[dict[str, Any]]]:
+    """The lists of records with these keys, polygons replaced by [[start, end]], their place in the file."""
     shortened = _POLYGONS.sub(lambda match: b'"segmentation":[[%d,%d]]' % match.span(1), content)
     parsed = parse_json(shortened, str(path), "download it again from its release")
     lists = []
-    for key in ("images", "annotations"):
+    for key in keys:
         records = parsed.get(key) if isinstance(parsed, dict) else None
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise UserError(f"{path} has no list {key!r}: expected COCO's instances format")

@@ -1,0 +1,16 @@
+"""True sentences from instance segmentation: class names and masks in, referring expressions out.
+
+instances.py    COCO's instances.json, read
+words.py        class names as nouns
+attributes.py   facts measured in a mask: position, size, colours
+meaning.py      what is true of which objects, strictly and loosely
+language.py     wording
+generate.py     describe: the sentences of an image
+dataset.py      the sentences of whole files as a data set, and as a manifest
+"""
+
+from cmmasksd.data.expressions.generate import Description as Description
+from cmmasksd.data.expressions.generate import describe as describe
+from cmmasksd.data.expressions.instances import Instance as Instance
+from cmmasksd.data.expressions.instances import InstanceFile as InstanceFile
+from cmmasksd.data.expressions.words import Vocabulary as Vocabulary
