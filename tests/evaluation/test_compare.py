@@ -17,7 +17,8 @@ from cmmasksd.evaluation.results import ExpressionScore, SplitScores, write_resu
 def row(sent_id, intersection, union, *, image=None, sentence="star", target=None):
     image = sent_id if image is None else image
     target = union if target is None else target
-    return ExpressionScore(sent_id, image, sent_id, sentence, intersection, union, target, intersection / union)
+    iou = ORIGINAL.iou(intersection, union)
+    return ExpressionScore(sent_id, image, sent_id, sentence, intersection, union, target, iou)
 
 
 def rows_of(count, seed, *, gain=0.0, each=1):
