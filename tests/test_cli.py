@@ -1037,7 +1037,7 @@ def test_one_step_of_the_full_size(precision: str, tmp_path: Path):
     from accelerate.state import AcceleratorState
     from transformers import CLIPConfig, CLIPModel
 
-    from cmmasksd.model.processing import load_tokenizer
+    from cmmasksd.model.tokenizing import load_tokenizer
 
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the case before
     tokenizer = load_tokenizer("tiny")  # fewer pieces than CLIP's 49408, so its ids fit

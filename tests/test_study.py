@@ -161,7 +161,7 @@ def test_the_page_in_the_docs_is_that_of_the_results(page):
     assert (FOLDER.parents[1] / "docs" / "ablation.md").read_text() == made
 
 
-def test_the_pictures_follow_from_the_files(page, finished, tmp_path):
+def test_the_images_follow_from_the_files(page, finished, tmp_path):
     files = page.draw(page.Study(finished[0], resamples=200), tmp_path)
     assert {file.name for file in files} == {"arms.svg", "sizes.svg", "losses.svg"}
     assert all(file.read_text().startswith("<?xml") for file in files)

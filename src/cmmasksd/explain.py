@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from cmmasksd.config import DistillationConfig
 from cmmasksd.data.images import read_image
@@ -45,7 +44,7 @@ class Explanation:
 
     Attributes:
         text: the sentence.
-        words: its words as the network reads them, and whether VMLSD masks each.
+        words: its words, and whether VMLSD masks each.
         image: (H, W, 3) uint8, the canvas.
         correlation: (h, w), cosine of each patch with its best-matching word.
         hidden_patches: (h, w) bool, the patches that LMVSD masks; None without LMVSD.
@@ -136,7 +135,10 @@ def explain(
         explanations.append(
             Explanation(
                 sentence,
-                _words(processor, tokens.input_ids[nth], tokens.word_ids[nth], hidden_words[nth]),
+                tuple(
+                    (sentence[word.start : word.end], bool(hidden_words[nth, word.tokens].any()))
+                    for word in tokens.words(nth)
+                ),
                 canvas.permute(1, 2, 0).cpu().numpy(),
                 scores[nth].cpu().numpy(),
                 None if hidden is None else hidden[nth].unflatten(0, main.grid).cpu().numpy(),
@@ -174,15 +176,6 @@ def write_figures(
         file = out / f"{image.stem}_{nth}_{slug(explanation.text)}_explained.png"
         explanation.figure().save(file)
         yield explanation.text, file
-
-
-def _words(processor: CMMaskSDProcessor, ids: Tensor, word_ids: Tensor, hidden: Tensor) -> tuple[tuple[str, bool], ...]:
-    """The words of one sentence, joined from their tokens, and whether each is hidden."""
-    words = []
-    for word in range(int(word_ids.max()) + 1):
-        of_word = word_ids == word
-        words.append((str(processor.tokenizer.decode(ids[of_word])).strip(), bool(hidden[of_word].any())))
-    return tuple(words)
 
 
 def _hide(image: np.ndarray, patches: np.ndarray) -> np.ndarray:

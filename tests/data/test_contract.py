@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmmasksd.config import SplitConfig
 from cmmasksd.data.datasets import open_dataset
 from cmmasksd.data.masks import mask_to_polygons
 from cmmasksd.data.readers.refer_release import write_refer_release
@@ -97,7 +98,7 @@ class TestScenes(DatasetContract):
 
     @pytest.fixture
     def data(self) -> ReferringDataset:
-        return open_dataset("scenes", "train", references=9, seed=3, scene_size=64)
+        return open_dataset(SplitConfig("scenes", "train", references=9, scene_seed=3, scene_size=64))
 
 
 class TestScenesPlus(DatasetContract):
@@ -106,7 +107,7 @@ class TestScenesPlus(DatasetContract):
 
     @pytest.fixture
     def data(self) -> ReferringDataset:
-        return open_dataset("scenes+", "testB", references=9, scene_size=64)
+        return open_dataset(SplitConfig("scenes+", "testB", references=9, scene_size=64))
 
 
 class TestScenesG(DatasetContract):
@@ -115,7 +116,7 @@ class TestScenesG(DatasetContract):
 
     @pytest.fixture
     def data(self) -> ReferringDataset:
-        return open_dataset("scenesg", "val", references=9, scene_size=64)
+        return open_dataset(SplitConfig("scenesg", "val", references=9, scene_size=64))
 
 
 class TestRefer(DatasetContract):
@@ -125,7 +126,7 @@ class TestRefer(DatasetContract):
     def data(self, tmp_path_factory: pytest.TempPathFactory) -> ReferringDataset:
         root = tmp_path_factory.mktemp("refer")
         write_refer_release(root, [scenes()])
-        return open_dataset("refcoco", "train", root=root)
+        return open_dataset(SplitConfig("refcoco", "train", root=root))
 
 
 class TestReferSample(DatasetContract):
@@ -134,7 +135,7 @@ class TestReferSample(DatasetContract):
 
     @pytest.fixture
     def data(self, real_data: Path) -> ReferringDataset:
-        return open_dataset("refcoco", "val", root=real_data / "refer-coco128")
+        return open_dataset(SplitConfig("refcoco", "val", root=real_data / "refer-coco128"))
 
 
 class TestManifest(DatasetContract):
@@ -142,7 +143,7 @@ class TestManifest(DatasetContract):
 
     @pytest.fixture
     def data(self, manifest: Path) -> ReferringDataset:
-        return open_dataset("manifest", "train", root=manifest / "rows.jsonl")
+        return open_dataset(SplitConfig("manifest", "train", root=manifest / "rows.jsonl"))
 
 
 class TestLabelme(DatasetContract):
@@ -161,4 +162,4 @@ class TestLabelme(DatasetContract):
                 for polygon in mask_to_polygons(data.mask(data[index]))
             ]
             (folder / f"{name}.json").write_text(json.dumps({"shapes": shapes, "imagePath": f"{name}.png"}))
-        return open_dataset("manifest", "all", root=folder)
+        return open_dataset(SplitConfig("manifest", "all", root=folder))

@@ -22,7 +22,8 @@ from cmmasksd.errors import UserError
 from cmmasksd.evaluation import evaluate as scoring
 from cmmasksd.evaluation.evaluate import BLOCK, evaluate, make_accelerator
 from cmmasksd.evaluation.protocols import METRIC_NAMES, ORIGINAL
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.model.towers.base import ImageFeatures
 
 
@@ -200,7 +201,8 @@ from memory import peak_megabytes
 from test_evaluate import Boxes, Bright
 from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.evaluation.evaluate import evaluate
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer
 
 class Many(Boxes):  # one photograph, 40 objects with a sentence each
     def groups(self):

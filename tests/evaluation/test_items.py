@@ -4,7 +4,8 @@ import pytest
 
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.items import ScoringItems
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer
 from noise import Noise
 
 

@@ -27,7 +27,8 @@ from cmmasksd.export import site
 from cmmasksd.inference.onnx import ExportSettings, resize_bicubic, restore
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.placement import place
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer, tokenize
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer, tokenize
 from cmmasksd.serving.results import word_maps
 
 ORT = Path(__file__).parents[2] / "web/node_modules/onnxruntime-web/dist"

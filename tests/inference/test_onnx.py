@@ -22,7 +22,8 @@ from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
 from cmmasksd.inference.onnx import ExportSettings, OnnxSegmenter, resize_bicubic, restore
 from cmmasksd.inference.predictor import Segmenter, load_segmenter
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer
 from fuzz import FUZZ, check
 
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")

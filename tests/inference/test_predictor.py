@@ -18,7 +18,8 @@ from cmmasksd.inference import predictor
 from cmmasksd.inference.predictor import ENCODE_TOGETHER, Segmenter
 from cmmasksd.inference.visualize import PALETTE
 from cmmasksd.model.modeling import CMMaskSDModel
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.pretraining.model import build_clip
 
 SENTENCES = ["the red circle", "star on the left", "large blue thing that is not there"]

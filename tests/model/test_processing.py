@@ -23,15 +23,9 @@ from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.auto import CMMaskSDProcessor
 from cmmasksd.model.loading import load_clip
 from cmmasksd.model.locating import REQUIRED
-from cmmasksd.model.placement import columns_first
-from cmmasksd.model.processing import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Placement,
-    load_tokenizer,
-    normalize,
-    tokenize,
-)
+from cmmasksd.model.pixels import CLIP_MEAN, CLIP_STD, normalize
+from cmmasksd.model.placement import Placement, columns_first
+from cmmasksd.model.tokenizing import load_tokenizer, tokenize
 from conftest import TINY_CONTEXT, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -187,19 +181,11 @@ def test_other_images_are_refused(image):
 def test_sizes_must_be_multiples_of_the_patch(size, advice):
     with pytest.raises(UserError, match=advice):
         processor(size)
-    with pytest.raises(UserError, match=advice):
-        processor().image(noise(20, 20), size)
 
 
 def test_unknown_resize():
     with pytest.raises(UserError, match="stretch"):
         processor(resize="stretch")
-
-
-def test_another_canvas_than_its_own():
-    image, placement = processor((32, 32), "letterbox").image(noise(50, 100), (64, 96))
-    assert image.shape == (3, 64, 96)
-    assert placement == Placement((50, 100), (64, 96), (8, 0, 48, 96))
 
 
 # ----------------------------------------------------------------------------------------------------------- placements
@@ -421,6 +407,26 @@ def test_word_ids_count_words_without_a_gap():
     for row in tokens.word_ids:
         words = row[row >= 0].unique()
         assert words.tolist() == list(range(len(words)))
+
+
+def test_words_are_parts_of_their_sentence():
+    text = "The  größe, UNBELIEVABLE circle🙂 "
+    tokens = processor().tokens(["red", text])
+    words = tokens.words(1)
+    spelled = [text[word.start : word.end] for word in words]
+    assert [word for word in spelled if word.isalpha()] == ["The", "größe", "UNBELIEVABLE", "circle"]
+    assert "".join(spelled) == "".join(text.split())
+    assert [position for word in words for position in word.tokens] == (tokens.word_ids[1] >= 0).nonzero()[
+        :, 0
+    ].tolist()
+    assert len(words[spelled.index("UNBELIEVABLE")].tokens) > 1
+
+
+def test_hidden_words_are_not_in_view():
+    text = "the reddish square"
+    tokens = processor().tokens([text])
+    shown = tokens.hide(tokens.word_ids == 1).words(0)
+    assert [text[word.start : word.end] for word in shown] == ["the", "square"]
 
 
 def test_slow_tokenizers_are_refused():

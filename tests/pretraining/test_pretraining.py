@@ -12,7 +12,8 @@ from cmmasksd.config import PretrainConfig
 from cmmasksd.data.scenes import COLOURS, HELD_OUT, SHAPES
 from cmmasksd.errors import UserError
 from cmmasksd.model.loading import load_clip
-from cmmasksd.model.processing import load_tokenizer, normalize
+from cmmasksd.model.pixels import normalize
+from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.model.towers.clip import dual_encoder
 from cmmasksd.pretraining import loop as module
 from cmmasksd.pretraining.captions import CaptionedScenes, Collate, true_of

@@ -12,7 +12,8 @@ from cmmasksd.data.samples import Expression, Reference
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.errors import UserError
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.training.batches import (
     Batch,
     Draw,

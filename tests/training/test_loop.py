@@ -23,7 +23,8 @@ import yaml
 from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig, PretrainConfig, TrainingConfig
 from cmmasksd.errors import UserError
 from cmmasksd.model.modeling import CMMaskSDModel
-from cmmasksd.model.processing import CMMaskSDProcessor, load_tokenizer
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.pretraining.model import build_clip, save_clip
 from cmmasksd.training import loop
 from cmmasksd.training.batches import split_batch

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -21,7 +16,6 @@ if TYPE_CHECKING:
 
 HELP = "masks for the sentences about an image"
 DESCRIPTION = "Find what sentences name in an image."
-STDOUT = Path("-")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -54,23 +48,26 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    from cmmasksd.inference.outputs import FileNames
-    from cmmasksd.inference.predict import Failure, predict
+    from cmmasksd.inference.outputs import FileNames, output_folder, write_images
+    from cmmasksd.inference.predict import Failure, failure_summary, predict
     from cmmasksd.inference.predictor import load_segmenter
-    from cmmasksd.inference.rows import json_row
+    from cmmasksd.inference.rows import json_row, require_free, row_writer
+    from cmmasksd.inference.sources import STDOUT
 
     sources = _sources(settings)
-    folder = _output_folder(settings, sources)
+    folder = output_folder(settings.out, settings.json, settings.image, sources)
+    require_free(settings.json, settings.resume)
     segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
+    options = {"threshold": settings.threshold, "out": folder and str(folder)}
     names, failures, rows = FileNames(sources), [], []
-    with _row_writer(settings, folder, sources) as (done, write_rows):
+    with row_writer(settings.json, settings.model, sources, resume=settings.resume, **options) as (done, write_rows):
         for result in predict(segmenter, sources, done=done, progress=True):
             if isinstance(result, Failure):
                 failures.append(result.reason)
                 rows = []
                 continue
             stem = names.stem(result.index, result.frame)
-            files = _write_images(result, stem, folder)
+            files = write_images(result, stem, folder)
             if STDOUT not in (settings.out, settings.json):
                 _print_line(result, "" if len(sources) == 1 and result.frame is None else f"{stem}: ", files)
             rows.append(json_row(result))
@@ -78,11 +75,11 @@ def run(settings: Namespace) -> None:
                 write_rows(result.unit, rows)  # last: a row implies its mask and overlay
                 rows = []
     if failures:
-        raise UserError(_summary(failures, len({source.image for source in sources})))
+        raise UserError(failure_summary(failures, len({source.image for source in sources})))
 
 
 def _sources(settings: Namespace) -> list[Source]:
-    """The images and their sentences. One image is opened at once: a wrong path must not wait for the model."""
+    """The images and their sentences. A single image is opened at once: a wrong path must not wait for the model."""
     from cmmasksd.data.images import image_size
     from cmmasksd.data.video import is_video
     from cmmasksd.inference.sources import find_sources, read_sentences
@@ -95,80 +92,11 @@ def _sources(settings: Namespace) -> list[Source]:
     return sources
 
 
-def _output_folder(settings: Namespace, sources: list[Source]) -> Path | None:
-    """The folder for masks and overlays: "-" for standard output, None for nowhere.
-
-    Raises:
-        UserError: the options about outputs contradict each other, or something is in the way.
-    """
-    from cmmasksd.inference.rows import require_free
-
-    if settings.out == settings.json == STDOUT:
-        raise UserError("--out - and --json - both write to standard output: give a file or folder to one of them")
-    if settings.out == STDOUT and (len(sources) > 1 or len(sources[0].texts) > 1):
-        raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
-    folder = settings.out or (None if settings.json else Path("."))
-    if folder is not None and folder.is_dir() and settings.image.is_dir() and folder.samefile(settings.image):
-        raise UserError(f"--out {folder} is the folder of images, and would mix masks with them: use --out out")
-    if settings.json not in (None, STDOUT):
-        require_free(settings.json, settings.resume)
-    elif settings.resume:
-        raise UserError("--resume resumes the rows of a file: name it with --json")
-    return folder
-
-
-@contextmanager
-def _row_writer(settings: Namespace, folder: Path | None, sources: list[Source]) -> Iterator[tuple[Any, Any]]:
-    """See `json_rows`; rows may also go to standard output or nowhere."""
-    from cmmasksd.inference.rows import fingerprint, json_rows
-    from cmmasksd.model.locating import model_folder
-
-    if settings.json is None:
-        yield (), lambda unit, rows: None
-    elif settings.json == STDOUT:
-        yield (), lambda unit, rows: print(*map(json.dumps, rows), sep="\n", flush=True)
-    else:
-        out = folder and str(folder)
-        run = fingerprint(model_folder(settings.model), sources, threshold=settings.threshold, out=out)
-        with json_rows(settings.json, run, resume=settings.resume) as rows:
-            yield rows
-
-
-def _write_images(prediction: Prediction, stem: str, folder: Path | None) -> list[Path]:
-    """Write mask and overlay to a folder, or the mask alone to standard output; returns the files."""
-    from cmmasksd.inference.outputs import mask_image, save_images
-
-    if folder is None:
-        return []
-    if folder != STDOUT:
-        return save_images(prediction.segmentation, prediction.nth, stem, folder)
-    if prediction.frame is not None:
-        name = prediction.source.name
-        raise UserError(f"{name} has several frames: name a folder with --out, or use --json -")
-    content = io.BytesIO()
-    mask_image(prediction.segmentation).save(content, "PNG")
-    sys.stdout.buffer.write(content.getvalue())
-    sys.stdout.buffer.flush()
-    return []
-
-
-def _print_line(prediction: Prediction, where: str, files: list[Path]) -> None:
-    """One line about a sentence, above the progress bar."""
+def _print_line(prediction: Prediction, prefix: str, files: list[Path]) -> None:
+    """Print a line about a sentence, above the progress bar."""
     from tqdm import tqdm
 
     segmentation = prediction.segmentation
     share = 100 * float(segmentation.mask.mean())
     written = f" -> {', '.join(map(str, files))}" if files else ""
-    tqdm.write(f"{where}{segmentation.text!r}: {share:.1f} % of the image, score {segmentation.score:.2f}{written}")
-
-
-def _summary(failures: list[str], images: int) -> str:
-    """One line of less than 400 characters about all images that failed, if there are several images."""
-    if images == 1:
-        return failures[0]
-    limit = 270 // min(3, len(failures))
-    # cut at the front, which holds the folders of the path
-    lines = [line if len(line) <= limit else f"…{line[1 - limit :]}" for line in failures[:3]]
-    if len(failures) > 3:
-        lines.append(f"and {len(failures) - 3} more")
-    return f"{len(failures)} of {images} images could not be read, the others are done: {'; '.join(lines)}"
+    tqdm.write(f"{prefix}{segmentation.text!r}: {share:.1f} % of the image, score {segmentation.score:.2f}{written}")

@@ -15,7 +15,8 @@ from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.errors import UserError
 
 if TYPE_CHECKING:
-    from cmmasksd.model.processing import CMMaskSDProcessor, Placement
+    from cmmasksd.model.placement import Placement
+    from cmmasksd.model.processing import CMMaskSDProcessor
     from cmmasksd.model.towers.base import Tokens
 
 

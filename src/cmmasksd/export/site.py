@@ -21,7 +21,7 @@ from pathlib import Path
 from cmmasksd.errors import UserError
 from cmmasksd.export.export import check_target, export
 from cmmasksd.inference.onnx import EXPORT_FILE, ExportSettings
-from cmmasksd.model.processing import load_tokenizer
+from cmmasksd.model.tokenizing import load_tokenizer
 
 PAGE, BROWSER = Path(__file__).parents[1] / "serving/page", Path(__file__).parent / "browser"
 ORT_VERSION = "1.30.0"

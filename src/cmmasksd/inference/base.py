@@ -14,7 +14,7 @@ import numpy as np
 
 from cmmasksd.data.images import ImageInput, as_pixels
 from cmmasksd.data.masks import mask_to_box, mask_to_polygons, mask_to_rle
-from cmmasksd.data.samples import is_blank
+from cmmasksd.data.samples import require_expression
 from cmmasksd.errors import UserError
 from cmmasksd.inference.visualize import PALETTE, Color, overlay
 from cmmasksd.model.placement import Placement, threshold_to_logit
@@ -148,8 +148,8 @@ class BaseSegmenter(ABC):
             sentences = [given] if isinstance(given, str) else list(given)
             if not sentences:
                 raise UserError("no sentence given: say what to look for")
-            if any(map(is_blank, sentences)):
-                raise UserError("an empty sentence names no object: give at least one word")
+            for sentence in sentences:
+                require_expression(sentence, "a sentence")
             pixels = as_pixels(image)
             canvas, placement = self.canvas(pixels)
             images.append(pixels)

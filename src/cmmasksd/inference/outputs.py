@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cmmasksd.errors import UserError
 from cmmasksd.files import whole_file
 from cmmasksd.inference.base import Segmentation
-from cmmasksd.inference.sources import Source
+from cmmasksd.inference.predict import Prediction
+from cmmasksd.inference.sources import STDOUT, Source
 from cmmasksd.inference.visualize import PALETTE
 
 
@@ -51,6 +55,56 @@ class FileNames:
 def slug(text: str) -> str:
     """A sentence as part of a file name, without "_"."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "sentence"
+
+
+def output_folder(out: Path | None, json: Path | None, image: Path, sources: Sequence[Source]) -> Path | None:
+    """The folder for masks and overlays: `out` or this one, but none beside rows of JSON.
+
+    Args:
+        out, json, image: the command's options.
+        sources: the images that `image` stands for.
+
+    Returns:
+        The folder; STDOUT for standard output; None for no files.
+
+    Raises:
+        UserError: `out` and `json` contradict each other or the sources, or the folder is that of the images.
+    """
+    if out == json == STDOUT:
+        raise UserError("--out - and --json - both write to standard output: give a file or folder to one of them")
+    if out == STDOUT and (len(sources) > 1 or len(sources[0].texts) > 1):
+        raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
+    folder = out or (None if json else Path("."))
+    if folder is not None and folder.is_dir() and image.is_dir() and folder.samefile(image):
+        raise UserError(f"--out {folder} is the folder of images, and would mix masks with them: use --out out")
+    return folder
+
+
+def write_images(prediction: Prediction, stem: str, folder: Path | None) -> list[Path]:
+    """Write mask and overlay to a folder, or the mask alone to standard output.
+
+    Args:
+        prediction: the mask of a sentence.
+        stem: beginning of the file names, see `FileNames`.
+        folder: see `output_folder`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: a frame of several is to go to standard output.
+    """
+    if folder is None:
+        return []
+    if folder != STDOUT:
+        return save_images(prediction.segmentation, prediction.nth, stem, folder)
+    if prediction.frame is not None:
+        raise UserError(f"{prediction.source.name} has several frames: name a folder with --out, or use --json -")
+    content = io.BytesIO()
+    mask_image(prediction.segmentation).save(content, "PNG")
+    sys.stdout.buffer.write(content.getvalue())
+    sys.stdout.buffer.flush()
+    return []
 
 
 def mask_image(segmentation: Segmentation) -> Image.Image:

@@ -89,6 +89,23 @@ def predict(
             start = questions[-1][0] + 1
 
 
+def failure_summary(reasons: Sequence[str], images: int) -> str:
+    """One line of less than 400 characters about the images that failed; the reason itself for a single image.
+
+    Args:
+        reasons: one line per image that failed.
+        images: number of all images.
+    """
+    if images == 1:
+        return reasons[0]
+    limit = 270 // min(3, len(reasons))
+    # cut at the front, which holds the folders of the path
+    lines = [line if len(line) <= limit else f"…{line[1 - limit :]}" for line in reasons[:3]]
+    if len(reasons) > 3:
+        lines.append(f"and {len(reasons) - 3} more")
+    return f"{len(reasons)} of {images} images could not be read, the others are done: {'; '.join(lines)}"
+
+
 def _segment(
     segmenter: BaseSegmenter,
     image: Path | bytes,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,10 @@ from typing import Any, BinaryIO
 from cmmasksd.errors import UserError
 from cmmasksd.files import sha256
 from cmmasksd.inference.predict import Prediction, Unit
-from cmmasksd.inference.sources import Source
+from cmmasksd.inference.sources import STDOUT, Source
+from cmmasksd.model.locating import model_folder
+
+RowWriter = Callable[[Unit, list[dict[str, Any]]], None]
 
 
 def json_row(prediction: Prediction) -> dict[str, Any]:
@@ -51,12 +54,16 @@ def fingerprint(model: Path, sources: Sequence[Source], **options: Any) -> dict[
     }
 
 
-def require_free(target: Path, resume: bool) -> None:
+def require_free(target: Path | None, resume: bool) -> None:
     """Check that rows can be written to a path.
 
     Raises:
-        UserError: it is not a file, or it holds rows and `resume` is false.
+        UserError: it is not a file, or it holds rows and `resume` is false; or nothing can be resumed without a file.
     """
+    if target in (None, STDOUT):
+        if resume:
+            raise UserError("--resume resumes the rows of a file: name it with --json")
+        return
     if target.exists() and not target.is_file():
         raise UserError(f"{target} is not a file: give --json a file, or - for standard output")
     if not resume and target.is_file() and target.stat().st_size:
@@ -64,9 +71,26 @@ def require_free(target: Path, resume: bool) -> None:
 
 
 @contextmanager
-def json_rows(
-    target: Path, run: Mapping[str, Any], *, resume: bool = False
-) -> Iterator[tuple[set[Unit], Callable[[Unit, list[dict[str, Any]]], None]]]:
+def row_writer(
+    target: Path | None, model: str, sources: Sequence[Source], *, resume: bool, **options: Any
+) -> Iterator[tuple[Container[Unit], RowWriter]]:
+    """See `json_rows`; rows may also go to standard output (STDOUT) or nowhere (None).
+
+    Args:
+        model: folder or hub id of the model.
+        sources, options: see `fingerprint`.
+    """
+    if target is None:
+        yield (), lambda unit, rows: None
+    elif target == STDOUT:
+        yield (), lambda unit, rows: print(*map(json.dumps, rows), sep="\n", flush=True)
+    else:
+        with json_rows(target, fingerprint(model_folder(model), sources, **options), resume=resume) as rows:
+            yield rows
+
+
+@contextmanager
+def json_rows(target: Path, run: Mapping[str, Any], *, resume: bool = False) -> Iterator[tuple[set[Unit], RowWriter]]:
     """Append rows to a file, one unit at a time, so that a killed run can be resumed without a row lost or doubled.
 
     A second file, FILE.resume, holds `run` in its first line and then one line per unit, [group, frame, size of FILE

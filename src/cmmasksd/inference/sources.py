@@ -17,6 +17,8 @@ from cmmasksd.errors import UserError, shown
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Suffixes of the files in a folder that are read as images."""
 
+STDOUT = Path("-")
+"""Standard output in place of a file or folder, or standard input in place of an image."""
 _MAX_TEXTS = 64_000_000  # bytes of a file of sentences
 
 
@@ -58,7 +60,7 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
         return [Source(str(row.image), row.image, row.expressions, row.id) for row in rows]
     if not texts:
         raise UserError("no sentence given: say what to look for with --text, or --texts FILE with one per line")
-    if str(where) == "-":
+    if where == STDOUT:
         return [Source("-", read_bytes(sys.stdin.buffer), tuple(texts))]
     files = [where]
     if where.is_dir():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cmmasksd.data.scenes import STYLES, Phrase, Scene, caption, describe, facts, make_scene, referring, render, twin
-from cmmasksd.model.processing import tokenize
+from cmmasksd.model.tokenizing import tokenize
 from cmmasksd.model.towers.base import Tokens
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ from cmmasksd.config import PretrainConfig
 from cmmasksd.errors import UserError, reason
 from cmmasksd.files import whole_file
 from cmmasksd.model.loading import load_clip
-from cmmasksd.model.processing import load_tokenizer, normalize
+from cmmasksd.model.pixels import normalize
+from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.model.towers.clip import dual_encoder, encoder_sizes
 from cmmasksd.pretraining.captions import CaptionedBatch, CaptionedScenes, Collate
 from cmmasksd.pretraining.losses import changed_patches, contrastive_losses, lend_patches

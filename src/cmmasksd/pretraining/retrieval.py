@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from cmmasksd.data.scenes import caption, describe, facts, make_scene, render
-from cmmasksd.model.processing import normalize, tokenize
+from cmmasksd.model.pixels import normalize
+from cmmasksd.model.tokenizing import tokenize
 from cmmasksd.model.towers.clip import dual_encoder, encoder_sizes
 
 if TYPE_CHECKING:

@@ -57,17 +57,9 @@ def word_maps(segmenter: Segmenter, encoded: Encoded, index: int) -> list[dict[s
     cosine = correlation(image, sentence)[0].T.unflatten(1, image.grid)  # (L, h, w)
     placement = encoded.placements[image_index]
     placement = replace(placement, original=_fitted(placement.original, WORD_SIDE))
-    processor, word_ids = segmenter.processor, encoded.tokens.word_ids[index]
-    spans = processor.tokenizer(
-        text, truncation=True, max_length=processor.max_tokens, split_special_tokens=True, return_offsets_mapping=True
-    )["offset_mapping"]
     words = []
-    for word in range(int(word_ids.max()) + 1):
-        pieces = (word_ids == word).nonzero()[:, 0].tolist()
-        if not pieces:
-            continue
-        start, end = spans[pieces[0]][0], spans[pieces[-1]][1]
-        values = processor.restore(cosine[pieces].mean(0, keepdim=True), placement)[0].cpu().numpy()
+    for start, end, tokens in encoded.tokens.words(index):
+        values = segmenter.processor.restore(cosine[tokens].mean(0, keepdim=True), placement)[0].cpu().numpy()
         spread = float(values.max() - values.min())
         word_map = _map((values - values.min()) / spread) if spread > 0 else None
         words.append({"text": text[start:end], "start": start, "end": end, "map": word_map})

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from cmmasksd.model.processing import tokenize
+from cmmasksd.model.tokenizing import tokenize
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.towers.clip import CLIPImageTower, CLIPTextTower
 from conftest import make_clip

@@ -7,12 +7,20 @@ and `TextFeatures` out. A new family is one file beside `clip.py`: the two tower
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Word(NamedTuple):
+    """A word of a sentence: its characters, `text[start:end]`, and its tokens."""
+
+    start: int
+    end: int
+    tokens: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,23 +33,41 @@ class Tokens:
         word_ids: (B, L) int64, which word of its sentence a token belongs to (a word may have several pieces), from 0;
             -1 for start, end and padding.
         truncated: (B,) bool, sentences that lost their last words to the limit of tokens.
+        spans: (B, L, 2) int64, the characters of its sentence that a token stands for: first, and one past the last.
+            None: the tokens did not come from a sentence.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     word_ids: Tensor
     truncated: Tensor
+    spans: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Tokens:
         """The same tokens on another device."""
-        return Tokens(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return self._each(lambda part: part.to(device))
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def select(self, part: slice) -> Tokens:
         """Some of the sentences, padded as before."""
-        return Tokens(*(getattr(self, field.name)[part] for field in fields(self)))
+        return self._each(lambda column: column[part])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        columns = (getattr(self, field.name) for field in fields(self))
+        changed: Any = (None if column is None else change(column) for column in columns)
+        return Tokens(*changed)
+
+    def words(self, index: int) -> list[Word]:
+        """The words of one sentence that are in view, in order."""
+        assert self.spans is not None
+        ids, spans = self.word_ids[index].tolist(), self.spans[index].tolist()
+        pieces: dict[int, list[int]] = {}
+        for position, word in enumerate(ids):
+            if word >= 0:
+                pieces.setdefault(word, []).append(position)
+        return [Word(spans[at[0]][0], spans[at[-1]][1], at) for at in pieces.values()]
 
     def hide(self, hidden: Tensor) -> Tokens:
         """The same sentences with some tokens hidden from the text tower.
@@ -92,6 +118,23 @@ class ImageFeatures:
         """The features of images `index` (K,) int64, in that order: one image repeated for each of its expressions."""
         parts = (self.dense, self.context, self.pixels, self.hidden, self.whole)
         return ImageFeatures(self.patches[index], self.grid, *(None if part is None else part[index] for part in parts))
+
+    @staticmethod
+    def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """The images of several records of the same grid, one after the other, for the decoder: `dense` is left out.
+        If any record hides patches, those of the others are marked as not hidden."""
+
+        def column(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return None if values[0] is None else torch.cat(values)
+
+        hidden = whole = None
+        if any(part.hidden is not None for part in parts):
+            none = [part.patches.new_zeros(part.patches.shape[:2], dtype=torch.bool) for part in parts]
+            hidden = torch.cat([n if part.hidden is None else part.hidden for n, part in zip(none, parts, strict=True)])
+            whole = torch.cat([part.patches if part.whole is None else part.whole for part in parts])
+        patches = torch.cat([part.patches for part in parts])
+        return ImageFeatures(patches, parts[0].grid, None, column("context"), column("pixels"), hidden, whole)
 
 
 @dataclass(frozen=True, slots=True)
