@@ -189,8 +189,11 @@ MISTAKES = [
     ("train --config unknown.yaml", "'data.nmae'"),
     ("train --config type.yaml", "--training.epochs: Expected a int. Got value: many"),
     ("train --config syntax.yaml", "line 2"),
-    ("train --config absent.yaml", "no file absent.yaml, nor a configuration of this name: refcoco+-vit-b16, refcoco"),
-    ("train --config configs/scenes-tiny.yaml", "configuration of this name: "),
+    (
+        "train --config absent.yaml",
+        "no file absent.yaml and no such configuration: choose from refcoco+-vit-b16, refcoco",
+    ),
+    ("train --config configs/scenes-tiny.yaml", "no such configuration: choose from "),
     ("demo --config refcoco", "scenes-tiny"),
     ("train --data photos", "--data stands for a group of settings: name one of them, --data.name (see"),
     ("train --model x", "--model.backbone or --model.weights (see"),

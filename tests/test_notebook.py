@@ -40,7 +40,7 @@ def test_every_cell_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
                 shown.append(value)
     assert len(shown) == 4
     assert all(isinstance(value, Image.Image) for value in shown)
-    assert all(one.mask.any() for one in space["found"])
+    assert all(segmentation.mask.any() for segmentation in space["segmentations"])
     said = capsys.readouterr().out
     assert all(sentence in said for sentence in space["sentences"])
-    assert {file.name for file in (tmp_path / "labelled").iterdir()} == {"picture.png", "picture.json"}
+    assert {file.name for file in (tmp_path / "labelled").iterdir()} == {"image.png", "image.json"}

@@ -161,7 +161,7 @@ def test_the_page_in_the_docs_is_that_of_the_results(page):
     assert (FOLDER.parents[1] / "docs" / "ablation.md").read_text() == made
 
 
-def test_the_pictures_follow_from_the_files(page, finished, tmp_path):
+def test_the_images_follow_from_the_files(page, finished, tmp_path):
     files = page.draw(page.Study(finished[0], resamples=200), tmp_path)
     assert {file.name for file in files} == {"arms.svg", "sizes.svg", "losses.svg"}
     assert all(file.read_text().startswith("<?xml") for file in files)
@@ -178,13 +178,17 @@ def test_what_the_correlation_points_at(study, finished, tmp_path, monkeypatch, 
     arguments = ["tiny=tiny", f"both={model}", "--references", "12", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["correlation.py", *arguments])
     load("correlation").main()
-    found = json.loads((tmp_path / "correlation.json").read_text())
-    assert found.keys() == {"tiny", "both"}
-    assert {key for key in found["both"] if key.startswith("branch")} == {"branch main", "branch lmvsd", "branch vmlsd"}
-    for own in found.values():
-        assert own["hidden object high max"] + own["hidden object low max"] == pytest.approx(100, abs=0.1)
-        assert 0 < own["pointing at random"] < 15
-    assert found["tiny"]["hidden object high max"] > found["tiny"]["hidden object low max"]
+    models = json.loads((tmp_path / "correlation.json").read_text())
+    assert models.keys() == {"tiny", "both"}
+    assert {key for key in models["both"] if key.startswith("branch")} == {
+        "branch main",
+        "branch lmvsd",
+        "branch vmlsd",
+    }
+    for figures in models.values():
+        assert figures["hidden object high max"] + figures["hidden object low max"] == pytest.approx(100, abs=0.1)
+        assert 0 < figures["pointing at random"] < 15
+    assert models["tiny"]["hidden object high max"] > models["tiny"]["hidden object low max"]
     assert "tiny" in load("page").Study(tmp_path).say_looks("pointing").splitlines()[0]
     capsys.readouterr()
 
@@ -236,6 +240,6 @@ def test_the_list_says_what_is_done(study, finished, monkeypatch, capsys):
     results = finished[0]
     monkeypatch.setattr(sys, "argv", ["study.py", "list", "--results", str(results), "--only", "both"])
     study.main()
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0] == "done  trained-both-n500-s0"
-    assert shown[-1].startswith("2 of ")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "done  trained-both-n500-s0"
+    assert lines[-1].startswith("2 of ")

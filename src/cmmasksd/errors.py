@@ -1,4 +1,4 @@
-"""The one exception that means "the user's input is wrong"; the command line prints it as one line and exits with 2."""
+"""UserError, which the command line prints as one line before it exits with 2, and helpers for its messages."""
 
 import math
 import reprlib
@@ -6,11 +6,10 @@ from itertools import islice
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (a path, a name, a file's content), said in one line with its remedy.
+    """Wrong input of the user: a path, a name, the content of a file.
 
-    The message names the offending value (see ``shown``), what was expected, and how to mend it. It never wraps over
-    lines and holds no control characters, so that it survives logs and does nothing to a terminal. Programming errors
-    raise other exceptions and keep their traceback.
+    The message names the offending value (see ``shown``), what was expected, and the remedy. It is one line without
+    control characters, safe for logs and terminals. Bugs raise other exceptions and keep their traceback.
     """
 
     def __init__(self, message: str) -> None:
@@ -18,7 +17,7 @@ class UserError(ValueError):
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A value from a file or a user as it appears in an error: at most `limit` characters, on one line, escaped."""
+    """A value from a file or a user for a message: at most `limit` characters on one line, escaped."""
     text = _printable(_Short(limit).repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -50,7 +49,7 @@ def _printable(line: str) -> str:
 
 
 class _Short(reprlib.Repr):
-    """repr() in little time and memory for any plain value: huge, deep, or made of parts that it shares."""
+    """repr() in bounded time and memory, for values that are huge, deep or share parts."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
@@ -61,14 +60,14 @@ class _Short(reprlib.Repr):
 
     repr_bytes = repr_str
 
-    def repr_int(self, x: int, level: int) -> str:  # Python refuses to write out a huge one
+    def repr_int(self, x: int, level: int) -> str:  # Python refuses to print huge ones
         return repr(x) if x.bit_length() <= 256 else f"<a number of {x.bit_length()} bits>"
 
-    def repr_dict(self, x: dict, level: int) -> str:  # reprlib's own sorts all of the keys
+    def repr_dict(self, x: dict, level: int) -> str:  # reprlib sorts all keys
         return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
 
 def reason(error: BaseException, limit: int = 200) -> str:
-    """What another library's exception says, as a part of our line: at most `limit` characters."""
+    """The message of another library's exception, as part of ours: at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -17,7 +17,8 @@ from cmmasksd.evaluation.results import ExpressionScore, SplitScores, write_resu
 def row(sent_id, intersection, union, *, image=None, sentence="star", target=None):
     image = sent_id if image is None else image
     target = union if target is None else target
-    return ExpressionScore(sent_id, image, sent_id, sentence, intersection, union, target, intersection / union)
+    iou = ORIGINAL.iou(intersection, union)
+    return ExpressionScore(sent_id, image, sent_id, sentence, intersection, union, target, iou)
 
 
 def rows_of(count, seed, *, gain=0.0, each=1):
@@ -29,46 +30,48 @@ def rows_of(count, seed, *, gain=0.0, each=1):
 
 
 def whole(comparisons, metric):
-    (found,) = [one for one in comparisons if one.slice == "all" and one.metric == metric]
-    return found
+    (comparison,) = [row for row in comparisons if row.slice == "all" and row.metric == metric]
+    return comparison
 
 
-def test_the_scores_are_those_of_the_protocol():
-    a, b = rows_of(60, 1), rows_of(60, 2)
-    found = compare(a, b, ORIGINAL, metrics=METRIC_NAMES, resamples=200)
+def test_the_scores_and_the_intervals_are_those_of_the_protocol():
+    """With a single image every resample is the split itself, so the interval is the difference."""
+    a, b = ([replace(r, image_id=1) for r in [*rows_of(60, seed), row(60, 0, 0)]] for seed in (1, 2))
+    scores_a, scores_b = (ORIGINAL.scores((r.intersection, r.union) for r in rows) for rows in (a, b))
+    comparisons = compare(a, b, ORIGINAL, metrics=METRIC_NAMES, resamples=200)
     for metric in METRIC_NAMES:
-        one = whole(found, metric)
-        for rows, score in ((a, one.a), (b, one.b)):
-            assert score == pytest.approx(ORIGINAL.scores((r.intersection, r.union) for r in rows)[metric], abs=1e-12)
-        assert one.low <= one.difference <= one.high
-        assert one.expressions == 60
+        comparison = whole(comparisons, metric)
+        assert (comparison.a, comparison.b) == (scores_a[metric], scores_b[metric])
+        interval = (comparison.low, comparison.difference, comparison.high)
+        assert interval == pytest.approx([scores_b[metric] - scores_a[metric]] * 3, abs=1e-12)
+        assert comparison.expressions == 61
 
 
 def test_the_interval_of_a_mean_is_that_of_the_textbook():
     """For single sentences and mIoU, the bootstrap agrees with the normal interval of paired differences."""
     a, b = rows_of(800, 1), rows_of(800, 2, gain=0.01)
-    one = whole(compare(a, b, ORIGINAL, unit="expression"), "mIoU")
+    comparison = whole(compare(a, b, ORIGINAL, unit="expression"), "mIoU")
     differences = np.array([y.iou - x.iou for x, y in zip(a, b, strict=True)])
     half = 1.96 * differences.std(ddof=1) / math.sqrt(800)
-    assert one.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
-    assert one.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
+    assert comparison.low == pytest.approx(differences.mean() - half, abs=0.1 * half)
+    assert comparison.high == pytest.approx(differences.mean() + half, abs=0.1 * half)
 
 
 def test_pairing_finds_a_difference_that_unpaired_scores_hide():
     a = rows_of(400, 1)
     b = [replace(r, intersection=r.intersection + 1, iou=(r.intersection + 1) / 100) for r in a if r.intersection < 100]
     a = [r for r in a if r.intersection < 100]
-    one = whole(compare(a, b, ORIGINAL), "mIoU")
-    assert one.difference == pytest.approx(0.01)
-    assert one.low == pytest.approx(0.01)
-    assert one.clear
+    comparison = whole(compare(a, b, ORIGINAL), "mIoU")
+    assert comparison.difference == pytest.approx(0.01)
+    assert comparison.low == pytest.approx(0.01)
+    assert comparison.clear
 
 
 def test_a_model_does_not_differ_from_itself():
     rows = rows_of(50, 3)
-    for one in compare(rows, rows[::-1], ORIGINAL, resamples=100):
-        assert (one.difference, one.low, one.high) == (0, 0, 0)
-        assert not one.clear
+    for comparison in compare(rows, rows[::-1], ORIGINAL, resamples=100):
+        assert (comparison.difference, comparison.low, comparison.high) == (0, 0, 0)
+        assert not comparison.clear
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -85,8 +88,8 @@ def test_drawing_images_is_wider_where_their_sentences_share_their_luck():
     a, b = rows_of(300, 5, each=6), rows_of(300, 6, each=6)
     width = {}
     for unit in ("image", "expression"):
-        one = whole(compare(a, b, ORIGINAL, unit=unit, metrics=["mIoU"]), "mIoU")
-        width[unit] = one.high - one.low
+        comparison = whole(compare(a, b, ORIGINAL, unit=unit, metrics=["mIoU"]), "mIoU")
+        width[unit] = comparison.high - comparison.low
     assert width["image"] > 1.7 * width["expression"]
 
 
@@ -117,28 +120,33 @@ def test_sums_over_an_image():
     ],
 )
 def test_slices_of_sentences(sentence, slices):
-    found = slices_of([row(0, 1, 2, sentence=sentence)])
-    assert {name for name, chosen in found.items() if chosen[0]} - {"all", "small objects"} == slices
+    members = slices_of([row(0, 1, 2, sentence=sentence)])
+    assert {name for name, chosen in members.items() if chosen[0]} - {"all", "small objects"} == slices
 
 
 def test_sentences_about_unseen_pairs():
     colour, shape = sorted(HELD_OUT)[0]
     seen = next((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
-    texts = [f"large {colour} {shape} top left", f"{colour} thing", " ".join(seen), f"{shape} beside the {colour} one"]
+    texts = [
+        f"large {colour} {shape} top left",
+        f"{colour} thing",
+        " ".join(seen),
+        f"{shape} beside the {colour} comparison",
+    ]
     rows = [row(i, 1, 2, sentence=text) for i, text in enumerate(texts)]
     assert slices_of(rows)["unseen pair"].tolist() == [True, False, False, False]
 
 
 def test_object_sizes_are_thirds_of_the_split():
     rows = [row(i, 1, 200, target=size) for i, size in enumerate(range(1, 91))]
-    found = slices_of(rows)
+    members = slices_of(rows)
     for name, sizes in (("small", range(1, 31)), ("medium", range(31, 61)), ("large", range(61, 91))):
-        assert [r.target for r, chosen in zip(rows, found[f"{name} objects"], strict=True) if chosen] == list(sizes)
+        assert [r.target for r, chosen in zip(rows, members[f"{name} objects"], strict=True) if chosen] == list(sizes)
 
 
 def test_a_slice_of_too_few_is_left_out():
     rows = [row(i, 1, 2, sentence="left star" if i < 19 else "red star") for i in range(60)]
-    names = {one.slice for one in compare(rows, rows, ORIGINAL, resamples=100)}
+    names = {comparison.slice for comparison in compare(rows, rows, ORIGINAL, resamples=100)}
     assert "location word" not in names
     assert {"all", "neither"} <= names
 
@@ -158,8 +166,8 @@ def test_files_of_two_protocols_are_refused(tmp_path):
     rows = rows_of(30, 1)
     for name, protocol in (("a", ORIGINAL), ("b", ORIGINAL), ("c", replace(ORIGINAL, comparison=">"))):
         write_results(tmp_path / name, SplitScores("val", rows, protocol))
-    found = compare_results(tmp_path / "a", tmp_path / "b" / "expressions.jsonl", resamples=100)
-    assert found == compare(rows, rows, ORIGINAL, resamples=100)
+    comparisons = compare_results(tmp_path / "a", tmp_path / "b" / "expressions.jsonl", resamples=100)
+    assert comparisons == compare(rows, rows, ORIGINAL, resamples=100)
     with pytest.raises(UserError, match="different protocols"):
         compare_results(tmp_path / "a", tmp_path / "c")
 

@@ -76,7 +76,7 @@ def wrote(folder: Path) -> tuple[dict, list[dict]]:
 @bounded
 @given(st.data())
 def test_result_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: st.DataObject):
-    """Read by themselves, shown, and compared with sound ones."""
+    """Read, printed, and compared with sound files."""
     results, rows = wrote(tmp_path / "a")
     wrote(tmp_path / "b")
     given_value = results if name == "results.json" else rows[2]
@@ -87,9 +87,9 @@ def test_result_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "b" / name).write_bytes(content)
 
     def show() -> None:
-        found = [read_results(tmp_path / "b")]
-        format_table(found).encode("utf-8")
-        write_report(tmp_path / "page.html", title="fuzz", results=found, examples={})
+        results = [read_results(tmp_path / "b")]
+        format_table(results).encode("utf-8")
+        write_report(tmp_path / "page.html", title="fuzz", results=results, examples={})
 
     read_or_refused(show)
     read_or_refused(lambda: read_expressions(tmp_path / "b"))

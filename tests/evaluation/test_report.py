@@ -134,11 +134,13 @@ def test_cards_tell_all(tmp_path):
     assert page.all("img")[1]["alt"] == "Prediction and truth for: the left dog. IoU 91.4 %"
 
 
-@pytest.mark.parametrize(("size", "shown"), [((30, 40), (360, 480)), ((480, 640), (384, 512)), ((2000, 3), (512, 1))])
-def test_images_are_shown_at_a_useful_size(tmp_path, size, shown):
+@pytest.mark.parametrize(
+    ("size", "displayed"), [((30, 40), (360, 480)), ((480, 640), (384, 512)), ((2000, 3), (512, 1))]
+)
+def test_images_are_shown_at_a_useful_size(tmp_path, size, displayed):
     _, page = page_of(tmp_path, examples={"best": [example(size=size)]})
     plain, drawn = (decoded(attrs["src"]) for attrs in page.all("img"))
-    assert plain.shape == drawn.shape == (*shown, 3)
+    assert plain.shape == drawn.shape == (*displayed, 3)
     assert abs(plain.astype(int) - 127).max() <= 2
 
 

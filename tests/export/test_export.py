@@ -40,12 +40,14 @@ def traced(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_written(exported: Path):
     assert sorted(file.name for file in exported.iterdir()) == [
-        "decoder.onnx", "export.json", "image.onnx", "text.onnx", "tokenizer.json",
+        "decoder.onnx", "export.json", "image.onnx", "restore.onnx", "text.onnx", "tokenizer.json",
     ]  # fmt: skip
     settings, processor = ExportSettings.read(exported), CMMaskSDProcessor.from_pretrained("scenes")
     assert (settings.size, settings.resize, settings.max_tokens) == (processor.size, processor.resize, 48)
     assert (settings.format, settings.int8, settings.source, settings.stride) == ("onnx", False, "scenes", 4)
     assert 0 < settings.parity["logits"] <= PARITY
+    assert 0 < settings.parity["restored logits"] <= PARITY
+    assert not any(b".py" in (exported / f"{key}.onnx").read_bytes() for key in GRAPHS)  # no stack traces
     tokenizer = json.loads((exported / "tokenizer.json").read_text())
     assert (tokenizer["truncation"], tokenizer["padding"]) == (None, None)
     # float16 of the saved model are float16 in the files
@@ -83,7 +85,7 @@ def test_programs_of_torch_export(tiny_model_folder: Path, tiny_model: CMMaskSDM
     settings = export(tiny_model_folder, out, format="pt2")
     assert settings.source == tiny_model_folder.name  # and no path of this machine
     assert settings.parity["logits"] <= PARITY
-    assert sorted(file.name for file in out.glob("*.pt2")) == ["decoder.pt2", "image.pt2", "text.pt2"]
+    assert sorted(file.name for file in out.glob("*.pt2")) == ["decoder.pt2", "image.pt2", "restore.pt2", "text.pt2"]
     image = torch.export.load(out / "image.pt2").module()
     for size in ((32, 32), (24, 40)):  # the tower's own size too
         pixels = torch.randn(1, 3, *size)
@@ -131,7 +133,7 @@ def test_what_is_there_already(traced: None, tmp_path: Path):
     (tmp_path / "empty/image.onnx").write_text("damaged")
     export("scenes", tmp_path / "empty")
     assert sorted(file.name for file in (tmp_path / "empty").iterdir()) == [
-        "README.md", "decoder.onnx", "export.json", "image.onnx", "text.onnx", "tokenizer.json",
+        "README.md", "decoder.onnx", "export.json", "image.onnx", "restore.onnx", "text.onnx", "tokenizer.json",
     ]  # fmt: skip
     open_sessions(tmp_path / "empty")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty", "file", "mine"]

@@ -20,8 +20,9 @@ from PIL import Image
 from cmmasksd.cli import main
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
-from cmmasksd.inference.onnx import ExportSettings, OnnxSegmenter, resize_bicubic, restore
+from cmmasksd.inference.onnx import ExportSettings, OnnxSegmenter, resize_bicubic
 from cmmasksd.inference.predictor import Segmenter, load_segmenter
+from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import load_tokenizer
 from fuzz import FUZZ, check
@@ -99,7 +100,7 @@ def test_predict_runs_an_export(exported: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("size", [(64, 96), (96, 97), (640, 481), (33, 500), (1, 7), (2001, 40), (5000, 3), (3, 5000)])
 def test_the_processor_in_numpy_equals_the_torch_one(segmenter: OnnxSegmenter, size: tuple[int, int], resize: str):
     draw = np.random.default_rng(0)
-    image, logits = draw.integers(0, 256, (*size, 3), dtype=np.uint8), draw.normal(size=(16, 24)).astype(np.float32)
+    image = draw.integers(0, 256, (*size, 3), dtype=np.uint8)
     processor = CMMaskSDProcessor(load_tokenizer("scenes"), (64, 96), patch_size=16, resize=resize)  # pyright: ignore
     settings = replace(segmenter.settings, size=(64, 96), resize=resize)
     own = OnnxSegmenter(settings, segmenter.tokenizer, segmenter.sessions)
@@ -110,8 +111,22 @@ def test_the_processor_in_numpy_equals_the_torch_one(segmenter: OnnxSegmenter, s
     np.testing.assert_allclose(
         own.pixel_values(found[None])[0], processor.pixel_values(expected).numpy(), rtol=0, atol=1e-6
     )
-    restored = processor.restore(torch.from_numpy(logits)[None], placement)[0].numpy()
-    np.testing.assert_allclose(restore(logits, placement), restored, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("resize", ["warp", "letterbox"])
+@pytest.mark.parametrize("size", [(64, 96), (96, 97), (640, 481), (33, 500), (1, 1), (1, 7), (2001, 40), (5000, 3)])
+@pytest.mark.parametrize("cells", [(16, 24), (64, 96), (4, 6), (5, 9), (1, 1)])
+def test_the_restore_graph_equals_the_processor(
+    segmenter: OnnxSegmenter, size: tuple[int, int], resize: str, cells: tuple[int, int]
+):
+    placement = place(*size, canvas=(64, 96), resize=resize)  # pyright: ignore
+    logits = np.random.default_rng(0).normal(size=(2, *cells)).astype(np.float32)
+    processor = CMMaskSDProcessor(load_tokenizer("scenes"), (64, 96), patch_size=16)
+    expected = processor.restore(torch.from_numpy(logits), placement)
+    feed = {name: np.array(getattr(placement, name)) for name in ("original", "canvas", "content")}
+    restored, probability = segmenter.sessions["restore"].run(None, {"logits": logits} | feed)
+    np.testing.assert_allclose(restored, expected.numpy(), rtol=0, atol=2e-4)
+    np.testing.assert_allclose(probability, expected.sigmoid().numpy(), rtol=0, atol=1e-4)
 
 
 def test_enlarging_by_far_keeps_white_white():
@@ -171,7 +186,7 @@ def _settings(**changed: object) -> Callable[[Path], None]:
         (_no_tokenizer, "tokenizer.json cannot be read"),
         (_panic, "cannot read a sentence"),
         (_no_json, "cannot be read as JSON"),
-        (_settings(version=2), "has version 2, this package reads 1"),
+        (_settings(version=1), "has version 1, this package reads 2: export again"),
         (_settings(version=True), "has version True"),
         (_settings(version=[1]), "has version"),
         (_settings(size=[128]), "size is"),

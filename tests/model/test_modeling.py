@@ -468,8 +468,14 @@ def test_an_index_stays_in_its_folder(case, sharded, refuse, tmp_path):
         index["weight_map"][key] = names.get(case, shard)
     index |= {"none": {"weight_map": None}, "list": {"weight_map": [1]}}.get(case, {})
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    said = {"link": "is a link out of its folder", "missing": "lacks"}.get(case, "in its own folder")
-    refuse(load_clip, sharded, said)
+    said = {
+        "link": "is a link",
+        "missing": "lacks",
+        "folder": "lacks a/b",
+        "up": "not a path",
+        "absolute": "not a path",
+    }
+    refuse(load_clip, sharded, said.get(case, "expected"))
 
 
 @pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "other.safetensors"])

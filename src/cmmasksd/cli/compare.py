@@ -10,25 +10,25 @@ from cmmasksd.errors import require_between
 from cmmasksd.evaluation.protocols import METRIC_NAMES
 
 MAX_RESAMPLES = 10_000_000
-HELP = "compare two models on one split"
-DESCRIPTION = "Compare two models that were scored on the same split: differences with bootstrap intervals."
+HELP = "compare two models on a split"
+DESCRIPTION = "Compare two models that were scored on the same split: score differences with bootstrap intervals."
 
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("a", type=Path, help="expressions.jsonl of the first model, or its folder")
     parser.add_argument("b", type=Path, help="expressions.jsonl of the second model, or its folder")
     parser.add_argument(
-        "--metrics", nargs="+", type=Literal[METRIC_NAMES], default=["oIoU", "mIoU", "P@0.5"], help="what to compare"
+        "--metrics", nargs="+", type=Literal[METRIC_NAMES], default=["oIoU", "mIoU", "P@0.5"], help="scores to compare"
     )
     parser.add_argument(
         "--unit",
         type=Literal["image", "expression"],
         default="image",
-        help="what the bootstrap draws: whole images with all their sentences, or single sentences",
+        help="unit of the bootstrap: an image with all its sentences, or a single sentence",
     )
-    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--out", type=Path | None, help="also write the comparison as JSON")
+    parser.add_argument("--resamples", type=int, default=10_000, help="number of bootstrap resamples")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--out", type=Path | None, help="JSON file for the comparison")
 
 
 def run(settings: Namespace) -> None:

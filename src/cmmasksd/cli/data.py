@@ -9,7 +9,7 @@ from cmmasksd.config import MAX_REFERENCES, MAX_SCENE_SIZE
 from cmmasksd.errors import UserError, require_between
 
 HELP = "write generated scenes, or sentences for annotated images"
-DESCRIPTION = "Make and look at data."
+DESCRIPTION = "Write data sets: generated scenes, or sentences for annotated images."
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -19,9 +19,9 @@ def add_options(parser: ArgumentParser) -> None:
     )
     scenes.add_argument("--out", type=Path, required=True, help="folder for the release")
     scenes.add_argument("--name", type=Literal["scenes", "scenes+", "scenesg"], default="scenes", help="style")
-    scenes.add_argument("--train", type=int, default=1500, help="references of the training split")
-    scenes.add_argument("--test", type=int, default=300, help="references of val, testA and testB each")
-    scenes.add_argument("--seed", type=int, default=0, help="of the scenes")
+    scenes.add_argument("--train", type=int, default=1500, help="number of references in train")
+    scenes.add_argument("--test", type=int, default=300, help="number of references in each of val, testA and testB")
+    scenes.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     scenes.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     kinds.add_subcommand("scenes", scenes, help="write generated scenes as a REFER release")
     expressions = ArgumentParser(description="Write true sentences for instance segmentation in COCO's format.")
@@ -36,14 +36,14 @@ def add_options(parser: ArgumentParser) -> None:
         help="image folder of each file, or one for all (default: `images` beside the file, or the file's folder)",
     )
     add("--out", type=Path, required=True, help="FILE.jsonl for a manifest, or a folder for a REFER release")
-    add("--per_object", type=int, default=1, help="different sentences for each object, at most")
+    add("--per_object", type=int, default=1, help="maximum number of different sentences per object")
     add("--keep", type=float, default=0.4, help="probability that a sentence says more than it must")
     add("--no_target", type=float, default=0.0, help="share of sentences that name nothing (manifest only)")
     add("--val", type=float, default=0.1, help="share of the images in the split val")
     add("--test", type=float, default=0.0, help="share of the images in the split test")
     add("--min_area", type=float, default=0.004, help="share of the image below which an object is not named")
     add("--synonyms", type=Path, default=None, metavar="FILE", help="YAML or JSON: class name to its nouns")
-    add("--seed", type=int, default=0, help="of all that is drawn")
+    add("--seed", type=int, default=0, help="seed of sentences and splits")
     kinds.add_subcommand("expressions", expressions, help="write true sentences for masks with class names")
 
 

@@ -1,4 +1,4 @@
-"""`cmmasksd demo`: train on generated scenes, score, and write a page to look at."""
+"""`cmmasksd demo`: train on generated scenes, score, and write a report."""
 
 from pathlib import Path
 
@@ -8,14 +8,16 @@ from cmmasksd.cli.options import ConfigFile, add_config, run_config
 from cmmasksd.config import ScoreConfig
 from cmmasksd.errors import UserError
 
-HELP = "train on generated scenes, score, and write report.html"
-DESCRIPTION = "Train on generated scenes, score, and write a page to look at."
+HELP = "train on generated scenes, score, and write a report"
+DESCRIPTION = "Train on generated scenes, score, and write report.html."
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--config", action=ConfigFile, help="settings of the run; the built-in ones train in minutes")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file of settings; the defaults train in minutes")
     parser.add_argument(
-        "--trained", type=str | None, help="score this model and train none, such as scenes: the one that ships"
+        "--trained",
+        type=str | None,
+        help="trained model to score instead, such as scenes, the shipped model",
     )
     add_config(parser)
 
@@ -41,4 +43,4 @@ def run(settings: Namespace) -> None:
     results = [score(ScoreConfig(data.name, split, workers=data.workers, **scored), out / split) for split in splits]
     page = report(model, [out / split for split in splits], out / "report.html", root=data.root, metrics=log)
     print(format_table([result.as_dict() for result in results]))
-    print(f"These are scores on generated scenes. Look at the pictures: {page}")
+    print(f"These are scores on generated scenes. See the report: {page}")

@@ -1,9 +1,8 @@
 """The parser of all commands, and `main`: parse, run, exit code.
 
-Exit codes: 0 when the command did its work, 2 for a user's mistake or a disk that refuses (one line on standard error
-says what is wrong and how to mend it), 130 when interrupted, 141 when the reader of its output went away, 143 when
-training got SIGTERM. Programming errors keep their traceback. Heavy imports live inside the commands, so that `--help`
-answers at once.
+Exit codes: 0 for success, 2 for a mistake of the user or an error of the operating system (one line on standard error
+names the problem and its remedy), 130 after an interrupt, 141 when standard output is closed, 143 after SIGTERM. Bugs
+keep their traceback. Heavy imports are inside the commands, so that `--help` is fast.
 """
 
 import io
@@ -55,15 +54,19 @@ UNLISTED = {"pretrain": pretrain}
 
 
 def build_parser(*, unlisted: bool = False) -> ArgumentParser:
-    """The parser of all commands, with those of UNLISTED if asked for."""
+    """The parser of all commands.
+
+    Args:
+        unlisted: include the commands of UNLISTED.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the notes in config.py
-    # a file's name that is not UTF-8 is no YAML either, as which every value is tried first
+    # every value is first read as YAML, which a file name that is not UTF-8 cannot be
     set_loader("yaml", get_loader("yaml"), (yaml.YAMLError, UnicodeEncodeError))
     parser = ArgumentParser(
         prog="cmmasksd",
-        description="Type a sentence, get the mask of the object it names.",
+        description="Referring image segmentation: type a sentence, get the mask of the object it names.",
         version=__version__,
-        exit_on_error=False,  # main says it in one line
+        exit_on_error=False,  # main prints one line
     )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, command in (COMMANDS | UNLISTED if unlisted else COMMANDS).items():
@@ -79,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     arguments = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text that the terminal can show
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the terminal may not be able to print every file name
         sys.stdout.reconfigure(errors="backslashreplace")
     command = (COMMANDS | UNLISTED).get(arguments[0]) if arguments else None
     name = "cmmasksd" if command is None else f"cmmasksd {arguments[0]}"
@@ -93,11 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{name}: {error}", 2)
     except KeyboardInterrupt:
         return fail(f"{name}: interrupted", 130)
-    except SystemExit as left:
-        if left.code != 143:  # argparse leaves so after --help
+    except SystemExit as exit_:
+        if exit_.code != 143:  # argparse exits after --help
             raise
         return fail(f"{name}: terminated", 143)
-    except BrokenPipeError:  # as `| head` does; without this, Python complains once more when it ends
+    except BrokenPipeError:  # as by `| head`; without this, Python prints another error when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as error:

@@ -9,7 +9,7 @@ from cmmasksd.cli.options import is_main_process
 from cmmasksd.config import ScoreConfig
 
 HELP = "score a model on a split"
-DESCRIPTION = "Score a model on every sentence of a split, at the images' own size."
+DESCRIPTION = "Score a model on all sentences of a split, at the original size of the images."
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-HELP = "write example images to try the commands on"
-DESCRIPTION = "Write example images, with sentences to try on them."
+HELP = "write example images"
+DESCRIPTION = "Write example images, and print sentences to try on them."
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -9,23 +9,23 @@ from jsonargparse import ArgumentParser, Namespace
 from cmmasksd.cli.options import MODEL
 from cmmasksd.errors import UserError
 
-HELP = "write a model for onnxruntime, torch.export or the browser"
-DESCRIPTION = "Write a model as graphs that run without this package: two encoders and the decoder, checked."
+HELP = "export a model for onnxruntime, torch.export or the browser"
+DESCRIPTION = "Export a model as graphs that run without this package: two encoders and a decoder."
 
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help=MODEL)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the files; an export in it is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files; replaces an export in it")
     parser.add_argument(
         "--format",
         type=Literal["onnx", "pt2", "web"],
         default="onnx",
-        help="onnx: for onnxruntime and `predict --model FOLDER`; pt2: programs of torch.export; web: a static page"
-        " that runs the model in the browser",
+        help="format: onnx, for onnxruntime and `predict --model FOLDER`; pt2, programs of torch.export; web, a static "
+        "page that runs the model in the browser",
     )
-    parser.add_argument("--int8", action="store_true", help="quantise the weights (onnx and web)")
+    parser.add_argument("--int8", action="store_true", help="8-bit weights (onnx and web only)")
     parser.add_argument(
-        "--ort", type=Path | None, help="of web: the folder node_modules/onnxruntime-web/dist of `npm install`"
+        "--ort", type=Path | None, help="folder node_modules/onnxruntime-web/dist of `npm install` (web only)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Errors as the one line that the user reads."""
+"""Errors as one line for the user."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ from cmmasksd.errors import UserError, shown
 
 
 def fail(line: str, code: int) -> int:
-    """Say one line below whatever progress bar is shown; the code is passed on."""
+    """Print one line below any progress bar, and return the exit code."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
@@ -19,7 +19,7 @@ def fail(line: str, code: int) -> int:
 
 
 def usage_mistake(error: ArgumentError) -> str:
-    """The parser's message as one line in the user's words: no class names, options as they are typed."""
+    """The parser's message as one line without class names, with options as they are typed."""
     line = " ".join(str(error).split()).removesuffix(".")
     line = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"Expected one of \1", line)
     line = re.sub(r"<class '([\w.]+)'>", r"\1", line)
@@ -39,12 +39,12 @@ def usage_mistake(error: ArgumentError) -> str:
 
 
 def refusal(error: Exception) -> str | None:
-    """What the operating system refused, in one line; None where the error is a mistake in the program."""
+    """One line for an error of the operating system; None for any other, which is a bug."""
     if isinstance(error, OSError):
         reason = error.strerror or (str(error).strip().splitlines() or [type(error).__name__])[-1]
         where = "" if error.filename is None else str(error.filename)
         where = f"{where if len(where) < 300 else shown(where, 100)}: " if where else ""
-    elif "inline_container" in str(error) or "(os error " in str(error):  # how torch and safetensors fail to write
+    elif "inline_container" in str(error) or "(os error " in str(error):  # write errors of torch and safetensors
         reason, where = " ".join(str(error).split()), "a file could not be written: "
     else:
         return None

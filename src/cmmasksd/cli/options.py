@@ -13,14 +13,15 @@ from jsonargparse import (
 from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
 from cmmasksd.errors import UserError
 
-MODEL = "folder of a trained model, hub id, or scenes: the one that ships"
+MODEL = "folder of a trained model, hub id, or scenes, the shipped model"
+DEVICE = "device, such as cpu or cuda; default: a GPU if there is one"
 CONFIGS = Path(__file__).parents[1] / "configs"
 MAX_SEED = 2**63 - 1
 """Largest seed that torch takes."""
 
 
 class ConfigFile(ActionConfigFile):
-    """A file of settings by its path, or one of the package's by its name."""
+    """A file of settings by its path, or a configuration in the package by its name."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         super().__call__(parser, cfg, _config_file(values), option_string)
@@ -31,11 +32,11 @@ def config_names() -> list[str]:
 
 
 def _config_file(given: str) -> str:
-    """What --config names: a file, or a configuration that the package has. (YAML itself is passed on too.)"""
+    """The file that --config names: by its path, or a configuration in the package. YAML itself is passed on."""
     if os.path.exists(given) or any(sign in given for sign in ":{\n"):
         return given
     if given not in config_names():
-        raise UserError(f"there is no file {given}, nor a configuration of this name: {', '.join(config_names())}")
+        raise UserError(f"there is no file {given} and no such configuration: choose from {', '.join(config_names())}")
     return str(CONFIGS / f"{given}.yaml")
 
 
@@ -68,7 +69,7 @@ def run_config(settings: Namespace) -> Config:
 
 
 def is_main_process() -> bool:
-    """Whether this process prints what all processes of a launch have computed."""
+    """Whether this process prints the results of a launch of several processes."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import MODEL, require_words
+from cmmasksd.cli.options import DEVICE, MODEL, require_words
 from cmmasksd.errors import UserError
 
 if TYPE_CHECKING:
     from cmmasksd.inference.predict import Prediction
     from cmmasksd.inference.sources import Source
 
-HELP = "masks for the sentences about an image"
-DESCRIPTION = "Find what sentences name in an image."
+HELP = "segment the objects that sentences name in an image"
+DESCRIPTION = "Segment the objects that sentences name in an image."
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -24,27 +24,25 @@ def add_options(parser: ArgumentParser) -> None:
         "--image",
         required=True,
         type=Path,
-        help="image, animation (GIF, WebP, PNG) or video; folder of images; .jsonl or .csv file with a row of `image` "
-        "and `expressions` each; or - for an image on standard input",
+        help="image, animation (GIF, WebP, PNG) or video; folder of images; .jsonl or .csv file with `image` and "
+        "`expressions` in every row; or -, an image on standard input",
     )
-    parser.add_argument("--text", action="append", type=str, default=[], help="a sentence; give it again for more")
-    parser.add_argument("--texts", type=Path | None, help="text file with a sentence in every line")
+    parser.add_argument("--text", action="append", type=str, default=[], help="sentence about an object; repeatable")
+    parser.add_argument("--texts", type=Path | None, help="text file with one sentence per line")
     parser.add_argument(
         "--out",
         type=Path | None,
-        help="folder for masks and overlays (default: this one, or none with --json); - writes the one mask of one "
-        "sentence to standard output, as PNG",
+        help="folder for masks and overlays (default: this one, or none with --json); or -, the mask of a single "
+        "sentence as PNG on standard output",
     )
     parser.add_argument(
         "--json",
         type=Path | None,
-        help="write a line of JSON for every sentence to this file as it is found, or with - to standard output",
+        help="file for one line of JSON per sentence, written as it is predicted; or -, standard output",
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the file of --json after its run was interrupted or killed"
-    )
-    parser.add_argument("--threshold", type=float, default=0.5, help="a pixel above this probability is in the mask")
-    parser.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
+    parser.add_argument("--resume", action="store_true", help="resume an interrupted run that wrote --json")
+    parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is in the mask")
+    parser.add_argument("--device", type=str | None, help=DEVICE)
 
 
 def run(settings: Namespace) -> None:

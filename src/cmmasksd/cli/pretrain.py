@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from cmmasksd.cli.options import add_resume
 from cmmasksd.config import PretrainConfig
 
-HELP = "train the small CLIP that the package ships"
+HELP = "train the small CLIP that is shipped"
 DESCRIPTION = "Train a small CLIP on generated scenes and their captions."
 
 

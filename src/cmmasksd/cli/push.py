@@ -10,11 +10,11 @@ DESCRIPTION = "Publish a model with a generated card: on the Hugging Face hub, o
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder of a trained model")
-    parser.add_argument("--to", required=True, help="USER/NAME on the hub, or ./folder to look at first")
+    parser.add_argument("--to", required=True, help="USER/NAME on the hub, or ./folder to inspect first")
     parser.add_argument("--results", type=Path, nargs="+", default=[], help="folders that evaluate wrote, for the card")
-    parser.add_argument("--license", default="mit", help="of the weights, by the hub's identifier")
-    parser.add_argument("--card", type=Path | None, help="your own README.md in place of the generated one")
-    parser.add_argument("--private", action="store_true", help="nobody else may see it on the hub")
+    parser.add_argument("--license", default="mit", help="licence of the weights, as the hub's identifier")
+    parser.add_argument("--card", type=Path | None, help="README.md to use instead of the generated card")
+    parser.add_argument("--private", action="store_true", help="make the repository on the hub private")
 
 
 def run(settings: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`cmmasksd serve`: a web page and an HTTP API for a model."""
+"""`cmmasksd serve`: a model as a web page and an HTTP API."""
 
 import contextlib
 import os
@@ -7,25 +7,25 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import MODEL
+from cmmasksd.cli.options import DEVICE, MODEL
 from cmmasksd.errors import UserError
 from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings, checked_key
 
-HELP = "a web page and an HTTP API for a model"
-DESCRIPTION = "A web page and an HTTP API for a model. With CMMASKSD_API_KEY set, both ask for that key."
+HELP = "serve a model as a web page and an HTTP API"
+DESCRIPTION = "Serve a model as a web page and an HTTP API. If CMMASKSD_API_KEY is set, both ask for that key."
 
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--model", default="scenes", help=MODEL)
-    parser.add_argument("--device", type=str | None, help="such as cpu or cuda; by itself a GPU where there is one")
+    parser.add_argument("--device", type=str | None, help=DEVICE)
     parser.add_class_arguments(ServeSettings, skip={"allowed_hosts"})
     parser.add_argument(
         "--allowed_hosts",
         nargs="+",
         type=str,
         default=[],
-        help="host names in the addresses that clients use, beside IP addresses and localhost (default: --host, or any"
-        " name where that is the address of a network)",
+        help="host names that clients may use, beside IP addresses and localhost (default: --host, or any name if "
+        "that is the address of a network)",
     )
 
 
@@ -33,7 +33,7 @@ def run(settings: Namespace) -> None:
     from dataclasses import fields
     from ipaddress import ip_address
 
-    limits = ServeSettings(**{one.name: settings[one.name] for one in fields(ServeSettings)})
+    limits = ServeSettings(**{field.name: settings[field.name] for field in fields(ServeSettings)})
     key = checked_key(os.environ.get(KEY_VARIABLE))
     try:
         from cmmasksd.serving.app import create_app
@@ -44,12 +44,12 @@ def run(settings: Namespace) -> None:
 
     segmenter = Segmenter.from_pretrained(settings.model, device=settings.device)
     folder = Path(settings.model)
-    name = folder.name if folder.is_dir() else settings.model  # clients need no path of ours
+    name = folder.name if folder.is_dir() else settings.model  # no path of this machine for clients
     server, listening = make_server(create_app(segmenter, name, limits, key), limits)
     host, port = listening.getsockname()[:2]
     if key is None and not ip_address(host).is_loopback:
         print(f"warning: anyone who reaches {host}:{port} can use the model: set {KEY_VARIABLE}", file=sys.stderr)
     page = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    print(f"{settings.model} is served at {page} (Ctrl+C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended in good order by then
+    print(f"{settings.model} is served at {page} (Ctrl+C stops it)", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn has shut down cleanly by then
         server.run(sockets=[listening])

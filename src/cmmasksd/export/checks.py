@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cmmasksd.errors import UserError
-from cmmasksd.export.graphs import sentences
+from cmmasksd.export.graphs import placement_tensors, sentences
 from cmmasksd.inference.onnx import GRAPHS, OnnxSegmenter, open_sessions
 from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.towers.base import Tokens
 
@@ -65,6 +66,23 @@ def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, in
         if found.shape != expected.shape:
             return float("inf")
         worst = max(worst, float((found - expected).abs().max().nan_to_num(nan=float("inf"))))
+    return worst
+
+
+@torch.no_grad()
+def restore_difference(processor: CMMaskSDProcessor, graphs: dict[str, Any]) -> float:
+    """The largest difference of restored logits and probabilities from the processor's, over several placements."""
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    for resize in ("warp", "letterbox"):
+        for height, width in ((64, 96), (33, 500), (301, 203), (1, 7)):
+            placement = place(height, width, (64, 96), resize)
+            logits = torch.randn(1, 16, 24, generator=generator)
+            expected = processor.restore(logits, placement)
+            restored, probability = graphs["restore"]([logits, *placement_tensors(placement)])
+            if not restored.shape == probability.shape == expected.shape:
+                return float("inf")
+            for values, reference in ((restored, expected), (probability, expected.sigmoid())):
+                worst = max(worst, float((values - reference).abs().max().nan_to_num(nan=float("inf"))))
     return worst
 
 

@@ -1,18 +1,21 @@
-"""A trained model as three graphs that run without this package: image encoder, text encoder and decoder.
+"""A trained model as four graphs that run without this package: image encoder, text encoder, decoder, and the way back
+from logits to the image's own size.
 
-The encoders run once per picture and per sentence, the decoder once per pair; number of pictures, sentences, tokens and
-patches are free in every graph. The patch grid travels as the shape of the features, (B, h, w, D), so that no graph
-needs a size as a number.
+The encoders run once per image and once per sentence, the decoder once per pair. The numbers of images, sentences,
+tokens and patches are free in every graph. The patch grid travels as the shape of the features, (B, h, w, D), so that
+no graph needs a size as a number.
 
-What is written was checked: the files are read back and held to the torch model on pictures of several sizes, numbers
-and lengths of sentences; a folder whose logits differ by more than PARITY does not come to be. Weights are stored as
-float16 where that loses nothing (the models that ship are saved so), and computed in float32.
+The files are read back and compared with the torch model on images of several sizes, and numbers and lengths of
+sentences; an export whose logits differ by more than PARITY is not written. Weights are stored as float16 where that
+loses nothing (the shipped models are saved so), and computed in float32.
 
     image.onnx    pixel_values (B, 3, H, W) -> patches (B, h, w, D), pixels (B, h, w, 192)
     text.onnx     input_ids, attention_mask (K, L) -> words (K, L, D), sentence (K, D), embedded (K, L, E)
     decoder.onnx  patches, pixels, words, sentence, embedded, word_mask (K, L) bool -> logits (K, 4h, 4w)
+    restore.onnx  logits (K, 4h, 4w), original (H, W), canvas (H, W), content (top, left, height, width)
+                  -> restored logits, probability (K, H, W) at the original size
 
-`--format pt2` writes programs of torch.export instead. Know that `torch.export.load` unpickles: load your own only.
+`--format pt2` writes programs of torch.export instead. `torch.export.load` unpickles: load only your own.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import torch
 from cmmasksd import __version__
 from cmmasksd.assets import located
 from cmmasksd.errors import UserError
-from cmmasksd.export.checks import INT8_IOU, PARITY, agreement, difference, load
+from cmmasksd.export.checks import INT8_IOU, PARITY, agreement, difference, load, restore_difference
 from cmmasksd.export.graphs import example, graphs
 from cmmasksd.export.onnx import quantise, trace, write_onnx
 from cmmasksd.inference.onnx import EXPORT_FILE, FORMAT_VERSION, GRAPHS, TOKENIZER_FILE, ExportSettings
@@ -81,16 +84,21 @@ def export(
             else:
                 write_onnx(program, graph, folder / f"{key}.onnx")
         progress("comparing with torch")
-        parity = {"logits": difference(model, load(folder, format), grid)}
-        if not parity["logits"] <= PARITY:
-            raise UserError(
-                f"the exported logits of {name} differ from torch's by {parity['logits']:.2g}, more than {PARITY:g}:"
-                " nothing was written; please report it with the versions of torch and onnxruntime"
-            )
+        written = load(folder, format)
+        parity = {
+            "logits": difference(model, written, grid),
+            "restored logits": restore_difference(processor, written),
+        }
+        for key, value in parity.items():
+            if not value <= PARITY:
+                raise UserError(
+                    f"the exported {key} of {name} differ from torch's by {value:.2g}, more than {PARITY:g}:"
+                    " nothing was written; please report it with the versions of torch and onnxruntime"
+                )
         settings = _settings(name, model, processor, format, int8, parity)
         if int8:
             progress("quantising")
-            for key in GRAPHS:
+            for key in ("image", "text", "decoder"):
                 quantise(folder / f"{key}.onnx")
         (folder / EXPORT_FILE).write_text(settings.as_json(), encoding="utf-8")
         if int8:

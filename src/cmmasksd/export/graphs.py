@@ -1,4 +1,4 @@
-"""The three graphs of an export, as modules, with their inputs, outputs and free sizes, and inputs to try them on."""
+"""The four graphs of an export, as modules, with their inputs, outputs and free sizes, and inputs to try them on."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.placement import Placement
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 
 
@@ -53,6 +55,48 @@ class DecoderGraph(nn.Module):
         return self.decoder(image, TextFeatures(words, sentence, word_mask, embedded))
 
 
+class RestoreGraph(nn.Module):
+    """`CMMaskSDProcessor.restore` with the placement as tensors, and the probabilities beside the logits.
+
+    One sequence of operations serves images with and without padding: without, the resize to the canvas and the cut
+    that follows are the identity.
+    """
+
+    def forward(self, logits: Tensor, original: Tensor, canvas: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
+        padded = (content[2:] != canvas).any()
+        value, sides, kept = logits[:, None], [], []
+        for axis, cells in enumerate(logits.shape[1:]):
+            start, length = content[axis], content[2 + axis]
+            value = value.index_select(2 + axis, _nearest_inside(cells, canvas[axis], start, length))
+            sides.append(_size(torch.where(padded, canvas[axis], cells)))
+            kept.append(torch.arange(_size(torch.where(padded, length, cells))) + torch.where(padded, start, 0))
+        value = F.interpolate(value, sides, mode="bilinear")
+        value = value.index_select(2, kept[0]).index_select(3, kept[1])
+        restored = F.interpolate(value, [_size(original[0]), _size(original[1])], mode="bilinear")[:, 0]
+        return restored, restored.sigmoid()
+
+
+def _nearest_inside(cells: int, side: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    """For each cell along one axis the nearest cell whose centre lies in the image; see `inside` in model/placement.py.
+
+    It counts centres instead of dividing, since a division of integers is done in float32 in ONNX.
+    """
+    index = torch.arange(cells)
+    centres = (2 * index + 1) * side  # in units of 1 / (2 * cells) of a pixel
+    first = (centres < 2 * cells * start).sum()
+    last = (centres < 2 * cells * (start + length)).sum() - 1
+    only = (2 * (index + 1) * side <= (2 * start + length) * cells).sum().clamp(max=cells - 1)
+    thin = last < first  # the image lies between two centres
+    return torch.minimum(torch.maximum(index, torch.where(thin, only, first)), torch.where(thin, only, last))
+
+
+def _size(value: Tensor) -> int:
+    """A size that depends on the data; the tracer must know that it is positive."""
+    size: Any = value.item()  # `int()` would make it a constant
+    torch._check(size >= 1)
+    return size
+
+
 @dataclass(frozen=True)
 class Graph:
     module: nn.Module
@@ -88,6 +132,12 @@ def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
             ("logits",),
             ({0: batch, 1: h, 2: w}, {0: batch, 1: h, 2: w}, per_token, {0: batch}, per_token, per_token),
         ),
+        "restore": Graph(
+            RestoreGraph(),
+            ("logits", "original", "canvas", "content"),
+            ("restored", "probability"),
+            ({0: batch, 1: Dim("rows"), 2: Dim("columns")}, {}, {}, {}),
+        ),
     }
 
 
@@ -100,7 +150,15 @@ def example(key: str, model: CMMaskSDModel) -> tuple[Tensor, ...]:
         return (pixels,)
     if key == "text":
         return ids, attention
+    if key == "restore":
+        placement = Placement(original=(11, 13), canvas=(20, 28), content=(3, 0, 14, 28))
+        return (torch.randn(2, 5, 7), *placement_tensors(placement))
     return (*ImageGraph(model)(pixels), *TextGraph(model)(ids, attention), is_word)
+
+
+def placement_tensors(placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
+    """A placement as the restore graph takes it: original (2,), canvas (2,) and content (4,), int64."""
+    return torch.tensor(placement.original), torch.tensor(placement.canvas), torch.tensor(placement.content)
 
 
 def sentences(

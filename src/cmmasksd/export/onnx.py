@@ -7,13 +7,12 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cmmasksd.export.graphs import Graph, ImageGraph
+from cmmasksd.export.graphs import Graph
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -22,16 +21,13 @@ OPSET = 20
 
 
 def trace(graph: Graph, example: tuple[Tensor, ...]) -> ExportedProgram:
-    # CLIP's tower takes its positions as they are where the grid is that of its training, and interpolates them
-    # elsewhere; "tracing" makes it interpolate always, which on that grid is the identity.
-    always = mock.patch("torch.jit.is_tracing", return_value=True) if isinstance(graph.module, ImageGraph) else _quiet()
-    with torch.no_grad(), _quiet(), always:
+    with torch.no_grad(), _quiet():
         return torch.export.export(graph.module.eval(), example, dynamic_shapes=graph.shapes)
 
 
 @contextmanager
 def _quiet() -> Any:
-    """Without the exporter's remarks on packages that we do not use."""
+    """Hide the exporter's remarks on packages that we do not use."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -57,6 +53,8 @@ def write_onnx(program: ExportedProgram, graph: Graph, file: Path) -> None:
         )
     assert written is not None
     proto: Any = written.model_proto
+    for part in (*proto.graph.node, *proto.graph.value_info):
+        del part.metadata_props[:]  # stack traces, with paths of this machine
     _halve(proto)
     onnx.save(proto, str(file))
 

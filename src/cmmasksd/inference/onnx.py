@@ -23,7 +23,6 @@ from cmmasksd.model.placement import (
     Placement,
     canvas_of,
     columns_first,
-    inside,
     mean_and_std,
     place,
     whole,
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
-GRAPHS = ("image", "text", "decoder")
-FORMAT_VERSION = 1
+GRAPHS = ("image", "text", "decoder", "restore")
+FORMAT_VERSION = 2
 _TOKEN = (0, 1 << 20)
 _BOUNDS = {
     "patch_size": (1, MAX_SIDE),
@@ -216,8 +215,10 @@ class OnnxSegmenter(BaseSegmenter):
         images = {name: values[owners] for name, values in encoded.features.items()}
         sentences = {name: values[part] for name, values in encoded.sentences.items()}
         for owner, logits in zip(owners, self._run("decoder", **images, **sentences)["logits"], strict=True):
-            logits = restore(logits, encoded.placements[owner])
-            yield logits, _sigmoid(logits)
+            placement = encoded.placements[owner]
+            sides = {name: np.array(getattr(placement, name), np.int64) for name in ("original", "canvas", "content")}
+            restored = self._run("restore", logits=logits[None], **sides)
+            yield restored["restored"][0], restored["probability"][0]
 
     def _run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
         session = self.sessions[graph]
@@ -252,7 +253,7 @@ class OnnxSegmenter(BaseSegmenter):
 
 
 def open_sessions(folder: Path) -> dict[str, InferenceSession]:
-    """The three graphs of an exported folder, on the CPU.
+    """The graphs of an exported folder, on the CPU.
 
     Raises:
         UserError: onnxruntime is not installed, or a graph is missing or damaged.
@@ -265,6 +266,7 @@ def open_sessions(folder: Path) -> dict[str, InferenceSession]:
     options.log_severity_level = 3  # errors
     sessions = {}
     for name in GRAPHS:
+        options.enable_cpu_mem_arena = name != "restore"  # the arena would keep maps as large as the image
         file = folder / f"{name}.onnx"
         try:
             sessions[name] = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -305,32 +307,3 @@ def _bicubic_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray, 
     while precision < 22 and int(0.5 + weights.max() * (1 << (precision + 1))) < 1 << 15:
         precision += 1
     return first, np.trunc(weights * (1 << precision) + np.copysign(0.5, weights)).astype(np.int32), precision
-
-
-def restore(logits: np.ndarray, placement: Placement) -> np.ndarray:
-    """Undo `canvas`: (h, w) logits at any stride to logits (H, W) of every pixel of the original image."""
-    top, left, h, w = placement.content
-    if (h, w) != placement.canvas:  # padding must go before anything mixes it with the image
-        rows, columns = (
-            np.arange(cells).clip(*inside(cells, *along))
-            for cells, *along in zip(logits.shape, placement.canvas, (top, left), (h, w), strict=True)
-        )
-        logits = resize_bilinear(logits[rows[:, None], columns], *placement.canvas)[top : top + h, left : left + w]
-    return resize_bilinear(logits, *placement.original)
-
-
-def resize_bilinear(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(h, w) float32 to (height, width) float32; cells are areas, as in torch without aligned corners."""
-    for axis, target in ((0, height), (1, width)):
-        source = values.shape[axis]
-        at = np.maximum((np.arange(target) + 0.5) * (source / target) - 0.5, 0)
-        low = np.minimum(at.astype(np.int64), source - 1)
-        high = np.minimum(low + 1, source - 1)
-        share = (at - low).astype(np.float32)
-        share = share[:, None] if axis == 0 else share
-        values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
-    return values
-
-
-def _sigmoid(values: np.ndarray) -> np.ndarray:
-    return 0.5 * (np.tanh(0.5 * values) + 1)

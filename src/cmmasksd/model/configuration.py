@@ -101,32 +101,31 @@ class CMMaskSDConfig(PreTrainedConfig):
 
 
 def read_config(folder: Path, **sizes: Any) -> CMMaskSDConfig:
-    """The configuration of a trained model in a folder; `sizes` take the place of the file's.
+    """The configuration of a trained model in a folder; `sizes` override the file's.
 
     Raises:
-        UserError: when config.json is not one of ours, or a size is out of bounds.
+        UserError: config.json is of another kind of model, or a size is out of bounds.
     """
-    expected = "a 'cmmasksd': give the folder or hub id of a trained model"
-    found = _of_type(folder, CMMaskSDConfig.model_type, expected)
-    return _in_file(folder, lambda: CMMaskSDConfig.from_dict(found | sizes))
+    content = _of_type(folder, MODEL_TYPE, f"a '{MODEL_TYPE}': give the folder or hub id of a trained model")
+    return _in_file(folder, lambda: CMMaskSDConfig.from_dict(content | sizes))
 
 
 def read_clip_config(folder: Path) -> CLIPConfig:
     """The configuration of a CLIP in a folder.
 
     Raises:
-        UserError: when config.json is not a CLIP's, or a size is out of bounds.
+        UserError: config.json is not a CLIP's, or a size is out of bounds.
     """
-    found = _of_type(folder, CLIPConfig.model_type, "a CLIP: choose a CLIP in transformers' format")
-    return _in_file(folder, lambda: clip_config(found))
+    content = _of_type(folder, CLIPConfig.model_type, "a CLIP: choose a CLIP in transformers' format")
+    return _in_file(folder, lambda: clip_config(content))
 
 
 def _of_type(folder: Path, model_type: str, expected: str) -> dict[str, Any]:
-    """The content of config.json; asked before any weight is read, so that a wrong folder is one short error."""
-    found = read_json(folder / "config.json")
-    if (kind := found.get("model_type")) != model_type:
+    """The content of config.json, checked before any weight is read, so that a wrong folder gives one short error."""
+    content = read_json(folder / "config.json")
+    if (kind := content.get("model_type")) != model_type:
         raise UserError(f"{folder} is a {shown(kind)} model, not {expected}")
-    return found
+    return content
 
 
 def _in_file(folder: Path, make: Callable[[], Any]) -> Any:
@@ -136,17 +135,17 @@ def _in_file(folder: Path, make: Callable[[], Any]) -> Any:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
 
 
-def clip_config(found: object) -> CLIPConfig:
+def clip_config(content: object) -> CLIPConfig:
     """A CLIPConfig from the content of a config.json.
 
     Raises:
-        UserError: when it is not a CLIP's, or a size is out of bounds.
+        UserError: it is not a CLIP's, or a size is out of bounds.
     """
-    clip = _section(found, "clip_config")
+    clip = _section(content, "clip_config")
     sections: Any = (("text_config", CLIPTextConfig, _TEXT), ("vision_config", CLIPVisionConfig, _VISION))
     towers = {}
     for name, kind, bounds in sections:
-        # the first CLIPs in transformers' format have a second section, which is the one that holds
+        # the first CLIPs in transformers' format have a second section, which takes precedence
         tower = _section(clip.get(name), name) | _section(clip.get(f"{name}_dict"), f"{name}_dict")
         tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
         towers[name] = taken = _bounded(tower, bounds, f"{name}.")
@@ -165,22 +164,22 @@ def clip_config(found: object) -> CLIPConfig:
     return config
 
 
-def _section(found: object, name: str) -> dict[str, Any]:
-    """A copy of a part of config.json; null is an empty one."""
-    if not isinstance(found, Mapping | None):
-        raise UserError(f"{name} is {shown(found)}: expected an object of sizes")
-    return dict(found or {})
+def _section(content: object, name: str) -> dict[str, Any]:
+    """A copy of a section of config.json; null counts as empty."""
+    if not isinstance(content, Mapping | None):
+        raise UserError(f"{name} is {shown(content)}: expected an object of sizes")
+    return dict(content or {})
 
 
-def _bounded(found: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]], where: str) -> dict[str, Any]:
-    """The known keys of a part of config.json; each must be a number of the bounds' type and within them."""
-    taken = {name: found[name] for name in bounds if name in found}
+def _bounded(section: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]], where: str) -> dict[str, Any]:
+    """The known keys of a section of config.json; each value must have the type of its bounds and lie within them."""
+    taken = {name: section[name] for name in bounds if name in section}
     for name, value in taken.items():
         low, high = bounds[name]
         whole = isinstance(low, int)
         kind = int if whole else int | float
         if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            said = "a whole number" if whole else "a number"
-            raise UserError(f"{where}{name} is {shown(value)}: expected {said} from {low} to {high}")
-        taken[name] = value if whole else float(value)  # transformers takes no 0 for 0.0
+            number = "a whole number" if whole else "a number"
+            raise UserError(f"{where}{name} is {shown(value)}: expected {number} from {low} to {high}")
+        taken[name] = value if whole else float(value)  # transformers refuses 0 in place of 0.0
     return taken

@@ -1,8 +1,8 @@
 """Patch-word correlation: the cosine of every patch and every word in CLIP's joint space. It guides what is masked.
 
-No gradient runs through it. Know it before you trust it: CLIP trains the class token against the text, so the patch
-tokens of a plain CLIP's last block may align poorly with words. `source="values"` takes the values of the last
-attention instead (MaskCLIP's dense features); `pointing` measures either.
+No gradient runs through it. CLIP trains the class token against the text, so the patch tokens of its last block may
+align poorly with words. `source="values"` takes the values of the last attention instead (MaskCLIP's dense features);
+`pointing` measures either.
 """
 
 from __future__ import annotations
@@ -39,19 +39,21 @@ def sentence_correlation(
 
 
 def _cosine(patches: Tensor, texts: Tensor) -> Tensor:
-    """(B, N, D) and (B, L, D) to (B, N, L). In float32 under autocast too: in bfloat16 most of a picture ties."""
+    """(B, N, D) and (B, L, D) to (B, N, L). In float32 under autocast too: in bfloat16 most patches of an image tie."""
     with torch.autocast(patches.device.type, enabled=False):
         return F.normalize(patches.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).transpose(1, 2)
 
 
 def pointing(scores: Tensor, target: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Does the best-scored patch lie in the object?
+    """Whether the best-scored patch lies in the object.
 
     Args:
-        scores: (B, N). target: (B, h, w) in [0, 1], the object at any resolution. grid: of the patches.
+        scores: (B, N).
+        target: (B, h, w) in [0, 1], the object at any resolution.
+        grid: (rows, columns) of patches, rows * columns = N.
 
     Returns:
-        (B,) bool: the best patch is covered by at least half.
+        (B,) bool: at least half of the best patch is covered.
     """
     cover = F.interpolate(target[:, None].float(), grid, mode="bilinear", antialias=True).flatten(1)
     return cover.gather(1, scores.argmax(1, keepdim=True))[:, 0] >= 0.5

@@ -1,13 +1,13 @@
-"""Folder to weights, every one accounted for: missing, unexpected, misshapen or non-finite weights stop the load.
+"""Folder to model, every weight accounted for: missing, unexpected, misshapen or non-finite weights stop the load.
 
-`save_float16` is the way back for the models that ship.
+`save_float16` writes the models that ship.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from cmmasksd.errors import UserError, reason, shown
+from cmmasksd.files import safe_path
 from cmmasksd.model.configuration import read_clip_config
 from cmmasksd.model.locating import files_of, read_json, require
 
@@ -29,7 +30,7 @@ def load_clip(name: str | Path) -> CLIPModel:
     """Load a CLIP by folder or hub id into float32, every weight accounted for.
 
     Raises:
-        UserError: when there is none, or weights are missing.
+        UserError: there is no CLIP, or its weights do not fit its configuration.
     """
     folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
     if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
@@ -42,33 +43,32 @@ def load_clip(name: str | Path) -> CLIPModel:
 
 
 def _files_of_weights(folder: Path) -> list[Path]:
-    """The weights of a CLIP: one file, or those that an index names, which must lie beside it."""
+    """The weights of a CLIP: one file, or the files in its folder that an index names."""
     names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
     name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
     if not name.endswith(".json"):
         require(folder, (name,), "choose a CLIP in transformers' format")
         return [folder / name]
-    index = read_json(folder / name).get("weight_map")
-    shards: list[Any] = list(index.values()) if isinstance(index, dict) else [index]
-    home = folder.resolve()
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # the hub's cache
-    for shard in shards:
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", shard, re.ASCII):
-            raise UserError(f"{folder / name} names {shown(shard)}: expected files of weights in its own folder")
-    shards = sorted(set(shards))
-    require(folder, shards, "get the missing files too")
-    for shard in shards:
-        if (folder / shard).resolve().parent not in homes:
-            raise UserError(f"{folder / shard} is a link out of its folder: copy the file to where the link is")
-    return [folder / shard for shard in shards]
+    index = folder / name
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: weight_map is {shown(weight_map)}, expected an object: get the file again")
+    in_cache = folder.resolve().parent.name == "snapshots"  # of the hub: every file is a link to a blob beside it
+    files = {safe_path(folder, file, f"{index}: weight", outward_links=in_cache) for file in weight_map.values()}
+    require(folder, sorted(str(file.relative_to(folder)) for file in files), "get the missing files too")
+    return sorted(files)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights. Pickled code is never run."""
+    """The tensors of a file of weights. Pickled code is never run.
+
+    Raises:
+        UserError: the file is damaged, or holds more than tensors.
+    """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        found = torch.load(file, map_location="cpu", weights_only=True)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise UserError(
             f"the pickled weights in {file} hold more than tensors: get them in safetensors format"
@@ -76,23 +76,35 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # what the two libraries raise for a damaged file has no common class
         raise UserError(f"cannot load {file}: {reason(error)}") from error
     # a tensor that repeats its numbers (expanded) would need more memory than its file
-    if not isinstance(found, dict) or not all(
-        isinstance(one, Tensor) and one.numel() * one.element_size() <= one.untyped_storage().nbytes()
-        for one in found.values()
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, Tensor) and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        for value in weights.values()
     ):
         raise UserError(f"{file} holds more than plain tensors: get the weights in safetensors format")
-    return found
+    return weights
 
 
 def build(
     kind: Any, load: Any, config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path, *args: Any, **kwargs: Any
 ) -> Any:
-    """A model of these weights; some that are missing, unexpected, misshapen or not finite stop it (else random ones
-    would be evaluated). transformers gets no folder: it would read more from it than config.json and the weights."""
+    """Build a model from its configuration and weights.
+
+    Args:
+        kind: class of the model.
+        load: its `from_pretrained`. It gets no folder: transformers would read more from it than config.json and the
+            weights.
+        config: its sizes.
+        weights: its tensors by name.
+        folder: where they come from, for messages.
+        *args, **kwargs: passed to `load`.
+
+    Raises:
+        UserError: weights are missing, unexpected, misshapen or not finite.
+    """
     stored = sum(value.numel() for value in weights.values())
     with torch.device("meta"):
         needed = sum(value.numel() for value in kind(config).parameters())
-    if needed > 2 * stored:  # twice: where only some are missing, the names of these say more
+    if needed > 2 * stored:  # where fewer are missing, the message below names them
         raise UserError(
             f"config.json in {folder} describes {needed} weights and the files hold {stored}: they belong to different "
             "models"
@@ -102,37 +114,43 @@ def build(
             raise UserError(f"weight {shown(key)} of {folder} is {value.dtype}: expected floating-point numbers")
         if not _is_finite(value):
             raise UserError(f"{shown(key)} in {folder} holds values that are not finite: train again, or get it again")
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report of the weights is a table of hundreds of lines; ours is the error
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = load(None, *args, config=config, state_dict=weights, **kwargs)
+        with _quiet_transformers():
+            model, info = load(None, *args, config=config, state_dict=weights, **kwargs)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot load a model from {folder}: {reason(error)}") from error
+    gaps = {
+        "of another shape": {key[0] for key in info["mismatched_keys"]},
+        "missing": info["missing_keys"],
+        # old CLIP checkpoints also store the position indices, which are not weights
+        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith("position_ids")},
+    }
+    for gap, keys in gaps.items():
+        if keys:
+            few = ", ".join(shown(key) for key in sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
+            raise UserError(f"{len(keys)} weights of {folder} are {gap} ({few}): the file does not fit its config.json")
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bar and its report of the weights, a table of hundreds of lines."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    gaps = {
-        "of another shape": {key[0] for key in info["mismatched_keys"]},
-        "missing": info["missing_keys"],
-        # Old CLIP checkpoints also store the position indices, which are no weights.
-        "unexpected": {key for key in info["unexpected_keys"] if not key.endswith("position_ids")},
-    }
-    for said, keys in gaps.items():
-        if keys:
-            few = ", ".join(shown(key) for key in sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
-            raise UserError(
-                f"{len(keys)} weights of {folder} are {said} ({few}): the file does not fit its config.json"
-            )
-    return model
 
 
 def _is_finite(value: Tensor) -> bool:
     if not value.is_floating_point():
         return True
-    # a sum is several times as quick as a look at every number, and overflows rarely
+    # a sum is several times faster than checking every number, and rarely overflows
     return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
 
 
@@ -141,11 +159,11 @@ def save_float16(model: PreTrainedModel, folder: Path) -> None:
 
     Args:
         model: the model, which stays as it is.
-        folder: the folder; it is made if missing. No path of this machine is written into it.
+        folder: made if missing. No path of this machine is written into it.
     """
     half: Any = copy.deepcopy(model).half()
     for config in _nested(half.config):
-        config._name_or_path, config.dtype = "", None  # a loaded model's say from where, and float32
+        config._name_or_path, config.dtype = "", None  # a loaded model has its folder and float32 here
     half.save_pretrained(folder)
 
 

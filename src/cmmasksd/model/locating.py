@@ -28,11 +28,11 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )
 JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 32 << 20
-"""How large a JSON file of a model may be, and one of its tokenizer. CLIP's tokenizer.json has 2 MB."""
+"""Size limits of a model's JSON files and of its tokenizer's files. CLIP's tokenizer.json has 2 MB."""
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name can only be a hub id: USER/NAME, and no folder. "./scenes" and "/models/a" are folders."""
+    """Whether a name is a hub id, USER/NAME, and not a folder. "./scenes" and "/models/a" are folders."""
     text = str(name)
     is_path = text.startswith((".", "/", "~")) or ":" in text or Path(text).is_dir()
     return text.count("/") == 1 and not is_path
@@ -47,14 +47,14 @@ def model_folder(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """The folder of a model of ours: a shipped one, a local folder, or the download of a hub id.
+    """The folder of a trained model: shipped, local, or downloaded from the hub.
 
     Args:
         name: "scenes", a folder, or USER/NAME.
-        revision, token, cache_dir, local_files_only, force_download: of the hub, as `snapshot_download` has them.
+        revision, token, cache_dir, local_files_only, force_download: passed to huggingface_hub's `snapshot_download`.
 
     Raises:
-        UserError: when there is no such folder, or the hub does not give the files.
+        UserError: there is no such folder, and the files cannot be downloaded.
     """
     hub = {
         "revision": revision,
@@ -67,10 +67,15 @@ def model_folder(
 
 
 def files_of(name: str | Path, patterns: Iterable[str], **hub: Any) -> Path:
-    """The folder of any model: a shipped one, a local folder, or the download of these files of a hub id.
+    """The folder of any model: shipped, local, or downloaded from the hub.
+
+    Args:
+        name: "scenes", a folder, or USER/NAME.
+        patterns: files to download.
+        **hub: passed to huggingface_hub's `snapshot_download`.
 
     Raises:
-        UserError: when there is no such folder, or the hub does not give the files.
+        UserError: there is no such folder, and the files cannot be downloaded.
     """
     name = located(name)
     if Path(name).is_dir():
@@ -92,10 +97,10 @@ def require(
     files: Iterable[str] = REQUIRED,
     remedy: str = "give the folder of a trained model, such as runs/…/best",
 ) -> None:
-    """Stop where a folder lacks files that its model needs.
+    """Refuse a folder that lacks files of its model.
 
     Raises:
-        UserError: with their names.
+        UserError: names the missing files.
     """
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing[:5])}: {remedy}")
@@ -105,7 +110,7 @@ def small(file: Path, limit: int) -> Path:
     """The file, if it is there and has at most `limit` bytes.
 
     Raises:
-        UserError: otherwise.
+        UserError: it is missing or larger.
     """
     if not file.is_file():
         raise UserError(f"there is no {file}: get it again, or give another folder")
@@ -115,37 +120,37 @@ def small(file: Path, limit: int) -> Path:
 
 
 def read_json(file: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file that may be a stranger's.
+    """A JSON object from a file that a stranger may have written.
 
     Args:
-        file: to be read.
-        limit: the most bytes it may have.
+        file: the file.
+        limit: maximum size in bytes.
 
     Raises:
-        UserError: when there is no such file, it is too large, nested too deep, not UTF-8, or no JSON object.
+        UserError: there is no such file, it is too large, nested too deep, not UTF-8, or not a JSON object.
     """
     remedy = "get it again, or give another folder"
     small(file, limit)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON ({reason(error)}): {remedy}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds {shown(found)}, expected a JSON object: {remedy}")
-    return found
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds {shown(value)}, expected a JSON object: {remedy}")
+    return value
 
 
 @contextmanager
 def no_panic() -> Iterator[None]:
-    """A panic of the tokenizers library, which damaged files cause, as an Exception: it is none by itself."""
+    """Turn a panic of the tokenizers library, which damaged files cause, into an Exception: by itself it is not one."""
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizers library broke off: {error}") from None
+        raise ValueError(f"the tokenizers library failed: {error}") from None
 
 
 def weights_digest(folder: Path) -> str:
-    """SHA-256 of a model's weights; `evaluate` stores it, so that no card shows another model's scores."""
+    """SHA-256 of a model's weights. Results store it, so that a card cannot show another model's scores."""
     return sha256(folder / "model.safetensors")

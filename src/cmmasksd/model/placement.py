@@ -1,5 +1,6 @@
-"""Where an image lies on the model's canvas, and bounds of the settings that decide it. Plain numbers, no torch: the
-processor and the segmenter of exported models share these functions, so an image is never placed in two ways.
+"""Where an image lies on the model's canvas, and bounds of the settings that decide it.
+
+Plain numbers, no torch: the processor and the segmenter of exported models share these functions.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def per_channel(name: str, value: object, low: float, high: float) -> tuple[floa
         UserError: for anything but three numbers within bounds.
     """
     if isinstance(value, list | tuple) and len(value) == 3:
-        numbers = [one for one in value if isinstance(one, int | float) and not isinstance(one, bool)]
-        numbers = [float(one) for one in numbers if low <= one <= high]
-        if len(numbers) == 3:
-            return numbers[0], numbers[1], numbers[2]
+        red, green, blue = value
+        numbers = all(isinstance(part, int | float) and not isinstance(part, bool) for part in value)
+        if numbers and all(low <= part <= high for part in value):
+            return float(red), float(green), float(blue)
     raise UserError(f"{name} is {shown(value)}: expected three numbers from {low} to {high}")
 
 
@@ -69,15 +70,15 @@ def mean_and_std(mean: object, std: object, prefix: str = "") -> tuple[tuple[flo
     """The mean and the standard deviation of pixel values in [0, 1].
 
     Raises:
-        UserError: when they are no such numbers.
+        UserError: they are not numbers within bounds.
     """
     return per_channel(f"{prefix}mean", mean, 0.0, 1.0), per_channel(f"{prefix}std", std, 0.001, 1.0)
 
 
 def columns_first(source: Sequence[int], target: Sequence[int]) -> bool:
-    """Whether to resize (H, W) to another (H, W) along the columns first; otherwise it is done along the rows first.
+    """Whether to resize (H, W) to another (H, W) along the columns first, instead of along the rows.
 
-    Only where the intermediate image would have over four times the pixels of both: a narrow and long source.
+    True where the intermediate image would have over four times the pixels of both: for a narrow and long source.
     """
     return source[0] * target[1] > 4 * max(source[0] * source[1], target[0] * target[1])
 
@@ -86,7 +87,7 @@ def canvas_of(size: object, patch_size: int) -> tuple[int, int]:
     """(height, width) of a canvas in pixels.
 
     Raises:
-        UserError: when these are not two multiples of the patch size within bounds.
+        UserError: these are not two multiples of the patch size within bounds.
     """
     if not isinstance(size, list | tuple) or len(size) != 2:
         raise UserError(f"size is {shown(size)}: expected a height and a width in pixels")
@@ -116,5 +117,5 @@ def threshold_to_logit(threshold: float) -> float:
         UserError: for another threshold.
     """
     if not 0 < threshold < 1:
-        raise UserError(f"a threshold of {threshold} is no probability: choose one between 0 and 1")
+        raise UserError(f"threshold must be between 0 and 1, got {threshold}")
     return math.log(threshold / (1 - threshold))

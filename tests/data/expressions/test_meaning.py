@@ -341,7 +341,15 @@ def test_two_masks_on_the_same_pixels_are_not_named():
     scene = [instance("dog", 10, 40, 60, 80), instance("dog", 12, 42, 60, 80), instance("cat", *RIGHT)]
     assert texts(scene, 0) == texts(scene, 1) == set()
     assert {"cat", "kitty"} <= texts(scene, 2)
-    assert unnamed(Meaning(scene), {2}) == {"two masks on the same pixels": 2}
+    assert unnamed(Meaning(scene), {2}) == {"overlapping or misplaced masks": 2}
+
+
+def test_a_garment_that_is_not_where_it_is_worn_is_not_named():
+    person = Instance("person", box_mask(20, 10, 60, 115))
+    assert "dress" in texts([person, Instance("dress", box_mask(25, 30, 55, 90))], 1)
+    assert texts([person, Instance("dress", box_mask(25, 60, 55, 90))], 1) == set()
+    assert "skirt" in texts([person, Instance("skirt", box_mask(25, 60, 55, 90))], 1)
+    assert texts([person, Instance("skirt", box_mask(25, 30, 55, 90))], 1) == set()
 
 
 def test_a_crowd_is_never_an_anchor():

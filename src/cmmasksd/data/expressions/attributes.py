@@ -16,9 +16,9 @@ MIN_PIXELS = 150
 _SAMPLE = 2000  # pixels of a mask that are looked at, evenly spread
 _CORES = {
     # name: lightness from, to; chroma from, to; hue from, to in degrees (may wrap)
-    "black": (0, 21, 0, 13, 0, 360),
+    "black": (0, 20, 0, 9, 0, 360),
     "white": (78, 101, 0, 13, 0, 360),
-    "gray": (36, 68, 0, 8, 0, 360),
+    "gray": (36, 68, 0, 7, 0, 360),
     "red": (22, 60, 42, 200, 12, 45),
     "orange": (48, 82, 42, 200, 50, 74),
     "yellow": (66, 101, 42, 200, 82, 108),
@@ -29,6 +29,7 @@ _CORES = {
     "brown": (18, 56, 14, 48, 38, 82),
 }
 _AROUND = (14, 9, 22)  # lightness, chroma and hue by which somebody might still use the name
+_GREYS = ("black", "white", "gray")
 COLOURS = (*_CORES, "black and white")
 MIN_SHARE = 0.55
 """Share of the pixels in the core of a colour that makes it the object's colour."""
@@ -92,11 +93,15 @@ def measure_colours(image: np.ndarray, mask: np.ndarray) -> dict[str, tuple[floa
 
 
 def sure_colour(shares: dict[str, tuple[float, float]], least: float = MIN_SHARE) -> str | None:
-    """The one colour that an object surely has, if any: at least this share of its pixels, and no second colour."""
+    """The one colour that an object surely has, if any: at least this share of its pixels, and no second colour.
+
+    Black, gray and white have no tint either: in a dark image much looks black.
+    """
     ranked = sorted(((core, name) for name, (core, _) in shares.items()), reverse=True)
     (share, name), (second, other) = ranked[:2]
     if share >= least and second <= 0.3 * share:
-        return name
+        tinted = max(loose for shade, (_, loose) in shares.items() if shade not in _GREYS)
+        return None if name in _GREYS and tinted > 0.35 else name
     if {name, other} == {"black", "white"} and second >= 0.22 and share + second >= 0.75:
         return "black and white"
     return None

@@ -18,7 +18,7 @@ import numpy as np
 from cmmasksd.data.expressions.instances import Instance
 from cmmasksd.data.expressions.language import BEFORE_NOUN, word
 from cmmasksd.data.expressions.meaning import ZONES, Claim, Meaning
-from cmmasksd.data.expressions.words import PERSONS, PRONOUNS, WORN, Vocabulary
+from cmmasksd.data.expressions.words import BODY, PERSONS, PRONOUNS, WORN, Vocabulary
 
 _SLOTS = {
     **dict.fromkeys(("zone", "corner", "nearest", "order", "ordinal", "middle", "size"), "place"),
@@ -196,7 +196,7 @@ def describe_nothing(meaning: Meaning, categories: Mapping[str, int], rng: rando
                 if colour == noun:
                     continue
                 claims = (Claim("colour", colour, meaning.coloured(colour, most=0.08)),)
-            elif name not in WORN:
+            elif name not in WORN | BODY:
                 zone = rng.choice(sorted(ZONES))
                 claims = (Claim("zone", zone, meaning.zones()[zone][1]),)
         loose = kind
@@ -220,7 +220,7 @@ def unnamed(meaning: Meaning, named: set[int]) -> Counter[str]:
         elif not instance.verified:
             reasons["not verified and not alone"] += 1
         elif meaning.vague >> index & 1:
-            reasons["two masks on the same pixels"] += 1
+            reasons["overlapping or misplaced masks"] += 1
         elif not meaning.vocabulary.nouns(instance.category):
             reasons["of a class that has no noun"] += 1
         else:

@@ -29,9 +29,11 @@ from cmmasksd.data.expressions.attributes import (
 from cmmasksd.data.expressions.instances import Instance
 from cmmasksd.data.expressions.words import (
     ANIMALS,
+    BELOW_WAIST,
     BOARDS,
     BODY,
     CARRIED,
+    FROM_CHEST,
     GROUNDED,
     MOUNTS,
     ON_SEATS,
@@ -63,7 +65,18 @@ _MOST_ORDERED = 6  # objects of a kind that anybody would count along a line
 _NO_COLOURS = frozenset(
     (
         *("skin", "glasses", "tv", "laptop", "cell phone", "clock", "sink", "microwave", "traffic light", "stop sign"),
-        *("fork", "knife", "spoon", "scissors", "wine glass", "bottle", "bicycle", "tennis racket", "parking meter"),
+        *(
+            "fork",
+            "knife",
+            "spoon",
+            "scissors",
+            "wine glass",
+            "bottle",
+            "bowl",
+            "bicycle",
+            "tennis racket",
+            "parking meter",
+        ),
         *("pizza", "sandwich", "hot dog", "broccoli", "carrot", "orange", "banana", "zebra", "giraffe"),
     )
 )
@@ -135,6 +148,7 @@ class Meaning:
         least = min_area * self.height * self.width
         self.tiny = _bits(shape.area < least for shape in self.shapes)
         self.vague = _bits(instance.crowd or not instance.verified for instance in self.instances) | self._doubled()
+        self.vague |= self._misplaced()
         self.nameable = 0
         for index, instance in enumerate(self.instances):
             bit = 1 << index
@@ -154,6 +168,20 @@ class Meaning:
                 shared = np.count_nonzero(self.instances[first].mask & self.instances[second].mask)
                 if shared >= 0.5 * min(one.area, other.area):
                     found |= 1 << first | 1 << second
+        return found
+
+    def _misplaced(self) -> int:
+        """Garments that are not where the person wears them: a "dress" from the waist on is somebody's skirt."""
+        found = 0
+        for person, name in enumerate(self.names):
+            if name not in PERSONS:
+                continue
+            _, top, _, bottom = self.shapes[person].box
+            for index, garment in enumerate(self.names):
+                start = (self.shapes[index].box[1] - top) / (bottom - top)
+                odd = start < 0.25 if garment in BELOW_WAIST else start > 0.33 if garment in FROM_CHEST else False
+                if odd and self.belongs(index, person)[0]:
+                    found |= 1 << index
         return found
 
     def _one_kind(self, first: int, second: int) -> bool:
@@ -203,7 +231,7 @@ class Meaning:
             return _HAIR_COLOURS
         if name in ANIMALS and name not in ("bird", "teddy bear"):
             return _ANIMAL_COLOURS | {"orange"} if name == "cat" else _ANIMAL_COLOURS
-        return frozenset(COLOURS)
+        return frozenset(COLOURS) - {"black and white"}
 
     def coloured(self, colour: str, most: float = MAX_OTHER) -> int:
         """The objects that somebody might name by a colour: more than this share of their pixels might have it."""
@@ -280,8 +308,8 @@ class Meaning:
     def larger(self, first: int, second: int) -> bool:
         """Whether an object is clearly larger than another, in the image."""
         a, b = self.shapes[first], self.shapes[second]
-        wide = a.box[2] - a.box[0] >= b.box[2] - b.box[0]
-        return wide and a.box[3] - a.box[1] >= b.box[3] - b.box[1] and a.area >= 2 * b.area
+        wide = a.box[2] - a.box[0] >= 1.2 * (b.box[2] - b.box[0])
+        return wide and a.box[3] - a.box[1] >= 1.2 * (b.box[3] - b.box[1]) and a.area >= 2 * b.area
 
     def line(self, among: int, axis: int) -> list[int]:
         """The objects of a set in their order along an axis; empty where it is not clear or they are not in line."""

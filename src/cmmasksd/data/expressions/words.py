@@ -186,6 +186,11 @@ WORN = ADORNMENTS | _classes(
 )
 """Garments. Somebody is "in" a coat, but only "wearing" or "with" one of ADORNMENTS."""
 
+BELOW_WAIST = _classes("skirt,pants,jeans,shorts,leggings,stockings,tights,shoes,boots,heels,sandals,socks,sneakers")
+"""Of WORN: their masks begin in the lower three quarters of a person who stands."""
+FROM_CHEST = frozenset(("dress", "romper", "jumper", "bodysuit", "coat"))
+"""Of WORN: their masks begin in the upper third."""
+
 GROUNDED = PERSONS | _classes(
     "cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,bicycle,car,motorcycle,bus,train,truck,boat,bench,chair,couch",
     "bed,toilet,refrigerator,oven,suitcase,potted plant,dining table,fire hydrant,parking meter",

@@ -2,13 +2,13 @@
 // Takes the place of serving/page/backend.js, which documents the two functions.
 
 import * as ort from "./ort/ort.wasm.min.mjs";
-import { fitted, place, pixelValues, restore } from "./pixels.js";
+import { fitted, place, pixelValues } from "./pixels.js";
 import { isBlank, progressOf } from "./sentences.js";
 import { makeTokenizer } from "./tokenizer.js";
 
 const MAP_SIDE = 512, WORD_SIDE = 64; // maximum longer side of a probability map and of a word map, in pixels
 const MAX_PIXELS = 64_000_000, MAX_SIDE = 32_768, MAX_RATIO = 100; // as in Python
-const GRAPHS = ["image", "text", "decoder"];
+const GRAPHS = ["image", "text", "decoder", "restore"];
 
 ort.env.wasm.numThreads = 1; // more threads need headers that a plain file server does not send
 ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
@@ -26,8 +26,8 @@ async function read(onProgress) {
   const settings = JSON.parse(new TextDecoder().decode(await file("export.json")));
   const tokenize = makeTokenizer(JSON.parse(new TextDecoder().decode(await file("tokenizer.json"))), settings);
   const sessions = {};
-  for (const [nth, graph] of GRAPHS.entries()) {
-    const bytes = await file(`${graph}.onnx`, (share) => onProgress((nth + 0.9 * share) / 3, "Loading the model"));
+  for (const [index, graph] of GRAPHS.entries()) {
+    const bytes = await file(`${graph}.onnx`, (share) => onProgress((index + 0.9 * share) / GRAPHS.length, "Loading the model"));
     try {
       sessions[graph] = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
     } catch (error) {
@@ -61,30 +61,37 @@ export async function segment(blob, sentences, onProgress = () => {}, signal = u
   const placement = place(height, width, settings), [h, w] = placement.canvas;
   const input = new ort.Tensor("float32", pixelValues(data, placement, settings), [1, 3, h, w]);
   const image = await sessions.image.run({ pixel_values: input });
+  const mapSize = fitted(placement.original, MAP_SIDE), wordSize = fitted(placement.original, WORD_SIDE);
+  const sides = { canvas: integers(placement.canvas), content: integers(placement.content) };
+  const restore = (logits, size) => sessions.restore.run({ logits, original: integers(size), ...sides });
   const results = [];
   for (const [index, text] of sentences.entries()) {
     onProgress((index + 1) / (sentences.length + 1), progressOf(index, sentences.length));
     await new Promise((next) => setTimeout(next)); // lets the page draw and react to Stop
     signal?.throwIfAborted();
     const { ids, words } = tokenize(text), L = ids.length;
-    const sentence = await sessions.text.run({ input_ids: integers(ids), attention_mask: integers(ids.map(() => 1)) });
+    const sentence = await sessions.text.run({ input_ids: integers(ids, 1), attention_mask: integers(ids.map(() => 1), 1) });
     const word_mask = new ort.Tensor("bool", Uint8Array.from(ids, (_, at) => at > 0 && at < L - 1), [1, L]);
     const { logits } = await sessions.decoder.run({ ...image, ...sentence, word_mask });
-    const mapped = { ...placement, original: fitted(placement.original, MAP_SIDE) };
-    const probability = restore(logits.data, logits.dims[1], logits.dims[2], mapped).map((logit) => 1 / (1 + Math.exp(-logit)));
+    const probability = (await restore(logits, mapSize)).probability.data;
     const inMask = probability.filter((value) => value > 0.5);
+    const maps = [];
+    for (const { pieces, ...word } of words) {
+      const { restored } = await restore(correlation(image.patches, sentence.words, pieces), wordSize);
+      maps.push({ ...word, map: stretched(restored.data, wordSize) });
+    }
     results.push({
       text,
       score: inMask.length ? inMask.reduce((a, b) => a + b) / inMask.length : 0,
-      probability: bytes(probability, mapped.original),
-      words: words.map(({ pieces, ...word }) => ({ ...word, map: correlation(image.patches, sentence.words, pieces, placement) })),
+      probability: bytes(probability, mapSize),
+      words: maps,
     });
   }
   onProgress(1, "Done");
   return { width, height, results };
 }
 
-const integers = (values) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [1, values.length]);
+const integers = (values, ...dims) => new ort.Tensor("int64", BigInt64Array.from(values, BigInt), [...dims, values.length]);
 
 /** Pixels of an image file: EXIF orientation applied, transparency over white, no colour profile, as in Python. */
 async function decode(blob) {
@@ -107,8 +114,8 @@ async function decode(blob) {
   return context.getImageData(0, 0, width, height);
 }
 
-/** Cosine of every patch with a word (mean over its pieces), scaled from its minimum to its maximum. */
-function correlation(patches, words, pieces, placement) {
+/** Cosine of every patch with a word (mean over its pieces), (1, h, w). */
+function correlation(patches, words, pieces) {
   const [, h, w, D] = patches.dims, values = new Float32Array(h * w);
   const norm = (data, at) => Math.hypot(...data.subarray(at, at + D)) || 1;
   for (const piece of pieces) {
@@ -119,7 +126,11 @@ function correlation(patches, words, pieces, placement) {
       values[n] += sum / (wordNorm * norm(patches.data, n * D));
     }
   }
-  const size = fitted(placement.original, WORD_SIDE), map = restore(values, h, w, { ...placement, original: size });
+  return new ort.Tensor("float32", values, [1, h, w]);
+}
+
+/** A word's map scaled from its minimum to its maximum; null where all values are equal. */
+function stretched(map, size) {
   const low = map.reduce((a, b) => Math.min(a, b)), high = map.reduce((a, b) => Math.max(a, b));
   return high > low ? bytes(map.map((value) => (value - low) / (high - low)), size) : null;
 }

@@ -1,4 +1,4 @@
-// Preprocessing of pixels and the way back, equal to Python's (inference/onnx.py) pixel by pixel. A canvas scales
+// Preprocessing of pixels, equal to Python's (inference/onnx.py) pixel by pixel. A canvas scales
 // differently from what the model was trained on.
 
 /** Placement of an image on the model's canvas: {original, canvas, content: [top, left, height, width]}. */
@@ -75,49 +75,6 @@ function bicubicWeights(source, target) {
 }
 
 const cubic = (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((x - 5) * x + 8) * x * -0.5 + 2 : 0);
-
-/** Undo `place`: values (h, w) at any stride, resized to `placement.original`. */
-export function restore(values, h, w, placement) {
-  const [top, left, height, width] = placement.content, [H, W] = placement.canvas;
-  if (height !== H || width !== W) { // padding must go before interpolation mixes it with the image
-    const [firstRow, lastRow] = inside(h, H, top, height), [firstColumn, lastColumn] = inside(w, W, left, width);
-    const clean = new Float32Array(h * w);
-    for (let y = 0; y < h; y++)
-      for (let x = 0; x < w; x++)
-        clean[y * w + x] = values[Math.min(Math.max(y, firstRow), lastRow) * w + Math.min(Math.max(x, firstColumn), lastColumn)];
-    const canvas = resizeBilinear(clean, h, w, H, W);
-    values = new Float32Array(height * width);
-    for (let y = 0; y < height; y++) values.set(canvas.subarray((top + y) * W + left, (top + y) * W + left + width), y * width);
-    [h, w] = [height, width];
-  }
-  return resizeBilinear(values, h, w, ...placement.original);
-}
-
-function inside(cells, canvas, start, length) {
-  const first = Math.ceil((start * cells) / canvas - 0.5), last = Math.ceil(((start + length) * cells) / canvas - 0.5) - 1;
-  if (last >= first) return [first, last];
-  const only = Math.min(cells - 1, Math.trunc(((start + length / 2) * cells) / canvas));
-  return [only, only];
-}
-
-function resizeBilinear(values, h, w, height, width) {
-  const rows = bilinearTaps(h, height), columns = bilinearTaps(w, width), out = new Float32Array(height * width);
-  for (let y = 0; y < height; y++) {
-    const [above, below, down] = rows[y];
-    for (let x = 0; x < width; x++) {
-      const [before, after, across] = columns[x];
-      const left = values[above * w + before] * (1 - down) + values[below * w + before] * down;
-      const right = values[above * w + after] * (1 - down) + values[below * w + after] * down;
-      out[y * width + x] = left * (1 - across) + right * across;
-    }
-  }
-  return out;
-}
-
-const bilinearTaps = (source, target) => Array.from({ length: target }, (_, at) => {
-  const from = Math.max((at + 0.5) * (source / target) - 0.5, 0), low = Math.min(Math.trunc(from), source - 1);
-  return [low, Math.min(low + 1, source - 1), from - low];
-});
 
 /** A size shrunk until its longer side fits. */
 export function fitted([height, width], side) {

@@ -69,7 +69,7 @@ class CLIPImageTower(ImageTower):
         vision = self.vision_model
         size = vision.config.patch_size
         grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
-        hidden = vision.embeddings(pixel_values, interpolate_pos_encoding=True)  # (B, 1 + N, width)
+        hidden = _embed(vision.embeddings, pixel_values)  # (B, 1 + N, width)
         if keep is not None:
             index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
             hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -87,6 +87,19 @@ class CLIPImageTower(ImageTower):
         if keep is not None:
             pixels = pixels.gather(1, keep[..., None].expand(-1, -1, pixels.shape[-1]))
         return ImageFeatures(projected[:, 1:], grid, dense, pixels=pixels), projected[:, 0]
+
+
+def _embed(embeddings: Any, pixel_values: Tensor) -> Tensor:
+    """Class token and patches with their positions, (B, 1 + N, width).
+
+    The positions are interpolated on every grid, which is the identity on that of CLIP's training. transformers' own
+    forward branches there, so it cannot be exported as one graph for all sizes.
+    """
+    patches = embeddings.patch_embedding(pixel_values.to(embeddings.patch_embedding.weight.dtype))  # (B, width, h, w)
+    positions, side = embeddings.position_embedding.weight, embeddings.image_size // embeddings.patch_size
+    on_grid = F.interpolate(positions[1:].T.unflatten(1, (side, side))[None], patches.shape[-2:], mode="bicubic")
+    class_token = (embeddings.class_embedding + positions[0]).expand(patches.shape[0], 1, -1)
+    return torch.cat([class_token, (patches + on_grid).flatten(2).mT], dim=1)
 
 
 class CLIPTextTower(TextTower):

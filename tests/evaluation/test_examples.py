@@ -1,4 +1,4 @@
-"""Examples of a report: chosen by rows and seed alone, and found in the data that was scored."""
+"""Examples of a report: chosen by rows and seed alone, and predicted again on the data that was scored."""
 
 import pytest
 from hypothesis import given, settings
