@@ -128,7 +128,7 @@ class ImageFeatures:
             values = [getattr(part, name) for part in parts]
             return None if values[0] is None else torch.cat(values)
 
-        # Joined before `whole`: gradients are summed in the reverse order of use, and a resumed run needs the same bits.
+        # Before `whole`: gradients are summed in reverse order of use, and a resumed run needs the same bits.
         patches, hidden, whole = torch.cat([part.patches for part in parts]), None, None
         if any(part.hidden is not None for part in parts):
             none = [part.patches.new_zeros(part.patches.shape[:2], dtype=torch.bool) for part in parts]
