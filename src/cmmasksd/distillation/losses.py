@@ -28,13 +28,13 @@ def segmentation_loss(logits: Tensor, target: Tensor, kind: Literal["bce_dice", 
 def distillation_loss(
     student: Tensor, teacher: Tensor, kind: Literal["kl", "mse", "soft_bce"] = "kl", temperature: float = 1.0
 ) -> Tensor:
-    """How far a masked branch is from the main one, a scalar. No gradient reaches the teacher.
+    """Distance of a masked branch from the main one, KD(student || sg(teacher)), a scalar.
 
     Args:
         student, teacher: (B, h, w) logits.
-        kind: "kl", the mean over pixels of KL(teacher || student) of Bernoulli distributions; "soft_bce", the same plus
-            the teacher's entropy; "mse", of probabilities.
-        temperature: divides the logits of "kl" and "soft_bce"; their loss is multiplied by its square.
+        kind: "kl", KL(teacher || student) of Bernoulli distributions; "soft_bce", the same plus the teacher's entropy;
+            "mse", squared error of the probabilities. All are means over pixels.
+        temperature: divides the logits of "kl" and "soft_bce", whose loss is multiplied by its square.
     """
     student, teacher = student.float(), teacher.detach().float()
     if kind == "mse":

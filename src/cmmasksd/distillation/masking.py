@@ -1,5 +1,5 @@
 """Which patches and which words are hidden: scores from the correlation, then a fixed number of the highest, lowest or
-random ones. All of it on batches, without gradients; random choices draw from torch's global generator."""
+random ones. Everything works on batches, without gradients; random choices use torch's global generator."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def patch_scores(correlation: Tensor, word_mask: Tensor, guide: Literal["max", "
     Returns:
         (B, N): max or mean over the real words; 0 for a sentence without any.
     """
-    some = word_mask.any(1)[:, None]
     if guide == "mean":
         return (correlation * word_mask[:, None]).sum(-1) / word_mask.sum(-1, keepdim=True).clamp(min=1)
     best = correlation.masked_fill(~word_mask[:, None], float("-inf")).amax(-1)
-    return torch.where(some, best, torch.zeros_like(best))
+    return best.masked_fill(~word_mask.any(1)[:, None], 0.0)
 
 
 @torch.no_grad()
@@ -33,8 +32,8 @@ def choose(scores: Tensor, count: Tensor, which: Which, valid: Tensor | None = N
     """Choose `count` entries of every row.
 
     Args:
-        scores: (B, M). count: (B,) int64, at most the number of valid entries. valid: (B, M) bool, the others are never
-            chosen; None: all are.
+        scores: (B, M). count: (B,) int64, at most the number of valid entries. valid: (B, M) bool, entries that may be
+            chosen; None: all.
 
     Returns:
         (B, M) bool with exactly `count` true per row.
@@ -50,7 +49,7 @@ def choose(scores: Tensor, count: Tensor, which: Which, valid: Tensor | None = N
 
 
 def masked_patches(patches: int, ratio: float) -> int:
-    """How many of the patches are masked: round(ratio * patches), at least one and never all."""
+    """Number of masked patches: round(ratio * patches), at least one and never all."""
     return min(max(1, round(ratio * patches)), patches - 1)
 
 
@@ -72,7 +71,7 @@ def choose_words(
 
     Args:
         correlation: (B, N, L). word_ids: (B, L), the word of each token, -1 for start, end and padding.
-        hide_single_word: also mask the word of a one-word sentence, so that nothing stays of it.
+        hide_single_word: also mask the only word of a one-word sentence.
 
     Returns:
         (B, L) bool, true only where word_ids >= 0.

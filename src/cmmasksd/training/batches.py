@@ -3,7 +3,7 @@
 Unusual here:
 
 - Everything random is a function of (seed, epoch, reference). No worker holds state, so a run can be resumed at any
-  batch and any number of workers or processes draws the same sentences.
+  batch, and the sentences do not depend on the number of workers or processes.
 - References of one image can be trained together (`per_image`): the image is encoded once for all of them.
 - A batch is cut from one global order, process r taking the r-th part: nothing is padded, nothing is seen twice.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """References of one image to load together, in an epoch (which decides their sentences)."""
+    """References of one image to load together. The epoch decides their sentences."""
 
     epoch: int
     references: tuple[int, ...]
@@ -45,7 +45,7 @@ class Batch:
 
     Attributes:
         images: (M, 3, h, w) uint8, one for each `Draw`.
-        tokens: of B sentences.
+        tokens: B sentences.
         targets: (B, h / stride, w / stride) float in [0, 1].
         image_index: (B,) int64, the image of each reference.
     """
@@ -91,13 +91,13 @@ class TrainingBatches(Sampler[list[Draw]]):
 
     Args:
         groups: references that share an image (see `ReferringDataset.groups`).
-        batch_size: references per batch and process. A lone process with fewer references takes what there is.
-        per_image: at most so many references of an image are drawn together.
-        seed: of the order.
-        rank, world: this process, and how many there are.
+        batch_size: references per batch and process. A single process with fewer references takes all of them.
+        per_image: maximum number of references of an image that are drawn together.
+        seed: seed of the order.
+        rank, world: index of this process, and number of processes.
 
     Raises:
-        UserError: when there are no references, or fewer than one batch of every process.
+        UserError: there are no references, or fewer than one batch per process.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class TrainingBatches(Sampler[list[Draw]]):
         return self.total // (self.batch_size * self.world)
 
     def at(self, epoch: int, start: int = 0) -> TrainingBatches:
-        """Choose the epoch, and the batch of it to start from (to resume in the middle)."""
+        """Choose the epoch and the batch to start from (to resume within an epoch)."""
         self.epoch, self.start = epoch, start
         return self
 
@@ -138,7 +138,7 @@ class TrainingBatches(Sampler[list[Draw]]):
             draw.shuffle(order)
             chunks += [order[i : i + self.per_image] for i in range(0, len(order), self.per_image)]
         draw.shuffle(chunks)
-        owner = [(chunk, reference) for chunk, of_chunk in enumerate(chunks) for reference in of_chunk]
+        owner = [(chunk, reference) for chunk, references in enumerate(chunks) for reference in references]
         size = self.batch_size
         for step in range(self.start, len(self)):
             begin = (step * self.world + self.rank) * size
@@ -159,9 +159,10 @@ class TrainingItems(Dataset):
     """Loads a `Draw`: one image, one random sentence for each of its references, and their targets.
 
     Args:
-        data, processor: see there.
+        data: the split.
+        processor: makes pixels, targets and tokens.
         stride: pixels of the canvas per logit.
-        seed: of the sentences, and of which images lose their colours.
+        seed: seed of the sentences, and of which images lose their colours.
         greyscale: see `DataConfig`.
     """
 
@@ -182,8 +183,8 @@ class TrainingItems(Dataset):
             reference = self.data[index]
             if image is None or placement is None:
                 image, placement = self.processor.image(self.data.image(reference))
-            choice = random.Random(f"{self.seed}/sentence/{draw.epoch}/{index}").choice(reference.expressions)
-            texts.append(choice.text)
+            chance = random.Random(f"{self.seed}/sentence/{draw.epoch}/{index}")
+            texts.append(chance.choice(reference.expressions).text)
             targets.append(self.processor.target(self.data.mask(reference), placement, self.stride))
         assert image is not None  # a draw is never empty
         if self.greyscale and not any(COLOUR_WORDS.search(text) for text in texts):
@@ -197,14 +198,14 @@ class TrainingItems(Dataset):
         images, texts, targets = zip(*items, strict=True)
         return Batch(
             torch.stack(images),
-            self.processor.tokens([text for of_image in texts for text in of_image]),
-            torch.stack([target for of_image in targets for target in of_image]),
-            torch.arange(len(items)).repeat_interleave(torch.tensor([len(of_image) for of_image in texts])),
+            self.processor.tokens([text for per_image in texts for text in per_image]),
+            torch.stack([target for per_image in targets for target in per_image]),
+            torch.arange(len(items)).repeat_interleave(torch.tensor([len(per_image) for per_image in texts])),
         )
 
 
 def fade(image: Tensor, keep: float) -> Tensor:
-    """(3, h, w) uint8 RGB with a share of its colours, 0 (grey) to 1 (as it was); the same lightness (Rec. 601)."""
+    """A (3, h, w) uint8 RGB image with a fraction of its colours, 0 (grey) to 1 (all); same lightness (Rec. 601)."""
     colour = image.float()
     grey = (colour * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
     return (grey + (colour - grey) * keep).round().clamp(0, 255).to(image.dtype)

@@ -1,8 +1,8 @@
 """Parameter groups and the learning-rate schedule.
 
 CLIP trains at a fraction of the rate of the new layers. The rate is a pure function of the update (warm-up, then
-cosine) and is written into every group before every update: nothing to restore, and no group can miss its first rate (a
-peer's groups carried `initial_lr` but no `lr`, so its CLIP trained ten times too fast in the first epoch).
+cosine) and is written into every group before every update: there is nothing to restore, and no group can miss its
+first rate (in other RIS code, groups with `initial_lr` but no `lr` trained CLIP ten times too fast in the first epoch).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def parameter_groups(module: nn.Module, *, lr: float, clip_lr_scale: float, weig
     Args:
         module: the objective; parameters with "clip" as a part of their name belong to the backbone.
         lr: peak rate of the new layers.
-        clip_lr_scale: the backbone's peak rate is `lr * clip_lr_scale`.
-        weight_decay: of matrices; vectors (biases, norms, tokens) and embeddings have none.
+        clip_lr_scale: peak rate of the backbone as a fraction of `lr`.
+        weight_decay: weight decay of matrices; vectors (biases, norms, tokens) and embeddings have none.
 
     Returns:
         Groups with "name", "params", "lr", "peak_lr" and "weight_decay"; empty ones are left out.
