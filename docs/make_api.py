@@ -23,7 +23,7 @@ MODULES = {  # in the order of the page; all public classes and functions of eac
     "Distil": ("distillation.objective", "model.correlation", "distillation.masking", "distillation.losses"),
     "Score": ("evaluation.protocols", "evaluation.score", "evaluation.evaluate", "evaluation.results",
               "evaluation.compare", "evaluation.report"),
-    "Mistakes": ("errors",),
+    "Errors": ("errors",),
 }  # fmt: skip
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields):$")
 ITEM = re.compile(r"^(\*{0,2}\w[\w, *]*): (.*)$")
@@ -33,7 +33,7 @@ def api(package: Path = PACKAGE) -> str:
     """The page as Markdown."""
     parts = [
         "# API reference\n",
-        "Made from the docstrings. What is not here is not meant to be called from outside.\n",
+        "Generated from the docstrings. Names that are not listed here are internal.\n",
     ]
     for title, names in MODULES.items():
         parts.append(f"## {title}\n")
@@ -45,29 +45,29 @@ def api(package: Path = PACKAGE) -> str:
 
 def _module(name: str, tree: ast.Module) -> list[str]:
     paragraphs = (ast.get_docstring(tree) or "").split("\n\n")
-    said = "\n\n".join(f"```python\n{one}\n```" if one.startswith("from ") else one for one in paragraphs)
-    found = [f"### cmmasksd.{name}\n", _text(said)]
+    text = "\n\n".join(f"```python\n{part}\n```" if part.startswith("from ") else part for part in paragraphs)
+    lines = [f"### cmmasksd.{name}\n", _text(text)]
     for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
-            found += _entry(node)
-    return found
+            lines += _entry(node)
+    return lines
 
 
 def _entry(node: ast.ClassDef | ast.FunctionDef, owner: str = "") -> list[str]:
-    said = ast.get_docstring(node)
-    if said is None:
+    docstring = ast.get_docstring(node)
+    if docstring is None:
         return []
     kind = "class" if isinstance(node, ast.ClassDef) else "def"
-    names = {one.id for one in node.decorator_list if isinstance(one, ast.Name)}
+    names = {decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)}
     head = f"{owner}{node.name}{'' if 'property' in names else _signature(node)}"
-    found = [f"#### {owner}{node.name}\n", f"```text\n{kind} {head}\n```\n", _text(said)]
+    lines = [f"#### {owner}{node.name}\n", f"```text\n{kind} {head}\n```\n", _text(docstring)]
     if isinstance(node, ast.ClassDef):
         if fields := _fields(node):
-            found += ["**Attributes**\n", *fields, ""]
+            lines += ["**Attributes**\n", *fields, ""]
         for part in node.body:
             if isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
-                found += _entry(part, f"{node.name}.")
-    return found
+                lines += _entry(part, f"{node.name}.")
+    return lines
 
 
 def _fields(node: ast.ClassDef) -> list[str]:
@@ -91,14 +91,13 @@ def _signature(node: ast.ClassDef | ast.FunctionDef) -> str:
             return ""
         function = inits[0]
     assert isinstance(function, ast.FunctionDef)
-    given = ast.unparse(function.args)
-    given = re.sub(r"^(self|cls)(, |$)", "", given)
+    arguments = re.sub(r"^(self|cls)(, |$)", "", ast.unparse(function.args))
     back = f" -> {ast.unparse(function.returns)}" if function.returns and function is node else ""
-    return f"({given}){back}"
+    return f"({arguments}){back}"
 
 
 def _text(docstring: str | None) -> str:
-    """A docstring as Markdown: its sections become lists, what is indented becomes a block."""
+    """A docstring as Markdown: sections become lists, indented text becomes a block."""
     lines, out, items = inspect.cleandoc(docstring or "").splitlines(), [], False
     for line in lines:
         if SECTION.match(line):

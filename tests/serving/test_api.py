@@ -51,7 +51,7 @@ def segmenter(tiny_model_folder: Path) -> Segmenter:
     return Segmenter.from_pretrained(tiny_model_folder, device="cpu")
 
 
-def picture(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
+def noise(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -146,39 +146,41 @@ def assert_refused(answer: httpx.Response, status: int, code: str) -> str:
 
 @pytest.mark.parametrize("kind", [as_json, as_form])
 def test_the_answer_is_the_segmenter_s(serve, segmenter: Segmenter, kind):
-    pixels = picture(60, 90)
+    pixels = noise(60, 90)
     [answer] = ask(serve(), kind(png(pixels), SENTENCES, threshold=0.4, want=EVERYTHING))
     assert answer.status_code == 200, answer.text
-    said = answer.json()
-    assert (said["width"], said["height"], said["threshold"]) == (90, 60, 0.4)
-    assert [one["text"] for one in said["results"]] == SENTENCES
+    body = answer.json()
+    assert (body["width"], body["height"], body["threshold"]) == (90, 60, 0.4)
+    assert [result["text"] for result in body["results"]] == SENTENCES
     encoded = segmenter.encode([(pixels, SENTENCES)])
     areas = []
-    for one, expected in zip(said["results"], segmenter.decode(encoded, [0.4]), strict=True):
-        mask = decode_segmentation(one["rle"], 60, 90)
+    for result, expected in zip(body["results"], segmenter.decode(encoded, [0.4]), strict=True):
+        mask = decode_segmentation(result["rle"], 60, 90)
         np.testing.assert_array_equal(mask, expected.mask)
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(one["png"])))) > 0, mask)
-        assert one["score"] == pytest.approx(expected.score)
-        assert one["area"] == mask.sum()
-        areas.append(one["area"])
-        if one["area"]:
-            x0, y0, x1, y1 = one["box"]
-            assert mask[y0:y1, x0:x1].sum() == one["area"]
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(result["png"])))) > 0, mask)
+        assert result["score"] == pytest.approx(expected.score)
+        assert result["area"] == mask.sum()
+        areas.append(result["area"])
+        if result["area"]:
+            x0, y0, x1, y1 = result["box"]
+            assert mask[y0:y1, x0:x1].sum() == result["area"]
             assert all(side.any() for side in (mask[y0], mask[y1 - 1], mask[:, x0], mask[:, x1 - 1]))
         else:
-            assert one["box"] is None
-        values = unpack(one["probability"])
+            assert result["box"] is None
+        values = unpack(result["probability"])
         assert values.shape == (60, 90)
         assert np.abs(values / 255 - expected.probability).max() < 0.003
     assert any(areas)
 
 
-def unpack(shown: dict) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(shown["data"]), np.uint8).reshape(shown["height"], shown["width"])
+def unpack(encoded_map: dict) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(encoded_map["data"]), np.uint8).reshape(
+        encoded_map["height"], encoded_map["width"]
+    )
 
 
 def test_what_is_not_wanted_is_left_out(serve):
-    [answer] = ask(serve(), as_json(png(picture()), ["a"]))
+    [answer] = ask(serve(), as_json(png(noise()), ["a"]))
     assert set(answer.json()["results"][0]) == {"text", "score", "area", "box", "truncated", "rle"}
 
 
@@ -186,16 +188,18 @@ def test_words_are_spans_with_their_correlation(serve, segmenter: Segmenter):
     """A word's map follows the cosines of the patches with the word."""
     from cmmasksd.model.correlation import correlation
 
-    pixels = picture(64, 64)
+    pixels = noise(64, 64)
     [answer] = ask(serve(), as_json(png(pixels), SENTENCES, want=["words"]))
     encoded = segmenter.encode([(pixels, SENTENCES)])
-    for nth, one in enumerate(answer.json()["results"]):
-        assert [one["text"][word["start"] : word["end"]] for word in one["words"]] == [w["text"] for w in one["words"]]
+    for nth, result in enumerate(answer.json()["results"]):
+        assert [result["text"][word["start"] : word["end"]] for word in result["words"]] == [
+            w["text"] for w in result["words"]
+        ]
         image = encoded.features.select(torch.tensor([0]))
         cosine = correlation(image, encoded.sentences.select(slice(nth, nth + 1)))[0]
-        for word, shown in enumerate(one["words"]):
+        for word, word_map in enumerate(result["words"]):
             pieces = (encoded.tokens.word_ids[nth] == word).nonzero()[:, 0]
-            values = unpack(shown["map"])
+            values = unpack(word_map["map"])
             assert (values.min(), values.max()) == (0, 255)
             of_patches = values.reshape(4, 16, 4, 16).mean((1, 3)).ravel()
             assert np.corrcoef(of_patches, cosine[:, pieces].mean(1))[0, 1] > 0.95
@@ -203,18 +207,18 @@ def test_words_are_spans_with_their_correlation(serve, segmenter: Segmenter):
     assert words == ["Blue", ",", "square", "on", "the", "left"]
 
 
-def test_maps_are_small_and_of_the_picture_s_shape(serve):
-    [answer] = ask(serve(), as_json(png(picture(700, 1400)), ["red"], want=["probability", "words"]))
-    one = answer.json()["results"][0]
-    assert unpack(one["probability"]).shape == (256, 512)
-    assert unpack(one["words"][0]["map"]).shape == (32, 64)
+def test_maps_are_small_and_of_the_image_s_shape(serve):
+    [answer] = ask(serve(), as_json(png(noise(700, 1400)), ["red"], want=["probability", "words"]))
+    result = answer.json()["results"][0]
+    assert unpack(result["probability"]).shape == (256, 512)
+    assert unpack(result["words"][0]["map"]).shape == (32, 64)
 
 
 def test_requests_that_wait_are_computed_together(
     serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch, until: Callable
 ):
     app = serve(max_batch=4)
-    images = [picture(40 + 9 * nth, 50, nth) for nth in range(6)]
+    images = [noise(40 + 9 * nth, 50, nth) for nth in range(6)]
     requests = [as_json(png(image), [f"red {nth}"]) for nth, image in enumerate(images)]
     sizes, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: sizes.append(len(requests)) or encode(requests))
@@ -228,15 +232,15 @@ def test_requests_that_wait_are_computed_together(
     assert sizes == [1, 4, 1]
     for nth, (image, answer) in enumerate(zip(images, answers, strict=True)):
         expected = segmenter.segment(image, f"red {nth}")[0]
-        found = answer.json()["results"][0]
-        assert found["text"] == f"red {nth}"
-        mask = decode_segmentation(found["rle"], *image.shape[:2])
+        result = answer.json()["results"][0]
+        assert result["text"] == f"red {nth}"
+        mask = decode_segmentation(result["rle"], *image.shape[:2])
         assert (mask != expected.mask).mean() < 0.01  # rounding may move single pixels across the threshold
 
 
 def test_health_metrics_and_headers(serve):
     app = serve()
-    ask(app, as_json(png(picture()), SENTENCES), as_json(b"no picture", SENTENCES))
+    ask(app, as_json(png(noise()), SENTENCES), as_json(b"no image", SENTENCES))
     [health] = ask(app, {}, path="/v1/health", method="GET")
     assert health.json()["status"] == "ok"
     assert health.json()["model"] == "tiny"
@@ -281,10 +285,10 @@ def test_the_examples_are_scenes_of_ours():
     folder = PAGE / "examples"
     data = SceneDataset("scenes", "val", 40, seed=0, scene_size=384)
     for example in json.loads((folder / "examples.json").read_text())["examples"]:
-        references = [one for one in data if one.image_id == example["image_id"]]
+        references = [reference for reference in data if reference.image_id == example["image_id"]]
         with Image.open(folder / example["file"]) as image:
             assert np.abs(np.asarray(image).astype(int) - data.image(references[0])).mean() < 8  # JPEG
-        assert set(example["sentences"]) <= {e.text for one in references for e in one.expressions}
+        assert set(example["sentences"]) <= {e.text for reference in references for e in reference.expressions}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +309,7 @@ GOOD = base64.b64encode(b"GIF89a").decode()
         ({"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "unsupported_media_type"),
         ({"content": b"x"}, 415, "unsupported_media_type"),
         (as_json(b"plain text", ["a"]), 415, "no_image"),
-        (as_json(png(picture())[:200], ["a"]), 415, "no_image"),
+        (as_json(png(noise())[:200], ["a"]), 415, "no_image"),
         (as_form(b"", ["a"]), 415, "no_image"),
         (as_json(bomb(6000, 6000), ["a"]), 413, "too_many_pixels"),
         (as_json(bomb(60_000, 60_000), ["a"]), 413, "too_many_pixels"),
@@ -319,10 +323,10 @@ GOOD = base64.b64encode(b"GIF89a").decode()
         (as_json(b"", ["a" * 301]), 422, "invalid"),
         (as_json(b"", []), 422, "invalid"),
         *(
-            (as_json(png(picture()), [blank]), 422, "invalid")
+            (as_json(png(noise()), [blank]), 422, "invalid")
             for blank in (" \t", "\x1c", "\u2003", "\x85", "\u200b\x07")
         ),
-        (as_form(png(picture()), ["red", "\u3000\x1f"]), 422, "invalid"),
+        (as_form(png(noise()), ["red", "\u3000\x1f"]), 422, "invalid"),
         (as_json(b"", [7]), 422, "invalid"),  # pyright: ignore
         (as_json(b"", ["\ud800"]), 422, "invalid"),
         (as_json(b"", ["a"], threshold=1), 422, "invalid"),
@@ -343,7 +347,7 @@ def test_refusals(serve, request_: dict, status: int, code: str):
         request_ = {"content": json.dumps(request_["json"]), "headers": {"content-type": "application/json"}}
     [answer] = ask(app, request_)
     assert_refused(answer, status, code)
-    [after] = ask(app, as_json(png(picture()), ["red"]))
+    [after] = ask(app, as_json(png(noise()), ["red"]))
     assert after.status_code == 200
 
 
@@ -446,7 +450,7 @@ def test_host_names(serve, settings: dict, host: str, answers: bool):
     ],
 )
 def test_forms_of_other_sites(serve, headers: dict, status: int):
-    [answer] = ask(serve(), as_form(png(picture()), ["red"]) | {"headers": headers})
+    [answer] = ask(serve(), as_form(png(noise()), ["red"]) | {"headers": headers})
     if status == 403:
         assert_refused(answer, 403, "cross_site")
     else:
@@ -465,7 +469,7 @@ def test_a_key_in_the_schema(serve):
 def test_a_full_queue_says_come_again(serve, monkeypatch: pytest.MonkeyPatch, until: Callable):
     app = serve(queue=2, max_batch=1)
     reached, go = hold(app, monkeypatch)
-    good = as_json(png(picture()), ["red"])
+    good = as_json(png(noise()), ["red"])
     first = ask_later(app, good)
     assert reached.wait(60)  # the engine has taken it: the queue has two places again
     others = ask_later(app, good, good)
@@ -480,7 +484,7 @@ def test_a_full_queue_says_come_again(serve, monkeypatch: pytest.MonkeyPatch, un
 def test_a_request_that_takes_too_long_is_dropped(serve, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch):
     app = serve(timeout=0.2, max_batch=1)
     reached, go = hold(app, monkeypatch)
-    good = as_json(png(picture()), ["red"])
+    good = as_json(png(noise()), ["red"])
     late = ask(app, good, good)
     for answer in late:
         assert_refused(answer, 504, "too_late")
@@ -506,7 +510,7 @@ def test_a_failing_batch_costs_only_the_one_that_fails(
 
     monkeypatch.setattr(segmenter, "encode", fail)
     with caplog.at_level(logging.DEBUG):
-        good, bad = ask(app, as_json(png(picture()), ["red"]), as_json(png(picture()), ["secret words"]))
+        good, bad = ask(app, as_json(png(noise()), ["red"]), as_json(png(noise()), ["secret words"]))
     assert good.status_code == 200
     assert "secret" not in assert_refused(bad, 500, "internal")
     assert "RuntimeError" in caplog.text
@@ -516,7 +520,7 @@ def test_a_failing_batch_costs_only_the_one_that_fails(
 def test_a_stopped_engine_refuses(serve):
     app = serve()
     app.state.engine.close()
-    [answer] = ask(app, as_json(png(picture()), ["red"]))
+    [answer] = ask(app, as_json(png(noise()), ["red"]))
     assert_refused(answer, 503, "stopping")
     [health] = ask(app, {}, path="/v1/health", method="GET")
     assert_refused(health, 503, "stopping")
@@ -547,8 +551,8 @@ def test_wrong_settings(wrong: dict):
 def server(running, segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int, FastAPI]]:
     monkeypatch.setattr("cmmasksd.serving.server.HEAD_SECONDS", 3)
     monkeypatch.setattr("cmmasksd.serving.middleware.DRAIN_SECONDS", 3)
-    with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=3)) as found:
-        yield found
+    with running(segmenter, "tiny", ServeSettings(port=0, body_timeout=3)) as address:
+        yield address
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -574,7 +578,7 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
     second_head = connect(host, port)
     second_head.sendall(b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/hea")
     with httpx.Client(base_url=f"http://{host}:{port}", timeout=30) as client:
-        good = client.post("/v1/segment", **as_form(png(picture()), ["red"]))
+        good = client.post("/v1/segment", **as_form(png(noise()), ["red"]))
         sent: list[None] = []
         endless = (sent.append(None) or b" " * 100_000 for _ in range(10_000))
         try:
@@ -589,7 +593,7 @@ def test_mischief_over_a_socket(server: tuple[str, int, FastAPI]):
         assert b" 413 " in read_all(announced).split(b"\r\n")[0]
         assert read_all(slow_head) == b""
         assert b" 200 " in read_all(second_head).split(b"\r\n")[0]
-        assert client.post("/v1/segment", **as_json(png(picture()), ["red"])).status_code == 200
+        assert client.post("/v1/segment", **as_json(png(noise()), ["red"])).status_code == 200
     for connection in (slow_head, slow_body, announced, second_head):
         connection.close()
 
@@ -604,7 +608,7 @@ def test_silent_and_half_sent_connections_lock_nobody_out(
             connection.sendall(b"POST /v1/segm")
         with httpx.Client(base_url=f"http://{host}:{port}", timeout=60) as client:
             assert client.get("/v1/health").status_code == 200
-            assert client.post("/v1/segment", **as_form(png(picture()), ["red"])).status_code == 200
+            assert client.post("/v1/segment", **as_form(png(noise()), ["red"])).status_code == 200
         for connection in held:
             connection.close()
 
@@ -629,7 +633,7 @@ def test_one_address_gets_half_of_the_places(
     until: Callable,
 ):
     monkeypatch.setattr("cmmasksd.serving.server._once_a_minute._last", {})
-    good = as_form(png(picture()), ["red"])
+    good = as_form(png(noise()), ["red"])
     with running(segmenter, "tiny", ServeSettings(port=0, connections=8, body_timeout=300)) as (host, port, _):
         held = [connect(host, port) for _ in range(4)]
         for connection in held:
@@ -689,7 +693,7 @@ def test_a_client_that_leaves_is_dropped(
     host, port, app = server
     reached, go = hold(app, monkeypatch)
     monkeypatch.setattr(app.state.engine, "settings", ServeSettings(max_batch=1))
-    body = json.dumps(as_json(png(picture()), ["red"])["json"]).encode()
+    body = json.dumps(as_json(png(noise()), ["red"])["json"]).encode()
     head = b"POST /v1/segment HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     jobs, submit = [], app.state.engine.submit
     monkeypatch.setattr(app.state.engine, "submit", lambda job: jobs.append(job) or submit(job))
@@ -704,9 +708,7 @@ def test_a_client_that_leaves_is_dropped(
     encoded, encode = [], segmenter.encode
     monkeypatch.setattr(segmenter, "encode", lambda requests: encoded.append(requests) or encode(requests))
     go.set()
-    assert (
-        httpx.post(f"http://{host}:{port}/v1/segment", timeout=30, **as_json(png(picture()), ["x"])).status_code == 200
-    )
+    assert httpx.post(f"http://{host}:{port}/v1/segment", timeout=30, **as_json(png(noise()), ["x"])).status_code == 200
     assert [texts for batch in encoded for _, texts in batch][-1] == ["x"]
     assert len(encoded) <= 2
 
@@ -721,8 +723,8 @@ def test_a_port_that_is_taken(server):
 def started(command: list[str], **environment: str) -> Iterator[tuple[subprocess.Popen, str, Path]]:
     """A server in a process of its own: the process, its address, and the file of its standard error."""
     with tempfile.TemporaryDirectory() as folder:
-        said = Path(folder) / "stderr"
-        with said.open("w") as file:
+        stderr = Path(folder) / "stderr"
+        with stderr.open("w") as file:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=file, text=True, env=os.environ | environment
             )
@@ -730,9 +732,9 @@ def started(command: list[str], **environment: str) -> Iterator[tuple[subprocess
         late.start()
         try:
             assert process.stdout is not None
-            found = re.search(r"http://\S+", process.stdout.readline())
-            assert found, said.read_text()
-            yield process, found[0], said
+            printed = re.search(r"http://\S+", process.stdout.readline())
+            assert printed, stderr.read_text()
+            yield process, printed[0], stderr
         finally:
             late.cancel()
             process.kill()
@@ -757,12 +759,12 @@ def test_the_command(tiny_model_folder: Path, server):
 def test_a_server_for_everybody_is_warned_of(tiny_model_folder: Path, key: str | None):
     command = [sys.executable, "-m", "cmmasksd", "serve", "--model", str(tiny_model_folder), "--host", "0.0.0.0"]
     command += ["--port", "0", "--allowed_hosts", "masks.lan"]
-    with started(command, **({"CMMASKSD_API_KEY": key} if key else {})) as (_, address, said):
+    with started(command, **({"CMMASKSD_API_KEY": key} if key else {})) as (_, address, stderr):
         ours, other = (
             httpx.get(f"http://127.0.0.1:{httpx.URL(address).port}/v1/health", timeout=60, headers={"Host": name})
             for name in ("masks.lan", "evil.example")
         )
-        warnings = [line for line in said.read_text().splitlines() if line.startswith("warning: ")]
+        warnings = [line for line in stderr.read_text().splitlines() if line.startswith("warning: ")]
     assert (ours.status_code, other.status_code) == (200, 403)
     assert len(warnings) == (key is None)
     assert all("CMMASKSD_API_KEY" in line for line in warnings)

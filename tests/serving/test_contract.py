@@ -1,6 +1,6 @@
 """schemathesis sends what OpenAPI allows and what it forbids; the server does what OpenAPI says.
 
-Pictures come from the test (JSON Schema cannot say "base64 of an image"); every other value is schemathesis's.
+Images come from the test (JSON Schema cannot say "base64 of an image"); every other value is schemathesis's.
 """
 
 import base64
@@ -80,4 +80,8 @@ def test_the_server_does_what_openapi_says(schema, path: str, mode: schemathesis
 
 
 def test_every_operation_is_tested(schema):
-    assert {found.ok().path for found in schema.get_all_operations()} == {"/v1/segment", "/v1/health", "/metrics"}
+    assert {operation.ok().path for operation in schema.get_all_operations()} == {
+        "/v1/segment",
+        "/v1/health",
+        "/metrics",
+    }

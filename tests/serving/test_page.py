@@ -54,9 +54,9 @@ def address(running, segmenter: Segmenter) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A picture file and two sentences about it."""
+    """An image file and two sentences about it."""
     data = SceneDataset("scenes", "val", 40, seed=0, scene_size=200)
-    reference = next(one for one in data if one.image_id == 100000010)
+    reference = next(row for row in data if row.image_id == 100000010)
     file = tmp_path_factory.mktemp("scene") / "my scene.png"
     Image.fromarray(data.image(reference)[:150]).save(file)
     return file, ["spotted object", "striped diamond"]
@@ -112,8 +112,8 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
     assert share > 0.01
     assert changed(plain, drawn) == pytest.approx(share, rel=0.3, abs=0.02)  # and the numbers
     text = page.inner_text("#legend")
-    for nth, found in enumerate(expected):
-        assert f"score {found.score:.2f}" in text
+    for nth, segmentation in enumerate(expected):
+        assert f"score {segmentation.score:.2f}" in text
         assert page.get_by_role("img", name=f"Mask {nth + 1}").count() == 1
     assert "2 masks" in (page.get_attribute("#view", "aria-label") or "")
     assert "score" in page.inner_text("#status")
@@ -156,34 +156,34 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
         page.click("#legend button.link >> nth=1")
     assert download.value.suggested_filename == "my-scene_2_mask.png"
     download.value.save_as(tmp_path / "mask.png")
-    masks = [decode_segmentation(one["segmentation"], 150, 200) for one in saved["annotations"]]
+    masks = [decode_segmentation(row["segmentation"], 150, 200) for row in saved["annotations"]]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "mask.png").convert("L")) > 0, masks[1])
-    for mask, found, one in zip(masks, expected, saved["annotations"], strict=True):
-        assert (mask & found.mask).sum() / (mask | found.mask).sum() > 0.97
-        assert one["area"] == mask.sum()
-        x0, y0, x1, y1 = one["box"]
-        assert mask[y0:y1, x0:x1].sum() == one["area"]
+    for mask, segmentation, row in zip(masks, expected, saved["annotations"], strict=True):
+        assert (mask & segmentation.mask).sum() / (mask | segmentation.mask).sum() > 0.97
+        assert row["area"] == mask.sum()
+        x0, y0, x1, y1 = row["box"]
+        assert mask[y0:y1, x0:x1].sum() == row["area"]
 
 
 def test_a_box_means_the_same_everywhere(page: Page, address: str, scene, segmenter: Segmenter, tmp_path: Path):
     """(x0, y0, x1, y1), half-open: in Python, in predict's JSON, in the API, and in the page's file."""
     file, texts = scene
-    expected = [found.box for found in segmenter.segment(file, texts)]
+    expected = [segmentation.box for segmentation in segmenter.segment(file, texts)]
     assert all(box is not None and box[0] > 0 and box[1] > 0 for box in expected)  # else some meanings look alike
-    command = ["predict", "--model", "scenes", "--image", str(file), "--json", str(tmp_path / "found.jsonl")]
+    command = ["predict", "--model", "scenes", "--image", str(file), "--json", str(tmp_path / "rows.jsonl")]
     assert main([*command, *(part for text in texts for part in ("--text", text)), "--device", "cpu"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [tuple(row["box"]) for row in rows] == expected
     answer = httpx.post(
         f"{address}v1/segment", files={"image": file.read_bytes()}, data={"sentences": texts}, timeout=120
     )
-    assert [tuple(one["box"]) for one in answer.json()["results"]] == expected
+    assert [tuple(result["box"]) for result in answer.json()["results"]] == expected
     upload(page, scene)
     with page.expect_download() as download:
         page.click("#save-rle")
     download.value.save_as(tmp_path / "masks.json")
     saved = json.loads((tmp_path / "masks.json").read_text())["annotations"]
-    np.testing.assert_allclose([one["box"] for one in saved], expected, atol=1)  # from a map of bytes
+    np.testing.assert_allclose([row["box"] for row in saved], expected, atol=1)  # from a map of bytes
 
 
 def test_by_keyboard_alone(page: Page):
@@ -223,7 +223,7 @@ def test_errors_in_words(page: Page, tmp_path: Path, scene):
     alert = page.get_by_role("alert")
     page.click("#find")
     assert "image" in alert.inner_text()
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     page.set_input_files("#file", tmp_path / "notes.txt")
     page.wait_for_function("() => document.getElementById('error').textContent.includes('notes.txt')")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
@@ -286,7 +286,7 @@ def test_a_page_of_another_site_cannot_use_the_server(browser: Browser, address:
 
 
 def test_a_long_job_shows_progress_and_can_be_stopped(page: Page, scene):
-    """Sentences go out in parts; how many are done is said."""
+    """Sentences are sent in parts, and the page counts them."""
     held = []
     page.route("**/v1/segment", lambda route: held.append(route))
     page.set_input_files("#file", scene[0])
@@ -314,7 +314,7 @@ def test_on_a_phone(page: Page, scene):
     assert changed(drawn, canvas(page)) > 0.9
     box = page.locator("#view").bounding_box()
     assert box is not None
-    assert -1 <= box["y"] < 400  # the picture is in sight while a word is touched
+    assert -1 <= box["y"] < 400  # the image is in sight while a word is touched
     page.tap(".word >> nth=1")
 
 

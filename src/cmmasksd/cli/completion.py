@@ -14,11 +14,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("shell", type=Literal["bash", "zsh", "tcsh"], help="shell to print the script for")
 
 
-def run(settings: Namespace) -> None:
+def run(settings: Namespace, commands: ArgumentParser) -> None:
+    """Print the script for the parser of all commands, which imports this file."""
     from importlib.util import find_spec
 
     if find_spec("shtab") is None:
         raise UserError("tab completion needs the package shtab: pip install 'cmmasksd[completion]'")
-    from cmmasksd.cli.dispatch import build_parser
-
-    print(build_parser().get_completion_script(f"shtab-{settings.shell}"))
+    print(commands.get_completion_script(f"shtab-{settings.shell}"))

@@ -89,7 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         parser = build_parser(unlisted=command in UNLISTED.values())
         settings = parser.instantiate(parser.parse_args(arguments))
-        (COMMANDS | UNLISTED)[settings.command].run(settings[settings.command])
+        if settings.command == "completion":
+            completion.run(settings.completion, parser)
+        else:
+            (COMMANDS | UNLISTED)[settings.command].run(settings[settings.command])
     except ArgumentError as error:
         return fail(f"{name}: {usage_mistake(error)} (see {name} --help)", 2)
     except UserError as error:
