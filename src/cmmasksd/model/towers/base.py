@@ -128,12 +128,12 @@ class ImageFeatures:
             values = [getattr(part, name) for part in parts]
             return None if values[0] is None else torch.cat(values)
 
-        hidden = whole = None
+        # Before `whole`: gradients are summed in reverse order of use, and a resumed run needs the same bits.
+        patches, hidden, whole = torch.cat([part.patches for part in parts]), None, None
         if any(part.hidden is not None for part in parts):
             none = [part.patches.new_zeros(part.patches.shape[:2], dtype=torch.bool) for part in parts]
             hidden = torch.cat([n if part.hidden is None else part.hidden for n, part in zip(none, parts, strict=True)])
             whole = torch.cat([part.patches if part.whole is None else part.whole for part in parts])
-        patches = torch.cat([part.patches for part in parts])
         return ImageFeatures(patches, parts[0].grid, None, column("context"), column("pixels"), hidden, whole)
 
 
