@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from contract import SegmenterContract, assert_close, scenes
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,6 +25,7 @@ from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import load_tokenizer
 from fuzz import FUZZ, check
+from inference.contract import SegmenterContract, assert_close, scenes
 
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")
 

@@ -1,4 +1,4 @@
-"""`predict`: sources to predictions, with a segmenter that only counts. The command is tested in tests/test_cli.py."""
+"""`predict`: sources to predictions, with a segmenter that only counts. The command: tests/cli/test_predict.py."""
 
 from collections.abc import Iterator
 from pathlib import Path

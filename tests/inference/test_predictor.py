@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from contract import SegmenterContract
 from PIL import Image
 
 from cmmasksd.config import PretrainConfig
@@ -21,6 +20,7 @@ from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.pretraining.model import build_clip
+from inference.contract import SegmenterContract
 
 SENTENCES = ["the red circle", "star on the left", "large blue thing that is not there"]
 

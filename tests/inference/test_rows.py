@@ -1,4 +1,4 @@
-"""Rows that survive a killed process; the whole command is killed in tests/test_cli.py."""
+"""Rows that survive a killed process; the whole command is killed in tests/cli/test_predict.py."""
 
 import subprocess
 import sys

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from layouts import COLOURS, HEIGHT, WIDTH, instance, random_scene, write_instances
 from PIL import Image
 
 from cmmasksd import cli
@@ -20,6 +19,7 @@ from cmmasksd.data.expressions.meaning import Meaning
 from cmmasksd.data.readers.manifest import ManifestDataset
 from cmmasksd.data.readers.refer import ReferDataset
 from cmmasksd.errors import UserError
+from data.expressions.layouts import COLOURS, HEIGHT, WIDTH, instance, random_scene, write_instances
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from layouts import COLOURS, HEIGHT, WIDTH, box_mask, instance
 
 from cmmasksd.data.expressions import Instance, Vocabulary, describe
 from cmmasksd.data.expressions.attributes import may_be_called, measure_colours, measure_shape, sure_colour
@@ -15,6 +14,7 @@ from cmmasksd.data.expressions.generate import describe_nothing, unnamed
 from cmmasksd.data.expressions.meaning import Meaning
 from cmmasksd.data.expressions.words import class_key, read_synonyms
 from cmmasksd.errors import UserError
+from data.expressions.layouts import COLOURS, HEIGHT, WIDTH, box_mask, instance
 
 LEFT, RIGHT = (10, 40, 50, 80), (105, 40, 150, 80)
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layouts import COLOURS, HEIGHT, WIDTH, random_scene
 
 from cmmasksd.data.expressions import Instance, describe
 from cmmasksd.data.expressions.generate import describe_nothing
 from cmmasksd.data.expressions.meaning import Meaning
+from data.expressions.layouts import COLOURS, HEIGHT, WIDTH, random_scene
 
 NOUNS = {
     "dog": {"dog"},
