@@ -14,7 +14,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cmmasksd"
 MODULES = {  # in the order of the page; all public classes and functions of each
-    "Segment": ("inference.predictor", "inference.base", "inference.formats", "inference.onnx", "export.export"),
+    "Segment": ("inference.predictor", "inference.base", "inference.formats", "inference.onnx",
+                "inference.export_settings", "export.export"),
     "Model": ("model.modeling", "model.configuration", "model.processing", "model.locating",
               "publishing.card", "publishing.hub"),
     "Data": ("data.samples", "data.datasets", "data.readers.manifest", "data.readers.refer",

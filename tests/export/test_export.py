@@ -18,7 +18,8 @@ from cmmasksd.export import checks
 from cmmasksd.export import export as exporting
 from cmmasksd.export.checks import INT8_IOU, PARITY
 from cmmasksd.export.export import export
-from cmmasksd.inference.onnx import GRAPHS, ExportSettings, OnnxSegmenter, open_sessions
+from cmmasksd.inference.export_settings import GRAPHS, ExportSettings
+from cmmasksd.inference.onnx import OnnxSegmenter, open_sessions
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.towers.base import Tokens

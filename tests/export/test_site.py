@@ -24,7 +24,8 @@ from cmmasksd.cli import main
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
 from cmmasksd.export import site
-from cmmasksd.inference.onnx import ExportSettings, resize_bicubic
+from cmmasksd.inference.bicubic import resize_bicubic
+from cmmasksd.inference.export_settings import ExportSettings
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor

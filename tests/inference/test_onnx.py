@@ -19,7 +19,8 @@ from PIL import Image
 from cmmasksd.cli import main
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
-from cmmasksd.inference.onnx import ExportSettings, OnnxSegmenter, resize_bicubic
+from cmmasksd.inference.export_settings import ExportSettings
+from cmmasksd.inference.onnx import OnnxSegmenter
 from cmmasksd.inference.predictor import Segmenter, load_segmenter
 from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor
@@ -127,10 +128,6 @@ def test_the_restore_graph_equals_the_processor(
     restored, probability = segmenter.sessions["restore"].run(None, {"logits": logits} | feed)
     np.testing.assert_allclose(restored, expected.numpy(), rtol=0, atol=2e-4)
     np.testing.assert_allclose(probability, expected.sigmoid().numpy(), rtol=0, atol=1e-4)
-
-
-def test_enlarging_by_far_keeps_white_white():
-    assert (resize_bicubic(np.full((2, 3, 3), 255, np.uint8), 301, 77) == 255).all()
 
 
 def test_tokens_are_the_processors(segmenter: OnnxSegmenter):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cmmasksd.errors import UserError
 from cmmasksd.export.graphs import placement_tensors, sentences
-from cmmasksd.inference.onnx import GRAPHS, OnnxSegmenter, open_sessions
+from cmmasksd.inference.export_settings import GRAPHS
+from cmmasksd.inference.onnx import OnnxSegmenter, open_sessions
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor

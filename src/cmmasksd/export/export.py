@@ -34,7 +34,7 @@ from cmmasksd.errors import UserError
 from cmmasksd.export.checks import INT8_IOU, PARITY, agreement, difference, load, restore_difference
 from cmmasksd.export.graphs import example, graphs
 from cmmasksd.export.onnx import quantise, trace, write_onnx
-from cmmasksd.inference.onnx import EXPORT_FILE, FORMAT_VERSION, GRAPHS, TOKENIZER_FILE, ExportSettings
+from cmmasksd.inference.export_settings import EXPORT_FILE, FORMAT_VERSION, GRAPHS, TOKENIZER_FILE, ExportSettings
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 

@@ -108,7 +108,7 @@ class Graph:
 
 
 def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
-    """The graphs of a model by name, see GRAPHS in inference/onnx.py."""
+    """The graphs of a model by name, see GRAPHS in inference/export_settings.py."""
     from torch.export import Dim
 
     sizes = model.config.encoder

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 from cmmasksd.errors import UserError
 from cmmasksd.export.export import check_target, export
-from cmmasksd.inference.onnx import EXPORT_FILE, ExportSettings
+from cmmasksd.inference.export_settings import EXPORT_FILE, ExportSettings
 from cmmasksd.model.tokenizing import load_tokenizer
 
 PAGE, BROWSER = Path(__file__).parents[1] / "serving/page", Path(__file__).parent / "browser"

@@ -1,132 +1,34 @@
 """OnnxSegmenter: a segmenter for models that `cmmasksd export` wrote. It needs onnxruntime, but neither torch nor
 transformers.
 
-Images are preprocessed as the processor does it, in numpy. torch's antialiased bicubic on bytes is integer arithmetic
-with 16-bit weights; it is repeated here, so both give the same pixels to the last bit.
+Images are preprocessed as the processor does it, in numpy, and give the same pixels to the last bit.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.inference.base import ENCODE_TOGETHER, BaseSegmenter, Encoded, slices
-from cmmasksd.model.locating import TOKENIZER_BYTES, no_panic, read_json, small
-from cmmasksd.model.placement import (
-    MAX_SIDE,
-    Placement,
-    canvas_of,
-    columns_first,
-    mean_and_std,
-    place,
-    whole,
-)
+from cmmasksd.inference.bicubic import resize_bicubic
+from cmmasksd.inference.export_settings import EXPORT_FILE, GRAPHS, TOKENIZER_FILE, ExportSettings
+from cmmasksd.model.locating import TOKENIZER_BYTES, no_panic, small
+from cmmasksd.model.placement import Placement, place
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
     from tokenizers import Tokenizer
-
-EXPORT_FILE, TOKENIZER_FILE = "export.json", "tokenizer.json"
-GRAPHS = ("image", "text", "decoder", "restore")
-FORMAT_VERSION = 2
-_TOKEN = (0, 1 << 20)
-_BOUNDS = {
-    "patch_size": (1, MAX_SIDE),
-    "max_tokens": (3, 4096),
-    "start_token": _TOKEN,
-    "end_token": _TOKEN,
-    "pad_token": _TOKEN,
-}
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """Content of `export.json`: what a program in any language needs beside the graphs and `tokenizer.json`.
-
-    Attributes:
-        version: version of this layout.
-        format: "onnx" or "pt2".
-        int8: whether the weights are quantised.
-        size: (height, width) of the canvas in pixels.
-        patch_size: side of a patch in pixels; sides of any canvas are multiples of it.
-        stride: pixels of the canvas per logit.
-        resize: "warp" or "letterbox", see `place`; the filter is antialiased bicubic.
-        mean, std: per channel, of pixel values in [0, 1].
-        max_tokens: maximum number of tokens per sentence, start and end included.
-        start_token, end_token, pad_token: ids of these tokens.
-        parity: differences from the model, measured by the export.
-        source: the exported model.
-        package: version of cmmasksd.
-    """
-
-    version: int
-    format: Literal["onnx", "pt2"]
-    int8: bool
-    size: tuple[int, int]
-    patch_size: int
-    stride: float
-    resize: Literal["warp", "letterbox"]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    max_tokens: int
-    start_token: int
-    end_token: int
-    pad_token: int
-    parity: dict[str, float]
-    source: str
-    package: str
-
-    def as_json(self) -> str:
-        """The content of `export.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def read(cls, folder: Path) -> ExportSettings:
-        """Read `export.json` of a folder.
-
-        Raises:
-            UserError: it is missing, damaged, or of another version.
-        """
-        file = folder / EXPORT_FILE
-        if not file.is_file():
-            raise UserError(f"no {EXPORT_FILE} in {folder}: give a folder that `cmmasksd export` wrote")
-        content = read_json(file)
-        if (version := content.get("version")) is True or version != FORMAT_VERSION:
-            raise UserError(f"{file} has version {shown(version)}, this package reads {FORMAT_VERSION}: export again")
-        if wrong := content.keys() ^ {field.name for field in fields(cls)}:
-            raise UserError(f"{file}: {shown(sorted(wrong)[0])} is missing or unknown: export again")
-        try:
-            content |= {key: whole(key, content[key], *bounds) for key, bounds in _BOUNDS.items()}
-            content["size"] = canvas_of(content["size"], content["patch_size"])
-            content["mean"], content["std"] = mean_and_std(content["mean"], content["std"])
-        except UserError as error:
-            raise UserError(f"{file}: {error}; export again") from None
-        sound = {
-            "format": content["format"] in ("onnx", "pt2"),
-            "int8": isinstance(content["int8"], bool),
-            "stride": isinstance(content["stride"], int | float) and 0 < content["stride"] <= MAX_SIDE,
-            "resize": content["resize"] in ("warp", "letterbox"),
-            "parity": isinstance(content["parity"], dict),
-            "source": isinstance(content["source"], str),
-            "package": isinstance(content["package"], str),
-        }
-        for key, good in sound.items():
-            if not good:
-                raise UserError(f"{file}: {key} is {shown(content[key])}, which no export writes: export again")
-        return cls(**content)
 
 
 class OnnxSegmenter(BaseSegmenter):
     """An exported model, ready to use; `segment` and `segment_batch` are those of `BaseSegmenter`.
 
     Args:
-        settings: settings of the export.
+        settings: content of `export.json`.
         tokenizer: its tokenizer.
         sessions: the graphs by name, see GRAPHS.
         threshold: a pixel belongs to the mask when its probability is above it.
@@ -273,37 +175,3 @@ def open_sessions(folder: Path) -> dict[str, InferenceSession]:
         except Exception as error:  # the library's exceptions have no common class
             raise UserError(f"{file} cannot be read ({reason(error)}): export again") from None
     return sessions
-
-
-def resize_bicubic(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 to (height, width, 3) uint8, equal to torch's antialiased bicubic on bytes."""
-    steps = [(1, width), (0, height)]
-    for axis, target in reversed(steps) if columns_first(image.shape[:2], (height, width)) else steps:
-        source = image.shape[axis]
-        if source == target:
-            continue
-        first, weights, precision = _bicubic_weights(source, target)
-        lines = np.moveaxis(image, axis, 0)  # (source, …, 3)
-        total = np.full((target, *lines.shape[1:]), 1 << (precision - 1), np.int32)
-        for tap in range(weights.shape[1]):
-            total += weights[:, tap, None, None] * lines[np.minimum(first + tap, source - 1)]
-        image = np.moveaxis((total >> precision).clip(0, 255).astype(np.uint8), 0, axis)
-    return image
-
-
-def _bicubic_weights(source: int, target: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The first source line of each target line (target,), integer weights (target, taps), and their binary places."""
-    scale = source / target
-    shrink = max(scale, 1.0)
-    centre = scale * (np.arange(target) + 0.5)
-    first = np.maximum((centre - 2 * shrink + 0.5).astype(np.int64), 0)
-    count = np.minimum((centre + 2 * shrink + 0.5).astype(np.int64), source) - first
-    tap = np.arange(count.max())
-    x = np.abs((first[:, None] + tap - centre[:, None] + 0.5) / shrink)
-    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((x - 5) * x + 8) * x * -0.5 + 2, 0.0))
-    weights[tap >= count[:, None]] = 0
-    weights /= weights.sum(1, keepdims=True)
-    precision = 0
-    while precision < 22 and int(0.5 + weights.max() * (1 << (precision + 1))) < 1 << 15:
-        precision += 1
-    return first, np.trunc(weights * (1 << precision) + np.copysign(0.5, weights)).astype(np.int32), precision

@@ -15,7 +15,8 @@ import numpy as np
 
 from cmmasksd.errors import UserError, shown
 from cmmasksd.inference.base import ENCODE_TOGETHER, BaseSegmenter, Encoded, slices
-from cmmasksd.inference.onnx import EXPORT_FILE, OnnxSegmenter
+from cmmasksd.inference.export_settings import EXPORT_FILE
+from cmmasksd.inference.onnx import OnnxSegmenter
 from cmmasksd.model.placement import Placement
 
 if TYPE_CHECKING:

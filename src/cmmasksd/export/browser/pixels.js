@@ -1,4 +1,4 @@
-// Preprocessing of pixels, equal to Python's (inference/onnx.py) pixel by pixel. A canvas scales
+// Preprocessing of pixels, equal to Python's (inference/bicubic.py) pixel by pixel. A canvas scales
 // differently from what the model was trained on.
 
 /** Placement of an image on the model's canvas: {original, canvas, content: [top, left, height, width]}. */
