@@ -62,7 +62,7 @@ def test_what_is_written(exported: Path):
 )
 @torch.no_grad()
 def test_sizes_are_free(exported: Path, grid: tuple[int, int], count: int, length: int):
-    """One picture encoded, and decoded for several sentences of one length."""
+    """One image encoded, and decoded for several sentences of one length."""
     model, sessions = CMMaskSDModel.from_pretrained("scenes").eval(), open_sessions(exported)
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, 16 * grid[0], 16 * grid[1], generator=generator)

@@ -172,9 +172,9 @@ def page(address: str) -> Iterator:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[str]]]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[str]]]:
     """A scene as it is, and one cut and stretched to an odd size; with their sentences."""
-    folder, data = tmp_path_factory.mktemp("pictures"), SceneDataset("scenes", "val", 12)
+    folder, data = tmp_path_factory.mktemp("images"), SceneDataset("scenes", "val", 12)
     groups = list(data.groups())[:2]
     made = []
     for nth, group in enumerate(groups):
@@ -187,9 +187,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, list[
     return made
 
 
-def test_the_page_finds_the_masks_that_python_finds(page, address: str, pictures, tmp_path: Path):
+def test_the_page_finds_the_masks_that_python_finds(page, address: str, images, tmp_path: Path):
     segmenter, compared = Segmenter.from_pretrained("scenes", device="cpu"), 0
-    for file, texts in pictures:
+    for file, texts in images:
         page.set_input_files("#file", file)
         page.fill("#sentences", "\n".join(texts))
         page.click("#find")
@@ -214,8 +214,8 @@ def test_the_page_finds_the_masks_that_python_finds(page, address: str, pictures
     assert page.mistakes == []
 
 
-def test_words_have_maps_and_mistakes_are_said(page, pictures):
-    file, texts = pictures[0]
+def test_words_have_maps_and_mistakes_are_said(page, images):
+    file, texts = images[0]
     answer = page.wait_for_function(  # unlike evaluate, it has a timeout
         """async ([bytes, texts]) => {
             const backend = await import("./backend.js");

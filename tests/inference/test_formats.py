@@ -195,7 +195,7 @@ def test_overlay_of_several():
 
 @pytest.mark.parametrize("make", [to_coco, lambda found: to_labelme(found, file_name="x"), overlay_all])
 def test_segmentations_of_one_image(make: Any):
-    with pytest.raises(UserError, match="no segmentation"):
+    with pytest.raises(UserError, match="is empty"):
         make([])
     other = segmentation(empty())
     other.image[0, 0] = 1

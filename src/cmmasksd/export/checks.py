@@ -1,4 +1,4 @@
-"""What was written is read back and compared with torch: logits, and the masks of quantised weights."""
+"""Checks of an export: its files are read back, and their logits and masks compared with those of the torch model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.towers.base import Tokens
 
 PARITY = 1e-4
-"""The most that a logit may differ from torch's, in float32."""
+"""Maximum difference of a logit from torch's, in float32."""
 INT8_IOU = 0.9
-"""The least mean IoU of the masks of quantised weights with those of float32, on generated scenes."""
+"""Minimum mean IoU of the masks of quantised weights with those of float32, on generated scenes."""
 _SCENES = 24
 
 
@@ -31,13 +31,13 @@ def load(folder: Path, format: str) -> dict[str, Callable[[Sequence[Tensor]], li
         programs = {key: torch.export.load(folder / f"{key}.pt2").module() for key in GRAPHS}
 
         def call(module: Any, values: Sequence[Tensor]) -> list[Tensor]:
-            found = module(*values)
-            return [found] if isinstance(found, Tensor) else list(found)
+            outputs = module(*values)
+            return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
         return {key: lambda values, module=module: call(module, values) for key, module in programs.items()}
 
     def run(session: Any, values: Sequence[Tensor]) -> list[Tensor]:
-        names = [one.name for one in session.get_inputs()]
+        names = [node.name for node in session.get_inputs()]
         feed = {name: value.numpy() for name, value in zip(names, values, strict=True)}
         return [torch.from_numpy(value) for value in session.run(None, feed)]
 
@@ -46,7 +46,7 @@ def load(folder: Path, format: str) -> dict[str, Callable[[Sequence[Tensor]], li
 
 @torch.no_grad()
 def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, int]) -> float:
-    """The largest difference of a logit from torch's: pictures of several sizes, numbers and lengths of sentences."""
+    """Largest difference of a logit from torch's, over several sizes of images and numbers and lengths of sentences."""
     generator = torch.Generator().manual_seed(0)
     sizes = model.config.encoder
     native, longest = sizes.image_size // sizes.patch_size, sizes.max_tokens
@@ -62,16 +62,16 @@ def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, in
         ids, attention, is_word = sentences(model, count, length, generator)
         tokens = Tokens(ids, attention, torch.where(is_word, 0, -1), is_word[:, 0])
         expected = model.decode(model.encode_image(pixels), model.encode_text(tokens))
-        (found,) = graphs["decoder"]([*graphs["image"]([pixels]), *graphs["text"]([ids, attention]), is_word])
-        if found.shape != expected.shape:
+        (logits,) = graphs["decoder"]([*graphs["image"]([pixels]), *graphs["text"]([ids, attention]), is_word])
+        if logits.shape != expected.shape:
             return float("inf")
-        worst = max(worst, float((found - expected).abs().max().nan_to_num(nan=float("inf"))))
+        worst = max(worst, float((logits - expected).abs().max().nan_to_num(nan=float("inf"))))
     return worst
 
 
 @torch.no_grad()
 def restore_difference(processor: CMMaskSDProcessor, graphs: dict[str, Any]) -> float:
-    """The largest difference of restored logits and probabilities from the processor's, over several placements."""
+    """Largest difference of a restored logit or probability from the processor's, over several placements."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for resize in ("warp", "letterbox"):
         for height, width in ((64, 96), (33, 500), (301, 203), (1, 7)):
@@ -87,17 +87,17 @@ def restore_difference(processor: CMMaskSDProcessor, graphs: dict[str, Any]) -> 
 
 
 def agreement(model: CMMaskSDModel, processor: CMMaskSDProcessor, folder: Path) -> float:
-    """Mean IoU of the masks of a folder with torch's, over sentences about generated scenes that name something."""
+    """Mean IoU of the masks of an export with torch's on generated scenes; pairs of empty masks do not count."""
     from cmmasksd.data.scenes import SceneDataset
     from cmmasksd.inference.predictor import Segmenter
 
-    whole, other = Segmenter(model, processor, device="cpu"), OnnxSegmenter.from_pretrained(folder)
+    reference_segmenter, exported = Segmenter(model, processor, device="cpu"), OnnxSegmenter.from_pretrained(folder)
     data, scores = SceneDataset("scenes", "val", _SCENES), []
     for reference in data:
         image, texts = data.image(reference), [expression.text for expression in reference.expressions]
-        for a, b in zip(whole.segment(image, texts), other.segment(image, texts), strict=True):
+        for a, b in zip(reference_segmenter.segment(image, texts), exported.segment(image, texts), strict=True):
             if a.mask.any() or b.mask.any():
                 scores.append((a.mask & b.mask).sum() / (a.mask | b.mask).sum())
     if not scores:
-        raise UserError("the model finds nothing in generated scenes, so --int8 cannot be checked: export without it")
+        raise UserError("all masks on generated scenes are empty, so --int8 cannot be checked: export without it")
     return float(np.mean(scores))

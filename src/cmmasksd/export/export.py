@@ -21,10 +21,9 @@ loses nothing (the shipped models are saved so), and computed in float32.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -54,15 +53,15 @@ def export(
         name: folder of a trained model, hub id, or a model that ships.
         out: the folder; an export in it is replaced.
         format: "onnx", or "pt2": programs of torch.export.
-        int8: quantise the weights of the matrix products (ONNX only). Masks are then compared, not logits.
-        progress: told what is being done.
+        int8: quantise the weights of matrix products (ONNX only); the masks are then compared with float32's too.
+        progress: called with a line before each step.
 
     Returns:
-        What was written to `export.json`; `parity` has the measured differences.
+        The content of `export.json`; `parity` has the measured differences.
 
     Raises:
-        UserError: a package is missing, `out` holds something else, or the graphs differ from torch; then nothing is
-            left behind.
+        UserError: a package is missing, `out` holds something else, or the graphs differ from torch; nothing is written
+            then.
     """
     if int8 and format != "onnx":
         raise UserError("--int8 quantises ONNX graphs: use --format onnx")
@@ -71,10 +70,12 @@ def export(
     model, processor = CMMaskSDModel.from_pretrained(name).eval(), CMMaskSDProcessor.from_pretrained(name)
     grid = (processor.size[0] // processor.patch_size, processor.size[1] // processor.patch_size)
     if min(grid) < 2:
-        raise UserError(f"a canvas of {processor.size[0]}x{processor.size[1]} pixels is one patch thin: use a larger")
+        raise UserError(
+            f"a canvas of {processor.size[0]}x{processor.size[1]} pixels is one patch thin: use a larger one"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parts:
+        folder = Path(parts)
         _write_tokenizer(processor, folder)
         for key, graph in graphs(model).items():
             progress(f"tracing the {key} graph")
@@ -111,8 +112,6 @@ def export(
                 )
             (folder / EXPORT_FILE).write_text(settings.as_json(), encoding="utf-8")
         _move(folder, out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return settings
 
 
@@ -128,23 +127,23 @@ def _require_packages(format: str) -> None:
 
 
 def check_target(out: Path, marker: str | Path = EXPORT_FILE) -> None:
-    """Refuse to write over anything but an export.
+    """Check that a folder is free, or holds an earlier export.
 
     Args:
         out: the folder to be written.
-        marker: the file in it by which an earlier export is known.
+        marker: the file in it that identifies an earlier export.
 
     Raises:
-        UserError: `out` is a file, or a folder of something else.
+        UserError: `out` is a file, or a folder with other content.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / marker).is_file()):
         raise UserError(f"{out} exists and is not an export: choose another folder, or remove it first")
 
 
 def _move(folder: Path, out: Path) -> None:
-    """Move the files of a finished folder over those of an export, `export.json` last; what else is there stays."""
+    """Move the files of a finished folder over those of an earlier export, `export.json` last; other files stay."""
     out.mkdir(parents=True, exist_ok=True)
-    for key in GRAPHS:  # of the other format
+    for key in GRAPHS:  # those of the other format go
         for file in (out / f"{key}.onnx", out / f"{key}.pt2"):
             if not (folder / file.name).exists():
                 file.unlink(missing_ok=True)
@@ -183,7 +182,7 @@ def _settings(
 
 
 def _write_tokenizer(processor: CMMaskSDProcessor, folder: Path) -> None:
-    """`tokenizer.json` as it is, without the state that its last use left in it."""
+    """Write `tokenizer.json` without the truncation and padding of its last use."""
     from tokenizers import Tokenizer
 
     tokenizer: Any = processor.tokenizer

@@ -1,4 +1,4 @@
-"""The four graphs of an export, as modules, with their inputs, outputs and free sizes, and inputs to try them on."""
+"""The four graphs of an export as modules, with their inputs, outputs and dynamic sizes, and example inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImageGraph(nn.Module):
 
 
 class TextGraph(nn.Module):
-    """The text encoder; which tokens are words, the tokenizer tells."""
+    """The text encoder; the mask of words comes from the tokenizer."""
 
     def __init__(self, model: CMMaskSDModel) -> None:
         super().__init__()
@@ -99,17 +99,20 @@ def _size(value: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Graph:
+    """A module to trace, with the names of its inputs and outputs."""
+
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    shapes: tuple[dict[int, Any], ...]  # which sizes of the inputs are free
+    shapes: tuple[dict[int, Any], ...]  # dynamic sizes of the inputs
 
 
 def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
+    """The graphs of a model by name, see GRAPHS in inference/onnx.py."""
     from torch.export import Dim
 
     sizes = model.config.encoder
-    # A grid of one row or column would be another program: the tracer tells h from h * w by their not being equal.
+    # A grid of one row or column would need another program: there h * w equals h or w, which the tracer tells apart.
     batch, h, w = Dim("batch", min=1), Dim("h", min=2), Dim("w", min=2)
     tokens = Dim("tokens", min=3, max=sizes.max_tokens)
     per_token = {0: batch, 1: tokens}
@@ -143,7 +146,7 @@ def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
 
 @torch.no_grad()
 def example(key: str, model: CMMaskSDModel) -> tuple[Tensor, ...]:
-    """Inputs to trace with; all sizes differ from each other, so that none is taken for another."""
+    """Inputs to trace with; all sizes differ, so that the tracer does not take one for another."""
     pixels = torch.randn(2, 3, *(side * model.config.encoder.patch_size for side in (5, 7)))
     ids, attention, is_word = sentences(model, 2, 9)
     if key == "image":
@@ -164,9 +167,10 @@ def placement_tensors(placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
 def sentences(
     model: CMMaskSDModel, count: int, length: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random sentences of which the n-th is n tokens shorter: ids, attention mask (count, length), and what is a word.
+    """Random sentences, the n-th n tokens shorter: ids, attention mask and mask of words, all (count, length).
 
-    Random pieces: the end token may be any id, so it is kept out of the words."""
+    The end token may be any id, so it is kept out of the words.
+    """
     sizes = model.config.encoder
     ends = (length - 1 - torch.arange(count)).clamp(min=2)[:, None]
     at = torch.arange(length)

@@ -1,4 +1,4 @@
-"""Graphs traced, written as ONNX, and quantised."""
+"""Tracing of graphs, ONNX files, and quantisation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write_onnx(program: ExportedProgram, graph: Graph, file: Path) -> None:
 
 
 def _halve(proto: Any) -> None:
-    """Store weights as float16 where that loses nothing; a runtime casts them back once, when it loads the graph."""
+    """Store weights as float16 where that is exact; a runtime casts them back once, when it loads the graph."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
@@ -80,12 +80,12 @@ def _halve(proto: Any) -> None:
 
 
 def quantise(file: Path) -> None:
-    """Weights of the matrix products to 8 bits, a scale per column; activations are quantised as they come."""
+    """Quantise the weights of matrix products to 8 bits, one scale per column, and activations dynamically."""
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     plain = file.with_suffix(".float.onnx")
-    options = onnxruntime.SessionOptions()  # casts of stored weights are carried out: the quantiser looks for constants
+    options = onnxruntime.SessionOptions()  # folds the casts of stored weights: the quantiser looks for constants
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath, options.log_severity_level = str(plain), 3
     onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

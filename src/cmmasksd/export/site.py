@@ -2,11 +2,11 @@
 
     index.html, app.js, …    the page
     backend.js, tokenizer.js, pixels.js
-                             what the Python predictor does, in JavaScript (browser/)
+                             OnnxSegmenter in JavaScript (browser/)
     model/                   an export, see export.py
-    ort/                     onnxruntime-web, taken from an `npm install` of the user's: it is not ours to ship
+    ort/                     onnxruntime-web, from the user's own `npm install`
 
-Any file server will do; no header is needed, since one thread is used.
+Any file server works; it needs no special headers, since the page uses one thread.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cmmasksd.errors import UserError
 from cmmasksd.export.export import check_target, export
@@ -26,7 +26,7 @@ from cmmasksd.model.tokenizing import load_tokenizer
 PAGE, BROWSER = Path(__file__).parents[1] / "serving/page", Path(__file__).parent / "browser"
 ORT_VERSION = "1.30.0"
 ORT_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-_WHERE = (Path("node_modules/onnxruntime-web/dist"), Path("web/node_modules/onnxruntime-web/dist"))
+_DIST_FOLDERS = (Path("node_modules/onnxruntime-web/dist"), Path("web/node_modules/onnxruntime-web/dist"))
 
 
 def write_site(
@@ -42,17 +42,16 @@ def write_site(
     Args:
         name: folder of a trained model, hub id, or a model that ships.
         out: the folder; a site in it is replaced.
-        ort: the folder `dist` of onnxruntime-web; None: of a node_modules in the working folder or in web/.
+        ort: the folder `dist` of onnxruntime-web; None: that of node_modules in the working folder or in web/.
         int8, progress: see `export`.
 
     Returns:
-        What was written to `model/export.json`.
+        The content of `model/export.json`.
 
     Raises:
-        UserError: onnxruntime-web is not there, the model's tokenizer is not CLIP's, `out` holds something else, or as
-            `export`; then nothing is left behind.
+        UserError: as `export`, or onnxruntime-web is missing, or the tokenizer is not CLIP's; nothing is written then.
     """
-    ort = ort or next((place for place in _WHERE if place.is_dir()), _WHERE[0])
+    ort = ort or next((folder for folder in _DIST_FOLDERS if folder.is_dir()), _DIST_FOLDERS[0])
     if missing := [file for file in ORT_FILES if not (ort / file).is_file()]:
         raise UserError(
             f"no {missing[0]} in {ort}: run `npm install onnxruntime-web@{ORT_VERSION}` here, or give its folder dist"
@@ -63,8 +62,8 @@ def write_site(
     if tokenizer is None or not _is_clips(json.loads(tokenizer.to_str())):
         raise UserError(f"the tokenizer of {name} is not CLIP's, which is the only one that the page reads")
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parts:
+        folder = Path(parts)
         settings = export(name, folder / "model", int8=int8, progress=progress)
         shutil.copytree(PAGE, folder, dirs_exist_ok=True)
         shutil.copytree(BROWSER, folder, dirs_exist_ok=True)  # its backend.js takes the place of the page's
@@ -72,25 +71,23 @@ def write_site(
         for file in ORT_FILES:
             shutil.copyfile(ort / file, folder / "ort" / file)
         for file in sorted(folder.rglob("*")):
-            to = out / file.relative_to(folder)
+            target = out / file.relative_to(folder)
             if file.is_file():
-                to.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(file, to)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
     return settings
 
 
 def _is_clips(tokenizer: dict) -> bool:
-    """Whether tokenizer.js reads this tokenizer as the tokenizers library does."""
+    """Whether tokenizer.js implements this tokenizer."""
     normalizers = (tokenizer.get("normalizer") or {}).get("normalizers", [])
     splitters = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [])
     model, post = tokenizer["model"], tokenizer.get("post_processor") or {}
     words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     return (
-        [one["type"] for one in normalizers] == ["NFC", "Replace", "Lowercase"]
+        [step["type"] for step in normalizers] == ["NFC", "Replace", "Lowercase"]
         and (normalizers[1]["pattern"], normalizers[1]["content"]) == ({"Regex": r"\s+"}, " ")
-        and [one["type"] for one in splitters] == ["Split", "ByteLevel"]
+        and [step["type"] for step in splitters] == ["Split", "ByteLevel"]
         and splitters[0] == {"type": "Split", "pattern": {"Regex": words}, "behavior": "Removed", "invert": True}
         and not splitters[1]["add_prefix_space"]
         and splitters[1]["use_regex"]

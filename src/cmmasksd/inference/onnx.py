@@ -1,8 +1,8 @@
-"""OnnxSegmenter: a Segmenter for models that `cmmasksd export` wrote. It needs onnxruntime, and neither torch nor
+"""OnnxSegmenter: a segmenter for models that `cmmasksd export` wrote. It needs onnxruntime, but neither torch nor
 transformers.
 
-What it does to pixels is what the processor does, in numpy: torch's antialiased bicubic on bytes is integer arithmetic
-with weights of 16 bits, and done so here too, so that both see the same pixels to the last bit.
+Images are preprocessed as the processor does it, in numpy. torch's antialiased bicubic on bytes is integer arithmetic
+with 16-bit weights; it is repeated here, so both give the same pixels to the last bit.
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What `export.json` holds: all that a program in any language needs beside the graphs and `tokenizer.json`.
+    """Content of `export.json`: what a program in any language needs beside the graphs and `tokenizer.json`.
 
     Attributes:
-        version: of this layout.
+        version: version of this layout.
         format: "onnx" or "pt2".
         int8: whether the weights are quantised.
         size: (height, width) of the canvas in pixels.
-        patch_size: pixels a side of a patch; other canvases are multiples of it.
+        patch_size: side of a patch in pixels; sides of any canvas are multiples of it.
         stride: pixels of the canvas per logit.
-        resize: how an image is laid on the canvas; the filter is antialiased bicubic.
-        mean, std: of the pixel values in [0, 1].
-        max_tokens: of a sentence, start and end included.
-        start_token, end_token, pad_token: their ids.
-        parity: what was measured when it was written.
-        source: the model it was made from.
+        resize: "warp" or "letterbox", see `place`; the filter is antialiased bicubic.
+        mean, std: per channel, of pixel values in [0, 1].
+        max_tokens: maximum number of tokens per sentence, start and end included.
+        start_token, end_token, pad_token: ids of these tokens.
+        parity: differences from the model, measured by the export.
+        source: the exported model.
         package: version of cmmasksd.
     """
 
@@ -91,35 +91,35 @@ class ExportSettings:
         """Read `export.json` of a folder.
 
         Raises:
-            UserError: there is none, or it is not one of ours.
+            UserError: it is missing, damaged, or of another version.
         """
         file = folder / EXPORT_FILE
         if not file.is_file():
             raise UserError(f"no {EXPORT_FILE} in {folder}: give a folder that `cmmasksd export` wrote")
-        found = read_json(file)
-        if (version := found.get("version")) is True or version != FORMAT_VERSION:
+        content = read_json(file)
+        if (version := content.get("version")) is True or version != FORMAT_VERSION:
             raise UserError(f"{file} has version {shown(version)}, this package reads {FORMAT_VERSION}: export again")
-        if wrong := found.keys() ^ {field.name for field in fields(cls)}:
+        if wrong := content.keys() ^ {field.name for field in fields(cls)}:
             raise UserError(f"{file}: {shown(sorted(wrong)[0])} is missing or unknown: export again")
         try:
-            found |= {key: whole(key, found[key], *bounds) for key, bounds in _BOUNDS.items()}
-            found["size"] = canvas_of(found["size"], found["patch_size"])
-            found["mean"], found["std"] = mean_and_std(found["mean"], found["std"])
+            content |= {key: whole(key, content[key], *bounds) for key, bounds in _BOUNDS.items()}
+            content["size"] = canvas_of(content["size"], content["patch_size"])
+            content["mean"], content["std"] = mean_and_std(content["mean"], content["std"])
         except UserError as error:
             raise UserError(f"{file}: {error}; export again") from None
         sound = {
-            "format": found["format"] in ("onnx", "pt2"),
-            "int8": isinstance(found["int8"], bool),
-            "stride": isinstance(found["stride"], int | float) and 0 < found["stride"] <= MAX_SIDE,
-            "resize": found["resize"] in ("warp", "letterbox"),
-            "parity": isinstance(found["parity"], dict),
-            "source": isinstance(found["source"], str),
-            "package": isinstance(found["package"], str),
+            "format": content["format"] in ("onnx", "pt2"),
+            "int8": isinstance(content["int8"], bool),
+            "stride": isinstance(content["stride"], int | float) and 0 < content["stride"] <= MAX_SIDE,
+            "resize": content["resize"] in ("warp", "letterbox"),
+            "parity": isinstance(content["parity"], dict),
+            "source": isinstance(content["source"], str),
+            "package": isinstance(content["package"], str),
         }
         for key, good in sound.items():
             if not good:
-                raise UserError(f"{file}: {key} is {shown(found[key])}, which no export writes: export again")
-        return cls(**found)
+                raise UserError(f"{file}: {key} is {shown(content[key])}, which no export writes: export again")
+        return cls(**content)
 
 
 class OnnxSegmenter(BaseSegmenter):

@@ -21,9 +21,9 @@ from cmmasksd.inference.visualize import PALETTE
 
 
 class FileNames:
-    """Unique names for output files that every system accepts, also those that ignore case.
+    """Unique names for output files, valid on every file system, including case-insensitive ones.
 
-    The names depend on the sources alone, not on which of them can be read: a resumed run gives the same names.
+    The names depend on the sources alone, not on which of them can be read, so a resumed run gives the same names.
     """
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -40,16 +40,16 @@ class FileNames:
             self._taken.add(stem.casefold())
 
     def stem(self, index: int, frame: int | None) -> str:
-        """The beginning of the file names for a source, given by its index, and a frame of it."""
+        """Stem of the file names for the source at `index` and a frame of it."""
         stem = self._stems[index]
         return stem if frame is None else self._free(f"{stem}_f{frame:04}", 1)[0]
 
-    def _free(self, plain: str, nth: int) -> tuple[str, int]:
+    def _free(self, plain: str, number: int) -> tuple[str, int]:
         stem = plain
         while stem.casefold() in self._taken:
-            nth += 1
-            stem = f"{plain}_{nth}"
-        return stem, nth
+            number += 1
+            stem = f"{plain}_{number}"
+        return stem, number
 
 
 def slug(text: str) -> str:
@@ -58,7 +58,7 @@ def slug(text: str) -> str:
 
 
 def output_folder(out: Path | None, json: Path | None, image: Path, sources: Sequence[Source]) -> Path | None:
-    """The folder for masks and overlays: `out` or this one, but none beside rows of JSON.
+    """The folder for masks and overlays: `out`, else the current folder, unless rows of JSON are written.
 
     Args:
         out, json, image: the command's options.
@@ -84,15 +84,15 @@ def write_images(prediction: Prediction, stem: str, folder: Path | None) -> list
     """Write mask and overlay to a folder, or the mask alone to standard output.
 
     Args:
-        prediction: the mask of a sentence.
-        stem: beginning of the file names, see `FileNames`.
+        prediction: mask of one sentence.
+        stem: stem of the file names, see `FileNames`.
         folder: see `output_folder`.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
-        UserError: a frame of several is to go to standard output.
+        UserError: the image has several frames, and the folder is standard output.
     """
     if folder is None:
         return []

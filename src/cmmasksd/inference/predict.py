@@ -17,13 +17,12 @@ from cmmasksd.inference.base import BaseSegmenter, Segmentation
 from cmmasksd.inference.sources import Source
 
 Unit = tuple[int, int | None]
-"""What a run is resumed by: a group of neighbouring sources about one image, by its number from 0, and a frame of it
-(None: a still image)."""
+"""Unit of resuming: index of a group of neighbouring sources about one image, and its frame (None: a still image)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What one sentence names in one image, or in one frame of it.
+    """The mask of one sentence in one image, or in one frame of it.
 
     Attributes:
         index: index of the source.
@@ -31,8 +30,8 @@ class Prediction:
         nth: index of the sentence within its source.
         frame: number of the frame, from 1; None for a still image.
         segmentation: the mask and its score.
-        unit: the unit that it belongs to.
-        last: whether it is the last one of its unit.
+        unit: the unit that the prediction belongs to.
+        last: whether it is the last prediction of its unit.
     """
 
     index: int
@@ -46,11 +45,11 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An image that could not be read, or not to its end.
+    """An image that could not be read completely.
 
     Attributes:
         image: path or content of the image.
-        reason: what is wrong with it, in one line.
+        reason: error in one line.
     """
 
     image: Path | bytes
@@ -65,12 +64,12 @@ def predict(
     Args:
         segmenter: see `load_segmenter`.
         sources: images, each with its sentences; see `find_sources`.
-        done: units to leave out, since an earlier run has done them; see `json_rows`.
-        progress: show a bar on a terminal.
+        done: units of an earlier run, which are skipped; see `json_rows`.
+        progress: show a progress bar on a terminal.
 
     Yields:
-        A prediction per sentence of every image or frame, in the order of the sources; and a failure for every image
-        that cannot be read (once, even if it comes again), after which the next image follows.
+        One prediction per sentence of every image or frame, in the order of the sources; and one failure per image
+        that cannot be read, even if several sources name it.
     """
     failed: set[Path | bytes] = set()
     start = 0  # index of the first source of a group

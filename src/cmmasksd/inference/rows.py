@@ -1,4 +1,4 @@
-"""The file of JSON rows that `cmmasksd predict --json` writes, and that a later run resumes."""
+"""The file of JSON rows that `cmmasksd predict --json` writes and resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ RowWriter = Callable[[Unit, list[dict[str, Any]]], None]
 
 
 def json_row(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as JSON values: image (and id, frame), text, score, area, box, size, rle."""
+    """A prediction as JSON values: image (and id, frame), text, score, area, box, size, rle.
+
+    `box` is (x0, y0, x1, y1) in pixels, half-open; null for an empty mask.
+    """
     segmentation = prediction.segmentation
     row: dict[str, Any] = {"image": prediction.source.name}
     if prediction.source.id is not None:
@@ -40,7 +43,7 @@ def json_row(prediction: Prediction) -> dict[str, Any]:
 
 
 def fingerprint(model: Path, sources: Sequence[Source], **options: Any) -> dict[str, Any]:
-    """What the rows of a run depend on, as JSON values: a run is resumed only with the same.
+    """Everything that the rows of a run depend on, as JSON values; a run is resumed only with the same values.
 
     Args:
         model: folder of the model.
@@ -58,7 +61,7 @@ def require_free(target: Path | None, resume: bool) -> None:
     """Check that rows can be written to a path.
 
     Raises:
-        UserError: it is not a file, or it holds rows and `resume` is false; or nothing can be resumed without a file.
+        UserError: the path is not a file, holds rows although `resume` is false, or is missing although it is true.
     """
     if target in (None, STDOUT):
         if resume:
@@ -91,22 +94,22 @@ def row_writer(
 
 @contextmanager
 def json_rows(target: Path, run: Mapping[str, Any], *, resume: bool = False) -> Iterator[tuple[set[Unit], RowWriter]]:
-    """Append rows to a file, one unit at a time, so that a killed run can be resumed without a row lost or doubled.
+    """Append rows to a file, one unit at a time, so that a killed run resumes without losing or repeating a row.
 
     A second file, FILE.resume, holds `run` in its first line and then one line per unit, [group, frame, size of FILE
-    after it]. That line is written after the rows: the rows of every unit in FILE.resume are complete, and whatever
-    follows them in FILE is cut off on resuming. A lock on FILE.resume keeps a second process from writing them too.
+    after it]. That line is written after the rows, so the rows of every unit in FILE.resume are complete; anything
+    after them in FILE is cut off on resuming. A lock on FILE.resume keeps other processes from writing.
 
     Args:
         target: the file.
-        run: what the rows depend on, see `fingerprint`.
+        run: everything that the rows depend on, see `fingerprint`.
         resume: keep the rows that the file holds.
 
     Yields:
         The units that the file holds, and a function that appends the rows of a unit.
 
     Raises:
-        UserError: the file cannot be resumed, or not with this `run`, or another process is writing it.
+        UserError: the file cannot be resumed, was started with another `run`, or is being written by another process.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     state = target.with_name(f"{target.name}.resume")
@@ -142,7 +145,7 @@ def json_rows(target: Path, run: Mapping[str, Any], *, resume: bool = False) -> 
 
 
 def _locked(file: BinaryIO) -> bool:
-    """Lock a file until it is closed or the process ends, however it ends; false if another process holds the lock."""
+    """Lock a file until it is closed or the process ends; false if another process holds the lock."""
     try:
         if sys.platform == "win32":
             import msvcrt
@@ -161,7 +164,7 @@ def _locked(file: BinaryIO) -> bool:
 def _read_state(
     log: BinaryIO, state: Path, target: Path, run: Mapping[str, Any]
 ) -> tuple[list[tuple[int, int | None, int]], int]:
-    """The complete units, each with the size of the file of rows after it; and the length of their lines in the log."""
+    """The complete units, each with the size of the rows file after it, and the length of their lines in the log."""
     log.seek(0)
     lines = log.read().split(b"\n")[:-1]  # the last may be cut short
     try:
@@ -191,7 +194,7 @@ def _read_state(
 
 
 def _model_digest(folder: Path) -> str:
-    """SHA-256 of the files that decide what a model predicts; its folder was written by training or by an export."""
+    """SHA-256 of the files in a model's folder (of training or of an export) that determine its predictions."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".onnx", ".data"):

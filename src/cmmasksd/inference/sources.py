@@ -1,4 +1,4 @@
-"""What `cmmasksd predict` reads: images by file, folder, manifest or standard input, and the sentences about them."""
+"""Input of `cmmasksd predict`: images by file, folder, manifest or standard input, and the sentences about them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Source:
         name: name of the image in messages and results.
         image: path or content of the image file.
         texts: one sentence or several.
-        id: id of the manifest's row, if it has one.
+        id: id of the manifest's row; None without one.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Source:
 
 
 def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
-    """The images that a path stands for, with their sentences.
+    """Find the images that a path names, with their sentences.
 
     Args:
         where: an image or video file; a folder, whose images are sorted by name; a manifest, which has sentences in

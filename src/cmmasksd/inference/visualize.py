@@ -1,7 +1,7 @@
-"""Masks drawn on images: one overlay, an outline, and truth against prediction. Pure numpy.
+"""Masks and maps drawn on images: one overlay, prediction against truth, and a heat map. Pure numpy.
 
-Colours are those of Okabe and Ito (2008), which people with any common colour blindness tell apart. In a comparison
-the two masks differ in form as well as in colour: the prediction is filled, the truth is a line.
+Colours are those of Okabe and Ito (2008), which remain distinct under all common forms of colour blindness. In a
+comparison the masks also differ in form: the prediction is filled, the truth is a line.
 """
 
 from __future__ import annotations
@@ -26,17 +26,14 @@ PALETTE: tuple[Color, ...] = (
 PREDICTION_COLOR, TRUTH_COLOR = PALETTE[0], PALETTE[1]  # blue and yellow: the pair that shows on most photographs
 
 
-def overlay(
-    image: np.ndarray, mask: np.ndarray, color: Color = PALETTE[0], alpha: float = 0.5, outline: bool = True
-) -> np.ndarray:
-    """Fill a mask with a translucent colour.
+def overlay(image: np.ndarray, mask: np.ndarray, color: Color = PALETTE[0], alpha: float = 0.5) -> np.ndarray:
+    """Fill a mask with a translucent colour and draw its border in the full colour.
 
     Args:
         image: (H, W, 3) uint8 RGB; not changed.
         mask: (H, W) bool.
         color: RGB, 0 to 255.
         alpha: share of the colour in the fill, 0 to 1.
-        outline: draw the mask's border in the full colour.
 
     Returns:
         (H, W, 3) uint8.
@@ -46,33 +43,12 @@ def overlay(
     """
     check_sizes(image, mask)
     if not 0.0 <= alpha <= 1.0:
-        raise UserError(f"alpha is {alpha}: give the colour's share between 0 and 1")
+        raise UserError(f"alpha must be between 0 and 1, got {alpha}")
     drawn = image.copy()
     blend = (1.0 - alpha) * image[mask] + alpha * np.array(color, dtype=np.float64)  # (pixels of the mask, 3)
     drawn[mask] = np.rint(blend).astype(np.uint8)
-    if outline:
-        drawn[_inner_border(mask, line_width(mask))] = color
+    drawn[inner_border(mask, line_width(mask))] = color
     return drawn
-
-
-def outline(mask: np.ndarray, width: int = 1) -> np.ndarray:
-    """The border of a mask, on its inside; where the mask meets the image's edge the border follows the edge.
-
-    Args:
-        mask: (H, W) bool.
-        width: pixels, at least 1.
-
-    Returns:
-        (H, W) bool, a subset of the mask.
-
-    Raises:
-        UserError: the mask is not (H, W) bool, or the width is below 1.
-    """
-    if mask.ndim != 2 or mask.dtype != np.bool_:
-        raise UserError(f"the mask is {mask.shape} {mask.dtype}: give (H, W) bool")
-    if width < 1:
-        raise UserError(f"the outline's width is {width}: give at least 1 pixel")
-    return _inner_border(mask, width)
 
 
 def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -84,8 +60,8 @@ def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> 
         prediction: (H, W) bool.
 
     Returns:
-        (H, W, 3) uint8: prediction in PREDICTION_COLOR, truth's line in TRUTH_COLOR with a black rim, so that the line
-        shows on a ground of its own colour too.
+        (H, W, 3) uint8: prediction in PREDICTION_COLOR, outline of the truth in TRUTH_COLOR with a black rim, which
+        makes it visible on a yellow background too.
 
     Raises:
         UserError: the sizes differ.
@@ -95,7 +71,7 @@ def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> 
     width = line_width(truth)
     rim = ~_shrink(~truth, outside=True) & ~truth  # one pixel outside the truth
     drawn[rim] = 0
-    drawn[_inner_border(truth, width)] = TRUTH_COLOR
+    drawn[inner_border(truth, width)] = TRUTH_COLOR
     return drawn
 
 
@@ -103,7 +79,7 @@ _HEAT = np.array([(20, 20, 60), (0, 114, 178), (230, 159, 0), (250, 240, 130)], 
 
 
 def heat(image: np.ndarray, values: np.ndarray, alpha: float = 0.65) -> np.ndarray:
-    """A map of values over the picture, from its lowest (dark blue) to its highest (light yellow).
+    """Draw a map of values over an image, from its minimum (dark blue) to its maximum (light yellow).
 
     Args:
         image: (H, W, 3) uint8 RGB; not changed.
@@ -114,14 +90,14 @@ def heat(image: np.ndarray, values: np.ndarray, alpha: float = 0.65) -> np.ndarr
         (H, W, 3) uint8.
 
     Raises:
-        UserError: the image is of another kind.
+        UserError: the image is not (H, W, 3) uint8.
     """
     check_sizes(image)
     spread = float(values.max() - values.min())
     level = (values - values.min()) / spread if spread else np.zeros(values.shape)
-    at = level * (len(_HEAT) - 1)
-    low = np.minimum(at.astype(int), len(_HEAT) - 2)
-    colours = _HEAT[low] + (at - low)[..., None] * (_HEAT[low + 1] - _HEAT[low])  # (h, w, 3)
+    position = level * (len(_HEAT) - 1)
+    low = np.minimum(position.astype(int), len(_HEAT) - 2)
+    colours = _HEAT[low] + (position - low)[..., None] * (_HEAT[low + 1] - _HEAT[low])  # (h, w, 3)
     rows = np.arange(image.shape[0]) * values.shape[0] // image.shape[0]
     columns = np.arange(image.shape[1]) * values.shape[1] // image.shape[1]
     grey = image.mean(2, keepdims=True)
@@ -129,15 +105,15 @@ def heat(image: np.ndarray, values: np.ndarray, alpha: float = 0.65) -> np.ndarr
 
 
 def line_width(mask: np.ndarray) -> int:
-    """A line's width in pixels that looks alike on small and large images."""
+    """Line width in pixels, in proportion to the image."""
     return max(1, round(max(mask.shape) / 120))
 
 
 def check_sizes(image: np.ndarray, *masks: np.ndarray) -> None:
-    """Refuse an image that is not (H, W, 3) uint8, and masks that are not (H, W) bool of the same size.
+    """Check that an image is (H, W, 3) uint8 and that masks are (H, W) bool of the same size.
 
     Raises:
-        UserError: naming both sizes.
+        UserError: they are not; the message names both sizes.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise UserError(f"the image is {image.shape} {image.dtype}: give (H, W, 3) uint8 RGB")
@@ -149,7 +125,8 @@ def check_sizes(image: np.ndarray, *masks: np.ndarray) -> None:
             )
 
 
-def _inner_border(mask: np.ndarray, width: int) -> np.ndarray:
+def inner_border(mask: np.ndarray, width: int) -> np.ndarray:
+    """The border of a mask (H, W) bool on its inside, `width` pixels thick, also along the edges of the image."""
     core = mask
     for _ in range(width):
         core = _shrink(core, outside=False)
@@ -157,7 +134,7 @@ def _inner_border(mask: np.ndarray, width: int) -> np.ndarray:
 
 
 def _shrink(mask: np.ndarray, *, outside: bool) -> np.ndarray:
-    """(H, W) bool: pixels whose four neighbours are in the mask too; `outside` is the value beyond the image."""
+    """(H, W) bool: pixels of a mask whose four neighbours are in it too; `outside` is the value beyond the image."""
     padded = np.pad(mask, 1, constant_values=outside)
     across = padded[1:-1, :-2] & padded[1:-1, 2:]
     along = padded[:-2, 1:-1] & padded[2:, 1:-1]
