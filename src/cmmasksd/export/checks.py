@@ -46,7 +46,7 @@ def load(folder: Path, format: str) -> dict[str, Callable[[Sequence[Tensor]], li
 
 @torch.no_grad()
 def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, int]) -> float:
-    """Largest difference of a logit from torch's, over several sizes of images and numbers and lengths of sentences."""
+    """Maximum difference of a logit from torch, over several image sizes and numbers and lengths of sentences."""
     generator = torch.Generator().manual_seed(0)
     sizes = model.config.encoder
     native, longest = sizes.image_size // sizes.patch_size, sizes.max_tokens
