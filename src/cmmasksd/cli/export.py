@@ -39,14 +39,15 @@ def run(settings: Namespace) -> None:
     if settings.format == "web":
         from cmmasksd.export.site import write_site
 
-        done = write_site(settings.model, settings.out, ort=settings.ort, int8=settings.int8, progress=say)
+        exported = write_site(settings.model, settings.out, ort=settings.ort, int8=settings.int8, progress=say)
         size = sum(file.stat().st_size for file in settings.out.rglob("*") if file.is_file())
-        how = f"try it: python -m http.server --directory {settings.out}"
+        hint = f"try it: python -m http.server --directory {settings.out}"
     else:
         from cmmasksd.export.export import export
 
-        done = export(settings.model, settings.out, format=settings.format, int8=settings.int8, progress=say)
+        exported = export(settings.model, settings.out, format=settings.format, int8=settings.int8, progress=say)
         size = sum(file.stat().st_size for file in settings.out.iterdir())
-        how = f"try it: cmmasksd predict --model {settings.out} …" if settings.format == "onnx" else "torch.export.load"
-    parity = ", ".join(f"{name} {value:.2g}" for name, value in done.parity.items())
-    print(f"{settings.out}: {size / 1e6:.1f} MB; compared with torch: {parity}; {how}")
+        command = f"cmmasksd predict --model {settings.out} …"
+        hint = f"try it: {command}" if settings.format == "onnx" else "torch.export.load"
+    parity = ", ".join(f"{name} {value:.2g}" for name, value in exported.parity.items())
+    print(f"{settings.out}: {size / 1e6:.1f} MB; compared with torch: {parity}; {hint}")

@@ -31,13 +31,13 @@ def config_names() -> list[str]:
     return sorted(file.stem for file in CONFIGS.glob("*.yaml"))
 
 
-def _config_file(given: str) -> str:
+def _config_file(name: str) -> str:
     """The file that --config names: by its path, or a configuration in the package. YAML itself is passed on."""
-    if os.path.exists(given) or any(sign in given for sign in ":{\n"):
-        return given
-    if given not in config_names():
-        raise UserError(f"there is no file {given} and no such configuration: choose from {', '.join(config_names())}")
-    return str(CONFIGS / f"{given}.yaml")
+    if os.path.exists(name) or any(sign in name for sign in ":{\n"):
+        return name
+    if name not in config_names():
+        raise UserError(f"there is no file {name} and no such configuration: choose from {', '.join(config_names())}")
+    return str(CONFIGS / f"{name}.yaml")
 
 
 def add_config(parser: ArgumentParser) -> None:
