@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from cmmasksd.inference.bicubic import resize_bicubic
 
 
-@pytest.mark.parametrize("size", [(64, 96), (97, 40), (5, 300), (1, 1), (31, 2)])
+@pytest.mark.parametrize("size", [(64, 96), (97, 40), (5, 200), (1, 1), (31, 2)])
 def test_equal_to_torch(size: tuple[int, int]):
     image = np.random.default_rng(0).integers(0, 256, (53, 71, 3), dtype=np.uint8)
     expected = F.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)
