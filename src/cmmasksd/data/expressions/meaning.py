@@ -1,7 +1,8 @@
 """Predicates of the objects of an annotated image. Sets of objects are bit masks in plain ints.
 
 Every predicate has two sets: the strict one holds the objects that clearly have it, the loose one every object of which
-somebody might say it. Positions are those of the image as it is seen. Each object has two centres, of its box and of its mask: strictly both must agree, loosely either is enough.
+somebody might say it. Positions are those of the image as it is seen. Each object has two centres, of its box and of
+its mask: strictly both must agree, loosely either is enough.
 
 Regions of which it is not known what they hold (crowds, masks that nobody verified, two masks of one kind on the same
 pixels) are in nearly every loose set: whatever could be said of an object there makes a sentence ambiguous.
