@@ -1,7 +1,7 @@
 """The sentences of whole files of instances, as a data set that is written as a REFER release or a manifest.
 
-Every image has chance of its own, so that its sentences do not depend on the other images, and belongs to one split, by
-the digest of its file name.
+Every image has its own random generator, so that its sentences do not depend on the other images. The digest of its
+file name decides its split.
 """
 
 from __future__ import annotations
@@ -144,14 +144,14 @@ def generate(
                     texts.setdefault(description.target, []).append(description.text)
                 left_out.update(unnamed(meaning, set(texts)))
                 annotations = {annotation.ann_id: annotation for annotation in image.annotations}
-                for target, said in texts.items():
-                    add(image_id, Source(file, image, annotations[instances[target].ann_id], upright), said)
+                for target, sentences in texts.items():
+                    add(image_id, Source(file, image, annotations[instances[target].ann_id], upright), sentences)
                 for text in _no_target(meaning, file, settings, len(descriptions), rng):
                     add(image_id, Source(file, image, None, upright), [text])
     if not sources:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count)
         raise UserError(f"no object of {files[0].path} can be named ({reasons or 'it has no annotation'})")
-    splits = [ExpressionDataset(split, found, sources) for split, found in references.items() if found]
+    splits = [ExpressionDataset(split, chosen, sources) for split, chosen in references.items() if chosen]
     return Generated(splits, +left_out)
 
 
@@ -314,7 +314,7 @@ def _image_file(source: Source, image_id: int, root: Path, folder: Path) -> str:
 
 
 def _require_known(synonyms: dict[str, tuple[str, ...]], files: Sequence[InstanceFile], where: Path) -> None:
-    """Refuse synonyms of a class that no file has: a slip of the pen would go unseen."""
+    """Refuse synonyms of a class that no file has: a typing error would go unseen."""
     known = sorted({name for file in files for name in file.categories})
     for name in synonyms:
         if name not in known:
