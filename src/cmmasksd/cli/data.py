@@ -37,8 +37,8 @@ def add_options(parser: ArgumentParser) -> None:
         help="image folder of each file, or one for all (default: `images` beside the file, or the file's folder)",
     )
     add("--out", type=Path, required=True, help="FILE.jsonl for a manifest, or a folder for a REFER release")
-    expressions.add_class_arguments(ExpressionConfig)
     add("--synonyms", type=Path, default=None, metavar="FILE", help="YAML or JSON: class name to its nouns")
+    expressions.add_class_arguments(ExpressionConfig)
     kinds.add_subcommand("expressions", expressions, help="write true sentences for masks with class names")
 
 
@@ -65,20 +65,7 @@ def _scenes(settings: Namespace) -> None:
 
 def _expressions(settings: Namespace) -> None:
     config = ExpressionConfig(**field_values(ExpressionConfig, settings))
-    from cmmasksd.data.expressions.writing import is_manifest, write_expressions
+    from cmmasksd.data.expressions.writing import write_expressions
 
-    generated = write_expressions(
-        settings.instances, settings.out, config, image_folders=settings.images, synonyms=settings.synonyms
-    )
-    references = [reference for split in generated.splits for reference in split]
-    objects = [reference for reference in references if reference.ann_ids]
-    print(
-        f"{sum(len(reference.expressions) for reference in objects)} sentences for {len(objects)} objects of "
-        f"{len({reference.image_id for reference in references})} images, and {len(references) - len(objects)} that "
-        f"name nothing: {settings.out}"
-    )
-    print("references: " + ", ".join(f"{split.split} {len(split)}" for split in generated.splits))
-    if generated.left_out:
-        print("not named: " + ", ".join(f"{reason} ({count})" for reason, count in generated.left_out.most_common()))
-    name = "manifest" if is_manifest(settings.out) else "refcoco"
-    print(f"train on them with --data.name {name} --data.root {settings.out}")
+    images = settings.images or ()
+    print(write_expressions(settings.instances, settings.out, config, images=images, synonyms=settings.synonyms))

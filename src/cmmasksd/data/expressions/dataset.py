@@ -81,7 +81,7 @@ class Generated:
 
 
 def generate(
-    files: Sequence[InstanceFile], config: ExpressionConfig, vocabulary: Vocabulary | None = None
+    files: Sequence[InstanceFile], settings: ExpressionConfig, vocabulary: Vocabulary | None = None
 ) -> Generated:
     """Make the sentences of all images of some files.
 
@@ -91,7 +91,7 @@ def generate(
     from tqdm import tqdm
 
     names = [image.file_name for file in files for image in file.images]
-    split_of = _deal(names, config.val, config.test)
+    split_of = _deal(names, settings.val, settings.test)
     references: dict[str, list[Reference]] = {split: [] for split in SPLITS}
     sources: dict[int, Source] = {}
     left_out: Counter[str] = Counter()
@@ -125,11 +125,11 @@ def generate(
                     instances,
                     pixels,
                     vocabulary=vocabulary,
-                    min_area=config.min_area,
+                    min_area=settings.min_area,
                     size=(image.height, image.width),
                 )
-                rng = random.Random(f"{config.seed}/{place}/{image.file_name}")
-                descriptions = describe_all(meaning, rng, per_object=config.per_object, keep=config.keep)
+                rng = random.Random(f"{settings.seed}/{place}/{image.file_name}")
+                descriptions = describe_all(meaning, rng, per_object=settings.per_object, keep=settings.keep)
                 texts: dict[int, list[str]] = {}
                 for description in descriptions:
                     assert description.target is not None
@@ -138,7 +138,7 @@ def generate(
                 annotations = {annotation.ann_id: annotation for annotation in image.annotations}
                 for target, sentences in texts.items():
                     add(image_id, Source(file, image, annotations[instances[target].ann_id], upright), sentences)
-                for text in _no_target(meaning, file, config, len(descriptions), rng):
+                for text in _no_target(meaning, file, settings, len(descriptions), rng):
                     add(image_id, Source(file, image, None, upright), [text])
     if not sources:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count)
@@ -148,10 +148,10 @@ def generate(
 
 
 def _no_target(
-    meaning: Meaning, file: InstanceFile, config: ExpressionConfig, count: int, rng: random.Random
+    meaning: Meaning, file: InstanceFile, settings: ExpressionConfig, count: int, rng: random.Random
 ) -> Iterable[str]:
     """Different sentences that name nothing, as many as make their share beside `count` others on average."""
-    wanted = config.no_target / (1 - config.no_target) * max(count, 1)
+    wanted = settings.no_target / (1 - settings.no_target) * max(count, 1)
     number = int(wanted) + (rng.random() < wanted % 1)
     descriptions = [describe_nothing(meaning, file.categories, rng) for _ in range(number)]
     return dict.fromkeys(description.text for description in descriptions if description is not None)

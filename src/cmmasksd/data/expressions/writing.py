@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from cmmasksd.config import ExpressionConfig
-from cmmasksd.data.expressions.dataset import ExpressionDataset, Generated, Source, generate
+from cmmasksd.data.expressions.dataset import ExpressionDataset, Source, generate
 from cmmasksd.data.expressions.instances import InstanceFile
 from cmmasksd.data.expressions.words import Vocabulary, read_synonyms
 from cmmasksd.data.images import is_turned, read_image
@@ -23,57 +23,65 @@ from cmmasksd.files import whole_file
 def write_expressions(
     instances: Sequence[Path],
     out: Path,
-    config: ExpressionConfig,
+    settings: ExpressionConfig,
     *,
-    image_folders: Sequence[Path] | None = None,
+    images: Sequence[Path] = (),
     synonyms: Path | None = None,
-    say: Callable[[str], object] = print,
-) -> Generated:
-    """Make the sentences of files of instances and write them.
+) -> str:
+    """Make the sentences of annotation files and write them.
 
     Args:
-        instances: files in COCO's format.
+        instances: the annotation files.
         out: FILE.jsonl for a manifest, or a folder for a REFER release.
-        config: settings of the sentences and splits.
-        image_folders: image folder of each file, or one for all; None: see `InstanceFile`.
-        synonyms: YAML or JSON file, class name -> nouns.
-        say: gets a line for every file without images.
+        settings: kinds and shares of the sentences.
+        images: image folder of each file, or one for all; see `InstanceFile`.
+        synonyms: file of nouns; see `read_synonyms`.
+
+    Returns:
+        A summary in a few lines.
 
     Raises:
-        UserError: a file is damaged or does not fit the others, `out` exists, or no object can be named.
+        UserError: a file is damaged, or the arguments contradict each other.
     """
-    manifest = is_manifest(out)
+    manifest = out.suffix.lower() == ".jsonl"
     if not manifest and out.suffix.lower() in (".csv", ".json"):
         raise UserError(f"--out {out} is neither FILE.jsonl nor a folder: choose one of them")
-    if not manifest and config.no_target:
+    if not manifest and settings.no_target:
         raise UserError(
             "--no_target needs a manifest, since a REFER release has no sentences that name nothing: "
             "give --out FILE.jsonl"
         )
-    folders = image_folders or [None]
-    if len(folders) not in (1, len(instances)):
-        raise UserError(f"--images has {len(folders)} folders for {len(instances)} files: give one for each")
-    folders = [*folders] * len(instances) if len(folders) == 1 else folders
+    if len(images) not in (0, 1, len(instances)):
+        raise UserError(f"--images has {len(images)} folders for {len(instances)} files: give one for each")
+    folders = images if len(images) == len(instances) else [*images, None][:1] * len(instances)
     files = [InstanceFile(path, folder) for path, folder in zip(instances, folders, strict=True)]
-    nouns = {}
+    nouns = read_synonyms(synonyms) if synonyms is not None else {}
     if synonyms is not None:
-        nouns = read_synonyms(synonyms)
         _require_known(nouns, files, synonyms)
+    lines = []
     for file in files:
         if file.image_folder is None:
-            say(f"{file.path}: no image files found, colours are left out (name their folder with --images)")
             if not manifest:
                 raise UserError(f"a REFER release holds the images of {file.path}: name their folder with --images")
-    generated = generate(files, config, Vocabulary(nouns))
+            lines.append(f"{file.path}: no image files found, colours are left out (name their folder with --images)")
+    generated = generate(files, settings, Vocabulary(nouns))
     if manifest:
         write_manifest(out, generated.splits)
     else:
         write_refer_release(out, generated.splits)
-    return generated
-
-
-def is_manifest(out: Path) -> bool:
-    return out.suffix.lower() == ".jsonl"
+    references = [reference for split in generated.splits for reference in split]
+    named = sum(len(reference.expressions) for reference in references if reference.ann_ids)
+    nothing = sum(not reference.ann_ids for reference in references)
+    image_count = len({reference.image_id for reference in references})
+    lines += [
+        f"{named} sentences for {len(references) - nothing} objects of {image_count} images, "
+        f"and {nothing} that name nothing: {out}",
+        "references: " + ", ".join(f"{split.split} {len(split)}" for split in generated.splits),
+    ]
+    if generated.left_out:
+        lines.append("not named: " + ", ".join(f"{why} ({n})" for why, n in generated.left_out.most_common()))
+    lines.append(f"train on them with --data.name {'manifest' if manifest else 'refcoco'} --data.root {out}")
+    return "\n".join(lines)
 
 
 def _require_known(synonyms: dict[str, tuple[str, ...]], files: Sequence[InstanceFile], where: Path) -> None:
