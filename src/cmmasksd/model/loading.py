@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,34 +20,46 @@ from transformers.utils import logging
 
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.files import safe_path
-from cmmasksd.model.configuration import read_clip_config
+from cmmasksd.model.configuration import read_backbone_config
 from cmmasksd.model.locating import files_of, read_json, require
+from cmmasksd.model.towers.families import FAMILIES
 
 WEIGHTS = "model.safetensors"
 
 
-def load_clip(name: str | Path) -> CLIPModel:
-    """Load a CLIP by folder or hub id into float32, every weight accounted for.
+def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreTrainedModel:
+    """Load a backbone by folder or hub id into float32, every weight accounted for.
+
+    Args:
+        name: folder, hub id, or "tiny".
+        families: those to accept.
 
     Raises:
-        UserError: there is no CLIP, or its weights do not fit its configuration.
+        UserError: there is no backbone of these families, or its weights do not fit its configuration.
     """
     folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
     if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
         folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
-    require(folder, ("config.json",), "choose a CLIP in transformers' format")
-    config, weights = read_clip_config(folder), {}
+    require(folder, ("config.json",), "choose a backbone in transformers' format")
+    config, weights = read_backbone_config(folder, families), {}
     for file in _files_of_weights(folder):
         weights |= read_weights(file)
-    return build(CLIPModel, CLIPModel.from_pretrained, config, weights, folder, dtype=torch.float32)
+    network: Any = FAMILIES[config.model_type].network
+    return build(network, network.from_pretrained, config, weights, folder, dtype=torch.float32)
+
+
+def load_clip(name: str | Path) -> CLIPModel:
+    """As `load_backbone`, but a CLIP only."""
+    clip: Any = load_backbone(name, ("clip",))
+    return clip
 
 
 def _files_of_weights(folder: Path) -> list[Path]:
-    """The weights of a CLIP: one file, or the files in its folder that an index names."""
+    """The weights of a backbone: one file, or the files in its folder that an index names."""
     names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
     name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
     if not name.endswith(".json"):
-        require(folder, (name,), "choose a CLIP in transformers' format")
+        require(folder, (name,), "choose a backbone in transformers' format")
         return [folder / name]
     index = folder / name
     weight_map = read_json(index).get("weight_map")
