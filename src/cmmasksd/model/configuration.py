@@ -116,7 +116,11 @@ def read_clip_config(folder: Path) -> CLIPConfig:
     Raises:
         UserError: config.json is not a CLIP's, or a size is out of bounds.
     """
-    content = _of_type(folder, CLIPConfig.model_type, "a CLIP: choose a CLIP in transformers' format")
+    content = _of_type(
+        folder,
+        CLIPConfig.model_type,
+        "a CLIP: choose a CLIP in transformers' format, or name one in open_clip's hf-hub:USER/NAME",
+    )
     return _in_file(folder, lambda: clip_config(content))
 
 

@@ -160,8 +160,8 @@ class CMMaskSDModel(PreTrainedModel):
         """A new model on a trained CLIP.
 
         Args:
-            name: any CLIP in transformers' format: a folder, a hub id such as "openai/clip-vit-base-patch16", or
-                "tiny".
+            name: any CLIP: a folder or hub id in transformers' format, such as "openai/clip-vit-base-patch16", a
+                checkpoint of OpenAI or open_clip (a file, or hf-hub:USER/NAME), or "tiny".
             **sizes: fields of CMMaskSDConfig.
 
         Raises:
