@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,30 +21,26 @@ from transformers.utils import logging
 
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.files import safe_path
-from cmmasksd.model.configuration import clip_config, read_clip_config
-from cmmasksd.model.locating import (
-    checkpoint_file,
-    files_of,
-    is_checkpoint,
-    open_clip_settings,
-    read_json,
-    require,
-)
+from cmmasksd.model.configuration import read_backbone_config
+from cmmasksd.model.locating import checkpoint_file, files_of, is_checkpoint, open_clip_settings, read_json, require
 from cmmasksd.model.torchscript import is_torchscript, read_torchscript
+from cmmasksd.model.towers.clip import clip_config
+from cmmasksd.model.towers.families import FAMILIES
 from cmmasksd.model.towers.openai import to_transformers
 
 WEIGHTS = "model.safetensors"
-_REMEDY = "choose a CLIP in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
+_REMEDY = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
 
 
-def load_clip(name: str | Path) -> CLIPModel:
-    """Load a CLIP into float32, every weight accounted for.
+def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreTrainedModel:
+    """Load a backbone into float32, every weight accounted for.
 
     Args:
-        name: folder or hub id in transformers' format, or a checkpoint of OpenAI or open_clip (see `is_checkpoint`).
+        name: folder or hub id in transformers' format, "tiny", or a CLIP of OpenAI or open_clip (see `is_checkpoint`).
+        families: those to accept; a checkpoint is always a CLIP.
 
     Raises:
-        UserError: there is no CLIP, or its weights do not fit its configuration.
+        UserError: there is no backbone of these families, or its weights do not fit its configuration.
     """
     if is_checkpoint(name):
         config, weights = read_checkpoint(name)
@@ -53,10 +49,17 @@ def load_clip(name: str | Path) -> CLIPModel:
     if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
         folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
     require(folder, ("config.json",), _REMEDY)
-    config, weights = read_clip_config(folder), {}
+    config, weights = read_backbone_config(folder, families), {}
     for file in _files_of_weights(folder):
         weights |= read_weights(file)
-    return build(CLIPModel, CLIPModel.from_pretrained, config, weights, folder, dtype=torch.float32)
+    network: Any = FAMILIES[config.model_type].network
+    return build(network, network.from_pretrained, config, weights, folder, dtype=torch.float32)
+
+
+def load_clip(name: str | Path) -> CLIPModel:
+    """As `load_backbone`, but a CLIP only."""
+    clip: Any = load_backbone(name, ("clip",))
+    return clip
 
 
 def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tuple[CLIPConfig, dict[str, Tensor]]:
@@ -86,7 +89,7 @@ def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tupl
 
 
 def _files_of_weights(folder: Path) -> list[Path]:
-    """The weights of a CLIP: one file, or the files in its folder that an index names."""
+    """The weights of a backbone: one file, or the files in its folder that an index names."""
     names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
     name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
     if not name.endswith(".json"):

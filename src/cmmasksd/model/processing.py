@@ -267,12 +267,12 @@ def _mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _encoder_sizes(folder: Path) -> EncoderSizes | None:
     """Sizes of the model in a folder; None where there is no model, or one of another kind."""
-    from cmmasksd.model.configuration import read_clip_config, read_config
-    from cmmasksd.model.towers.clip import encoder_sizes
+    from cmmasksd.model.configuration import read_backbone_config, read_config
+    from cmmasksd.model.towers.families import FAMILIES
 
     if not (folder / "config.json").is_file():
         return None
     kind = read_json(folder / "config.json").get("model_type")
-    if kind == "clip":
-        return encoder_sizes(read_clip_config(folder))
+    if isinstance(kind, str) and kind in FAMILIES:
+        return FAMILIES[kind].sizes(read_backbone_config(folder))
     return read_config(folder).encoder if kind == MODEL_TYPE else None

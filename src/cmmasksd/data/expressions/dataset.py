@@ -1,7 +1,7 @@
 """The sentences of whole files of instances, as a data set that is written as a REFER release or a manifest.
 
-Every image has chance of its own, so that its sentences do not depend on the other images, and belongs to one split, by
-the digest of its file name.
+Every image has its own random generator, so that its sentences do not depend on the other images. The digest of its
+file name decides its split.
 """
 
 from __future__ import annotations
@@ -19,40 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
+from cmmasksd.config import ExpressionConfig
 from cmmasksd.data.expressions.generate import describe_all, describe_nothing, unnamed
 from cmmasksd.data.expressions.instances import AnnotatedImage, Annotation, InstanceFile
 from cmmasksd.data.expressions.meaning import Meaning
-from cmmasksd.data.expressions.words import Vocabulary
+from cmmasksd.data.expressions.words import Vocabulary, read_synonyms
 from cmmasksd.data.images import image_size, is_turned, read_image
 from cmmasksd.data.masks import mask_to_rle
+from cmmasksd.data.readers.refer_release import write_refer_release
 from cmmasksd.data.samples import Expression, Reference, group_by_image
 from cmmasksd.errors import UserError, shown
 from cmmasksd.files import whole_file
 
 SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How sentences are made.
-
-    Attributes:
-        per_object: different sentences for each object, at most.
-        keep: probability that a sentence says something true that it does not need.
-        no_target: share of all sentences that name nothing in their image.
-        val: share of the images in the split val.
-        test: share of the images in the split test.
-        min_area: share of the image below which an object is never named.
-        seed: of everything that is drawn.
-    """
-
-    per_object: int = 1
-    keep: float = 0.4
-    no_target: float = 0.0
-    val: float = 0.1
-    test: float = 0.0
-    min_area: float = 0.004
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +88,9 @@ class Generated:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def generate(files: Sequence[InstanceFile], settings: Settings, vocabulary: Vocabulary | None = None) -> Generated:
+def generate(
+    files: Sequence[InstanceFile], settings: ExpressionConfig, vocabulary: Vocabulary | None = None
+) -> Generated:
     """Make the sentences of all images of some files.
 
     Raises:
@@ -163,19 +144,19 @@ def generate(files: Sequence[InstanceFile], settings: Settings, vocabulary: Voca
                     texts.setdefault(description.target, []).append(description.text)
                 left_out.update(unnamed(meaning, set(texts)))
                 annotations = {annotation.ann_id: annotation for annotation in image.annotations}
-                for target, said in texts.items():
-                    add(image_id, Source(file, image, annotations[instances[target].ann_id], upright), said)
+                for target, sentences in texts.items():
+                    add(image_id, Source(file, image, annotations[instances[target].ann_id], upright), sentences)
                 for text in _no_target(meaning, file, settings, len(descriptions), rng):
                     add(image_id, Source(file, image, None, upright), [text])
     if not sources:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count)
         raise UserError(f"no object of {files[0].path} can be named ({reasons or 'it has no annotation'})")
-    splits = [ExpressionDataset(split, found, sources) for split, found in references.items() if found]
+    splits = [ExpressionDataset(split, chosen, sources) for split, chosen in references.items() if chosen]
     return Generated(splits, +left_out)
 
 
 def _no_target(
-    meaning: Meaning, file: InstanceFile, settings: Settings, count: int, rng: random.Random
+    meaning: Meaning, file: InstanceFile, settings: ExpressionConfig, count: int, rng: random.Random
 ) -> Iterable[str]:
     """Different sentences that name nothing, as many as make their share beside `count` others on average."""
     wanted = settings.no_target / (1 - settings.no_target) * max(count, 1)
@@ -209,6 +190,70 @@ def _deal(names: Iterable[str], val: float, test: float) -> dict[str, str]:
     return {
         name: "val" if at < last_val else "test" if at < last_test else "train" for at, (_, name) in enumerate(order)
     }
+
+
+def write_expressions(
+    instances: Sequence[Path],
+    out: Path,
+    settings: ExpressionConfig,
+    *,
+    images: Sequence[Path] = (),
+    synonyms: Path | None = None,
+) -> str:
+    """Make the sentences of annotation files and write them.
+
+    Args:
+        instances: the annotation files.
+        out: FILE.jsonl for a manifest, or a folder for a REFER release.
+        settings: kinds and shares of the sentences.
+        images: image folder of each file, or one for all; see `InstanceFile`.
+        synonyms: file of nouns; see `read_synonyms`.
+
+    Returns:
+        A summary in a few lines.
+
+    Raises:
+        UserError: a file is damaged, or the arguments contradict each other.
+    """
+    manifest = out.suffix.lower() == ".jsonl"
+    if not manifest and out.suffix.lower() in (".csv", ".json"):
+        raise UserError(f"--out {out} is neither FILE.jsonl nor a folder: choose one of them")
+    if not manifest and settings.no_target:
+        raise UserError(
+            "--no_target needs a manifest, since a REFER release has no sentences that name nothing: "
+            "give --out FILE.jsonl"
+        )
+    if len(images) not in (0, 1, len(instances)):
+        raise UserError(f"--images has {len(images)} folders for {len(instances)} files: give one for each")
+    folders = images if len(images) == len(instances) else [*images, None][:1] * len(instances)
+    files = [InstanceFile(path, folder) for path, folder in zip(instances, folders, strict=True)]
+    nouns = read_synonyms(synonyms) if synonyms is not None else {}
+    if synonyms is not None:
+        _require_known(nouns, files, synonyms)
+    lines = []
+    for file in files:
+        if file.image_folder is None:
+            if not manifest:
+                raise UserError(f"a REFER release holds the images of {file.path}: name their folder with --images")
+            lines.append(f"{file.path}: no image files found, colours are left out (name their folder with --images)")
+    generated = generate(files, settings, Vocabulary(nouns))
+    if manifest:
+        write_manifest(out, generated.splits)
+    else:
+        write_refer_release(out, generated.splits)
+    references = [reference for split in generated.splits for reference in split]
+    named = sum(len(reference.expressions) for reference in references if reference.ann_ids)
+    nothing = sum(not reference.ann_ids for reference in references)
+    image_count = len({reference.image_id for reference in references})
+    lines += [
+        f"{named} sentences for {len(references) - nothing} objects of {image_count} images, "
+        f"and {nothing} that name nothing: {out}",
+        "references: " + ", ".join(f"{split.split} {len(split)}" for split in generated.splits),
+    ]
+    if generated.left_out:
+        lines.append("not named: " + ", ".join(f"{why} ({n})" for why, n in generated.left_out.most_common()))
+    lines.append(f"train on them with --data.name {'manifest' if manifest else 'refcoco'} --data.root {out}")
+    return "\n".join(lines)
 
 
 def write_manifest(out: Path, splits: Sequence[ExpressionDataset]) -> int:
@@ -268,8 +313,8 @@ def _image_file(source: Source, image_id: int, root: Path, folder: Path) -> str:
     return copy.relative_to(root).as_posix()
 
 
-def require_known(synonyms: dict[str, tuple[str, ...]], files: Sequence[InstanceFile], where: Path) -> None:
-    """Refuse synonyms of a class that no file has: a slip of the pen would go unseen."""
+def _require_known(synonyms: dict[str, tuple[str, ...]], files: Sequence[InstanceFile], where: Path) -> None:
+    """Refuse synonyms of a class that no file has: a typing error would go unseen."""
     known = sorted({name for file in files for name in file.categories})
     for name in synonyms:
         if name not in known:
