@@ -32,7 +32,7 @@ def run(settings: Namespace) -> None:
     from cmmasksd.model.converting import convert
 
     quick_gelu = None if settings.activation is None else settings.activation == "quick_gelu"
-    config = convert(settings.source, settings.out, tokenizer=settings.tokenizer, quick_gelu=quick_gelu)
+    config: Any = convert(settings.source, settings.out, tokenizer=settings.tokenizer, quick_gelu=quick_gelu)
     vision, text = config.vision_config, config.text_config
     towers = f"{_tower('image', vision)}; {_tower('text', text)}"
     pixels = f"patches of {vision.patch_size} in {vision.image_size} x {vision.image_size} pixels"
