@@ -1,11 +1,11 @@
 """`cmmasksd data`: generated scenes as files, and sentences for annotated photographs."""
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from cmmasksd.cli.options import field_values
 from cmmasksd.config import MAX_REFERENCES, MAX_SCENE_SIZE, ExpressionConfig
 from cmmasksd.errors import require_between
 
@@ -64,8 +64,8 @@ def _scenes(settings: Namespace) -> None:
 
 
 def _expressions(settings: Namespace) -> None:
-    config = ExpressionConfig(**{field.name: settings[field.name] for field in fields(ExpressionConfig)})
-    from cmmasksd.data.expressions.dataset import write_expressions
+    config = ExpressionConfig(**field_values(ExpressionConfig, settings))
+    from cmmasksd.data.expressions.writing import write_expressions
 
     images = settings.images or ()
     print(write_expressions(settings.instances, settings.out, config, images=images, synonyms=settings.synonyms))

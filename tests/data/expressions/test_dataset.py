@@ -15,8 +15,9 @@ from PIL import Image
 from cmmasksd import cli
 from cmmasksd.config import ExpressionConfig
 from cmmasksd.data.expressions import Instance, InstanceFile
-from cmmasksd.data.expressions.dataset import generate, write_manifest
+from cmmasksd.data.expressions.dataset import generate
 from cmmasksd.data.expressions.meaning import Meaning
+from cmmasksd.data.expressions.writing import write_manifest
 from cmmasksd.data.readers.manifest import ManifestDataset
 from cmmasksd.data.readers.refer import ReferDataset
 from cmmasksd.errors import UserError

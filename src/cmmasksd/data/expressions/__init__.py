@@ -9,7 +9,8 @@ meaning.py      predicates, and the objects they hold for, strictly and loosely
 claims.py       what is strictly true of one object
 language.py     wording
 generate.py     describe: the sentences of an image
-dataset.py      the sentences of whole files as a data set, and as a manifest
+dataset.py      the sentences of whole files, as a data set
+writing.py      these, written as a REFER release or a manifest
 """
 
 from cmmasksd.data.expressions.generate import Description as Description
