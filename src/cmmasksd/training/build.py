@@ -21,6 +21,7 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     Raises:
         UserError: the backbone or the weights cannot be loaded, or the sizes do not fit.
     """
+    from cmmasksd.model.locating import is_checkpoint
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
 
@@ -36,6 +37,8 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
             head_width=settings.head_width,
             dropout=settings.dropout,
         )
+        if is_checkpoint(source):
+            say(f"{source} is converted to transformers' format, with {model.config.backbone.vision_config.hidden_act}")
         defaults = {"size": (128, 128), "resize": "warp", "max_tokens": 48}
     else:
         source = settings.weights
