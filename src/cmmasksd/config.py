@@ -62,6 +62,34 @@ class ScoreConfig(SplitConfig):
 
 
 @dataclass
+class ExpressionConfig:
+    """Sentences that are generated for annotated images."""
+
+    per_object: int = 1
+    """maximum number of different sentences per object"""
+    keep: float = 0.4
+    """probability that a sentence says more than it must"""
+    no_target: float = 0.0
+    """share of sentences that name nothing (manifest only)"""
+    val: float = 0.1
+    """share of the images in the split val"""
+    test: float = 0.0
+    """share of the images in the split test"""
+    min_area: float = 0.004
+    """share of the image below which an object is not named"""
+    seed: int = 0
+    """seed of sentences and splits"""
+
+    def __post_init__(self) -> None:
+        require_between("per_object", self.per_object, 1, 20)
+        for name in ("keep", "val", "test", "min_area"):
+            require_between(name, getattr(self, name), 0, 1)
+        require_between("no_target", self.no_target, 0, 0.9)
+        if self.val + self.test >= 1:
+            raise UserError(f"val {self.val} and test {self.test} leave no image to train on: give smaller ones")
+
+
+@dataclass
 class DataConfig:
     """Data to train on and to validate on."""
 
@@ -120,7 +148,8 @@ class ModelConfig:
     """The network and its input."""
 
     backbone: str = "tiny"
-    """CLIP in transformers' format: folder, hub id, or tiny, the shipped one"""
+    """CLIP: folder or hub id in transformers' format; checkpoint of OpenAI or open_clip as a file or hf-hub:USER/NAME;
+    or tiny, the shipped one"""
     weights: str | None = None
     """trained model to start from: folder, hub id, or scenes, the shipped one. It brings its own backbone and decoder,
     so that the keys of both are ignored"""

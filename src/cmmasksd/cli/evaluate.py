@@ -1,11 +1,10 @@
 """`cmmasksd evaluate`: score a model on a split."""
 
-from dataclasses import fields
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import is_main_process
+from cmmasksd.cli.options import field_values, is_main_process
 from cmmasksd.config import ScoreConfig
 
 HELP = "score a model on a split"
@@ -18,7 +17,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    config = ScoreConfig(**{field.name: settings[field.name] for field in fields(ScoreConfig)})
+    config = ScoreConfig(**field_values(ScoreConfig, settings))
     from cmmasksd.evaluation.score import score
     from cmmasksd.evaluation.tables import format_table
 

@@ -1,6 +1,7 @@
 """Options and checks that several commands share."""
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ def add_resume(parser: ArgumentParser, key: str) -> None:
 def run_config(settings: Namespace) -> Config:
     """The settings of a training run."""
     return Config(settings.data, settings.model, settings.distillation, settings.training)
+
+
+def field_values(kind: Any, settings: Namespace) -> dict[str, Any]:
+    """The values of the options that `add_class_arguments` made of a dataclass."""
+    return {field.name: settings[field.name] for field in fields(kind)}
 
 
 def is_main_process() -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
-from cmmasksd.cli.options import DEVICE, MODEL
+from cmmasksd.cli.options import DEVICE, MODEL, field_values
 from cmmasksd.errors import UserError
 from cmmasksd.serving.settings import KEY_VARIABLE, ServeSettings, checked_key
 
@@ -30,10 +30,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    from dataclasses import fields
     from ipaddress import ip_address
 
-    limits = ServeSettings(**{field.name: settings[field.name] for field in fields(ServeSettings)})
+    limits = ServeSettings(**field_values(ServeSettings, settings))
     key = checked_key(os.environ.get(KEY_VARIABLE))
     try:
         from cmmasksd.serving.app import create_app

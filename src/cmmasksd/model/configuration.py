@@ -1,4 +1,4 @@
-"""CMMaskSDConfig: the sizes of the network, in transformers' conventions. It nests the CLIPConfig of the backbone.
+"""CMMaskSDConfig: the sizes of the network, in transformers' conventions. It nests the backbone's configuration.
 
 Nothing of the distillation is here: the masked branches are a matter of training, so a saved model carries no trace of
 them.
@@ -9,19 +9,19 @@ built; whatever else transformers would act on (attention kernels or quantisers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import CLIPConfig, PreTrainedConfig
 
 from cmmasksd.config import ModelConfig
 from cmmasksd.errors import UserError, shown
 from cmmasksd.model.locating import MODEL_TYPE, read_json
 from cmmasksd.model.towers.base import EncoderSizes
-from cmmasksd.model.towers.clip import encoder_sizes
+from cmmasksd.model.towers.bounds import bounded
+from cmmasksd.model.towers.families import FAMILIES
 
-# The largest public CLIPs have 48 layers of width 5,120 and 15,360 hidden channels.
 _OURS = {
     "decoder_width": (1, 8192),
     "decoder_layers": (1, 128),
@@ -30,30 +30,13 @@ _OURS = {
     "head_width": (1, 8192),
     "dropout": (0.0, 0.999),
 }
-_CLIP = {"projection_dim": (1, 16_384), "logit_scale_init_value": (-100.0, 100.0), "initializer_factor": (0.0, 1e4)}
-_TOWER = {
-    "hidden_size": (1, 16_384),
-    "intermediate_size": (1, 65_536),
-    "num_hidden_layers": (1, 128),
-    "num_attention_heads": (1, 256),
-    "projection_dim": (1, 16_384),
-    "layer_norm_eps": (1e-12, 0.1),
-    "attention_dropout": (0.0, 0.999),
-    "initializer_range": (0.0, 1e4),
-    "initializer_factor": (0.0, 1e4),
-}
-_IDS = {f"{name}_token_id": (0, 1 << 20) for name in ("bos", "eos", "pad")}
-_TEXT = _TOWER | _IDS | {"vocab_size": (1, 1 << 20), "max_position_embeddings": (3, 4096)}
-_VISION = _TOWER | {"num_channels": (3, 3), "image_size": (1, 4096), "patch_size": (1, 1024)}
-_MAY_BE_NULL = ("bos_token_id", "pad_token_id")  # neither is used
-_ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu")
 
 
 class CMMaskSDConfig(PreTrainedConfig):
     """Sizes of a CMMaskSDModel.
 
     Args:
-        clip_config: configuration of the backbone.
+        clip_config: configuration of the backbone, under the name of its family. None: a CLIPConfig.
         decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see `ModelConfig`.
 
     Raises:
@@ -72,7 +55,7 @@ class CMMaskSDConfig(PreTrainedConfig):
     dropout: float = ModelConfig.dropout
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _bounded(vars(self), _OURS, "")
+        bounded(vars(self), _OURS)
         if self.decoder_width % self.decoder_heads:
             raise UserError(
                 f"decoder_width {self.decoder_width} cannot be split among {self.decoder_heads} heads: "
@@ -82,21 +65,34 @@ class CMMaskSDConfig(PreTrainedConfig):
             raise UserError(
                 f"head_width {self.head_width} is not a multiple of 16: use {max(16, self.head_width // 16 * 16)}"
             )
-        if self.clip_config is None:
+        given = [name for name in FAMILIES if getattr(self, f"{name}_config") is not None]
+        if len(given) > 1:
+            raise UserError(f"the backbone is both {' and '.join(given)}: expected one of them")
+        if not given:
             self.clip_config = CLIPConfig()
-        elif not isinstance(self.clip_config, CLIPConfig):
-            self.clip_config = clip_config(self.clip_config)
+        elif not isinstance(self.backbone, PreTrainedConfig):
+            setattr(self, f"{self.family}_config", FAMILIES[self.family].config(self.backbone))
         super().__post_init__(**kwargs)
+
+    @property
+    def family(self) -> str:
+        """Name of the backbone's family, see `FAMILIES`."""
+        return next(name for name in FAMILIES if getattr(self, f"{name}_config") is not None)
+
+    @property
+    def backbone(self) -> Any:
+        """The backbone's own configuration."""
+        return getattr(self, f"{self.family}_config")
 
     @property
     def encoder(self) -> EncoderSizes:
         """Sizes of the dual encoder, whatever its family."""
-        return encoder_sizes(self.clip_config)
+        return FAMILIES[self.family].sizes(self.backbone)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration of a config.json's content, from which only the sizes are taken."""
-        known = (*_OURS, "clip_config")
+        known = (*_OURS, *(f"{name}_config" for name in FAMILIES))
         return super().from_dict({key: config_dict[key] for key in known if key in config_dict}, **kwargs)
 
 
@@ -106,24 +102,31 @@ def read_config(folder: Path, **sizes: Any) -> CMMaskSDConfig:
     Raises:
         UserError: config.json is of another kind of model, or a size is out of bounds.
     """
-    content = _of_type(folder, MODEL_TYPE, f"a '{MODEL_TYPE}': give the folder or hub id of a trained model")
+    content = _of_type(folder, (MODEL_TYPE,), f"a '{MODEL_TYPE}': give the folder or hub id of a trained model")
     return _in_file(folder, lambda: CMMaskSDConfig.from_dict(content | sizes))
 
 
-def read_clip_config(folder: Path) -> CLIPConfig:
-    """The configuration of a CLIP in a folder.
+def read_backbone_config(folder: Path, families: Container[str] = FAMILIES) -> PreTrainedConfig:
+    """The configuration of a backbone in a folder.
+
+    Args:
+        folder: the folder.
+        families: those to accept.
 
     Raises:
-        UserError: config.json is not a CLIP's, or a size is out of bounds.
+        UserError: config.json is of another kind of model, or a size is out of bounds.
     """
-    content = _of_type(folder, CLIPConfig.model_type, "a CLIP: choose a CLIP in transformers' format")
-    return _in_file(folder, lambda: clip_config(content))
+    names = " or ".join(name for name in FAMILIES if name in families)
+    remedy = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
+    content = _of_type(folder, families, f"{names}: {remedy}")
+    return _in_file(folder, lambda: FAMILIES[content["model_type"]].config(content))
 
 
-def _of_type(folder: Path, model_type: str, expected: str) -> dict[str, Any]:
+def _of_type(folder: Path, known: Container[str], expected: str) -> dict[str, Any]:
     """The content of config.json, checked before any weight is read, so that a wrong folder gives one short error."""
     content = read_json(folder / "config.json")
-    if (kind := content.get("model_type")) != model_type:
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{folder} is a {shown(kind)} model, not {expected}")
     return content
 
@@ -133,53 +136,3 @@ def _in_file(folder: Path, make: Callable[[], Any]) -> Any:
         return make()
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
-
-
-def clip_config(content: object) -> CLIPConfig:
-    """A CLIPConfig from the content of a config.json.
-
-    Raises:
-        UserError: it is not a CLIP's, or a size is out of bounds.
-    """
-    clip = _section(content, "clip_config")
-    sections: Any = (("text_config", CLIPTextConfig, _TEXT), ("vision_config", CLIPVisionConfig, _VISION))
-    towers = {}
-    for name, kind, bounds in sections:
-        # the first CLIPs in transformers' format have a second section, which takes precedence
-        tower = _section(clip.get(name), name) | _section(clip.get(f"{name}_dict"), f"{name}_dict")
-        tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
-        towers[name] = taken = _bounded(tower, bounds, f"{name}.")
-        taken["hidden_act"] = tower.get("hidden_act", kind.hidden_act)
-        if taken["hidden_act"] not in _ACTIVATIONS:
-            raise UserError(f"{name}.hidden_act is {shown(taken['hidden_act'])}: expected {' or '.join(_ACTIVATIONS)}")
-        width, heads = (taken.get(key, getattr(kind, key)) for key in ("hidden_size", "num_attention_heads"))
-        if width % heads:
-            raise UserError(f"{name}.hidden_size {width} cannot be split among {heads} heads: expected a multiple")
-    config = CLIPConfig(**_bounded(clip, _CLIP, ""), **towers)
-    vision: Any = config.vision_config
-    if vision.image_size < vision.patch_size:
-        raise UserError(
-            f"vision_config.patch_size is {vision.patch_size}: expected at most its image_size {vision.image_size}"
-        )
-    return config
-
-
-def _section(content: object, name: str) -> dict[str, Any]:
-    """A copy of a section of config.json; null counts as empty."""
-    if not isinstance(content, Mapping | None):
-        raise UserError(f"{name} is {shown(content)}: expected an object of sizes")
-    return dict(content or {})
-
-
-def _bounded(section: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]], where: str) -> dict[str, Any]:
-    """The known keys of a section of config.json; each value must have the type of its bounds and lie within them."""
-    taken = {name: section[name] for name in bounds if name in section}
-    for name, value in taken.items():
-        low, high = bounds[name]
-        whole = isinstance(low, int)
-        kind = int if whole else int | float
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            number = "a whole number" if whole else "a number"
-            raise UserError(f"{where}{name} is {shown(value)}: expected {number} from {low} to {high}")
-        taken[name] = value if whole else float(value)  # transformers refuses 0 in place of 0.0
-    return taken

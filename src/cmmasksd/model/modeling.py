@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from cmmasksd.errors import UserError
 from cmmasksd.model.configuration import CMMaskSDConfig, read_config
 from cmmasksd.model.decoder import FusionDecoder
 from cmmasksd.model.initialisation import init_decoder, init_layer
-from cmmasksd.model.loading import WEIGHTS, build, load_clip, read_weights
+from cmmasksd.model.loading import WEIGHTS, build, load_backbone, read_weights
 from cmmasksd.model.locating import model_folder, require
 from cmmasksd.model.mask_head import MaskHead
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
-from cmmasksd.model.towers.clip import dual_encoder
+from cmmasksd.model.towers.families import FAMILIES
 
 
 @dataclass
@@ -75,8 +75,10 @@ class CMMaskSDModel(PreTrainedModel):
 
     def __init__(self, config: CMMaskSDConfig) -> None:
         super().__init__(config)
-        self.clip = CLIPModel._from_config(config.clip_config)
-        self.towers = dual_encoder(self.clip)  # shares the modules of `clip`; no entry of its own in the state_dict
+        family = FAMILIES[config.family]
+        network: Any = family.network
+        self.add_module(config.family, network._from_config(config.backbone))
+        self.towers = family.towers(self.backbone)  # shares its modules; no entry of its own in the state_dict
         sizes = config.encoder
         self.decoder = Decoder(
             FusionDecoder(
@@ -95,6 +97,11 @@ class CMMaskSDModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         init_layer(module)
+
+    @property
+    def backbone(self) -> Any:
+        """The network of transformers that the towers are views of: `clip` in a model on CLIP."""
+        return getattr(self, self.config.family)
 
     @property
     def stride(self) -> float:
@@ -150,27 +157,27 @@ class CMMaskSDModel(PreTrainedModel):
         return copy.deepcopy(self.decoder)
 
     def freeze_unused(self) -> None:
-        """Exclude from training what no output depends on: the temperature of CLIP's contrastive training."""
-        used = {*self.towers.image.parameters(), *self.towers.text.parameters()}
-        for parameter in self.clip.parameters():
-            parameter.requires_grad_(parameter in used and parameter.requires_grad)
+        """Exclude from training what no mask depends on, such as the temperature of contrastive training."""
+        for name in FAMILIES[self.config.family].unused:
+            self.backbone.get_parameter(name).requires_grad_(False)
 
     @classmethod
     def from_backbone(cls, name: str | Path, **sizes: Any) -> CMMaskSDModel:
-        """A new model on a trained CLIP.
+        """A new model on a trained dual encoder.
 
         Args:
-            name: any CLIP in transformers' format: a folder, a hub id such as "openai/clip-vit-base-patch16", or
-                "tiny".
+            name: a folder or hub id in transformers' format, such as "openai/clip-vit-base-patch16" (`FAMILIES` has the
+                known ones), a CLIP of OpenAI or open_clip (a file, or hf-hub:USER/NAME), or "tiny".
             **sizes: fields of CMMaskSDConfig.
 
         Raises:
-            UserError: when there is no CLIP, or its weights do not fit its configuration.
+            UserError: there is no backbone of a known family, or its weights do not fit its configuration.
         """
-        clip = load_clip(name)
-        clip.config._name_or_path = ""  # it would be saved, and may be a path of this machine
-        model = cls(CMMaskSDConfig(clip_config=clip.config, **sizes))
-        model.clip.load_state_dict(clip.state_dict())
+        backbone = load_backbone(name)
+        config: Any = backbone.config
+        config._name_or_path = ""  # it would be saved, and may be a path of this machine
+        model = cls(CMMaskSDConfig(**{f"{config.model_type}_config": config}, **sizes))
+        model.backbone.load_state_dict(backbone.state_dict())
         return model
 
     @classmethod

@@ -12,12 +12,14 @@ import math
 import torch
 from torch import nn
 
+from cmmasksd.model.towers.families import FAMILIES
+
 
 def parameter_groups(module: nn.Module, *, lr: float, clip_lr_scale: float, weight_decay: float) -> list[dict]:
     """Groups for AdamW: {CLIP, new layers} x {decayed, not decayed}.
 
     Args:
-        module: the objective; parameters with "clip" as a part of their name belong to the backbone.
+        module: the objective; parameters with a family's name as a part of theirs belong to the backbone.
         lr: peak rate of the new layers.
         clip_lr_scale: peak rate of the backbone as a fraction of `lr`.
         weight_decay: weight decay of matrices; vectors (biases, norms, tokens) and embeddings have none.
@@ -29,7 +31,7 @@ def parameter_groups(module: nn.Module, *, lr: float, clip_lr_scale: float, weig
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        backbone = "clip" in name.split(".")
+        backbone = not FAMILIES.keys().isdisjoint(name.split("."))
         decays = parameter.ndim > 1 and "embedding" not in name
         peak = lr * clip_lr_scale if backbone else lr
         key = ("clip" if backbone else "new") + ("" if decays else "_no_decay")

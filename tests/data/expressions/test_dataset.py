@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from cmmasksd import cli
+from cmmasksd.config import ExpressionConfig
 from cmmasksd.data.expressions import Instance, InstanceFile
-from cmmasksd.data.expressions.dataset import Settings, generate, write_manifest
+from cmmasksd.data.expressions.dataset import generate
 from cmmasksd.data.expressions.meaning import Meaning
+from cmmasksd.data.expressions.writing import write_manifest
 from cmmasksd.data.readers.manifest import ManifestDataset
 from cmmasksd.data.readers.refer import ReferDataset
 from cmmasksd.errors import UserError
@@ -85,7 +87,7 @@ def test_a_manifest_beside_the_images_copies_none(folder: Path):
 def test_refer_release(folder: Path, tmp_path: Path):
     out = tmp_path / "release"
     assert run("--instances", folder / "instances.json", "--out", out, "--val", 0.2, "--test", 0.2) == 0
-    made = generate([InstanceFile(folder / "instances.json")], Settings(val=0.2, test=0.2))
+    made = generate([InstanceFile(folder / "instances.json")], ExpressionConfig(val=0.2, test=0.2))
     assert [split.split for split in made.splits] == ["train", "val", "test"]
     for split in made.splits:
         read = ReferDataset("refcoco", out, split.split)
@@ -102,7 +104,7 @@ def test_sentences_of_an_image_do_not_depend_on_the_others(folder: Path, tmp_pat
 
     def texts(file: InstanceFile) -> dict[str, list[str]]:
         made: dict[str, list[str]] = {}
-        for split in generate([file], Settings(val=0)).splits:
+        for split in generate([file], ExpressionConfig(val=0)).splits:
             for reference in split:
                 name = split.source(reference).image.file_name
                 made.setdefault(name, []).extend(expression.text for expression in reference.expressions)
@@ -205,8 +207,8 @@ def test_damaged_files_say_so_in_one_line(
         ("--out made.csv", "FILE.jsonl"),
         ("--out release --no_target 0.1", "--no_target needs a manifest"),
         ("--out made.jsonl --val 0.6 --test 0.5", "leave no image"),
-        ("--out made.jsonl --keep 2", "--keep"),
-        ("--out made.jsonl --per_object 0", "--per_object"),
+        ("--out made.jsonl --keep 2", "keep must be"),
+        ("--out made.jsonl --per_object 0", "per_object must be"),
         ("--out made.jsonl --no_target nan", "--no_target"),
         ("--out made.jsonl --images a b", "2 folders for 1 files"),
         ("--out made.jsonl --images absent", "absent does not exist"),
@@ -228,7 +230,7 @@ def test_mistakes_on_the_command_line(
 
 
 def test_nothing_is_overwritten_and_what_fails_leaves_nothing(folder: Path, tmp_path: Path):
-    splits = generate([InstanceFile(folder / "instances.json")], Settings()).splits
+    splits = generate([InstanceFile(folder / "instances.json")], ExpressionConfig()).splits
     out = tmp_path / "made.jsonl"
     write_manifest(out, splits)
     with pytest.raises(UserError, match="already exists"):
@@ -293,7 +295,7 @@ def test_real_photographs(real_data: Path, name: str):
     file = InstanceFile(path)
     images = random.Random(0).sample(file.images, 12)
     file.images = images
-    made = generate([file], Settings(no_target=0.2, val=0.2))
+    made = generate([file], ExpressionConfig(no_target=0.2, val=0.2))
     assert sum(len(split) for split in made.splits) > 12
     for split in made.splits:
         for reference in split:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from cmmasksd.data.expressions import Instance, Vocabulary, describe
-from cmmasksd.data.expressions.attributes import may_be_called, measure_colours, measure_shape, sure_colour
+from cmmasksd.data.expressions.claims import true_claims
+from cmmasksd.data.expressions.colours import may_be_called, measure_colours, sure_colour
 from cmmasksd.data.expressions.generate import describe_nothing, unnamed
 from cmmasksd.data.expressions.meaning import Meaning
+from cmmasksd.data.expressions.shapes import measure_shape
 from cmmasksd.data.expressions.words import class_key, read_synonyms
 from cmmasksd.errors import UserError
 from data.expressions.layouts import COLOURS, HEIGHT, WIDTH, box_mask, instance
@@ -31,7 +33,7 @@ def texts(scene: Sequence[Instance], target: int, image: np.ndarray | None = Non
 
 def claims(scene: Sequence[Instance], target: int, image: np.ndarray | None = None) -> set[tuple[str, str]]:
     meaning = Meaning(scene, image)
-    return {(claim.kind, claim.value) for claim in meaning.claims(target, meaning.nouns(target)[0])}
+    return {(claim.kind, claim.value) for claim in true_claims(meaning, target, meaning.nouns(target)[0])}
 
 
 # ------------------------------------------------------------------------------------------------------------- words
@@ -161,7 +163,7 @@ def test_size_needs_a_margin():
     assert {"largest dog", "biggest dog"} & texts(scene, 0)
     assert ("size", "smallest") in claims(scene, 1)
     near = [instance("dog", 10, 40, 60, 100), instance("dog", 90, 40, 135, 95)]
-    loose = {claim.kind: claim.loose for claim in Meaning(near).claims(0, "dog")}
+    loose = {claim.kind: claim.loose for claim in true_claims(Meaning(near), 0, "dog")}
     assert loose["size"] == 0b11
 
 
@@ -315,10 +317,10 @@ def test_vague_regions_make_counting_impossible(other: dict[str, bool]):
     assert meaning.nameable == 0b01
     assert texts(scene, 0) >= {"dog on the left", "dog on the left side", "left dog"}
     assert all("left" in text and "most" not in text for text in texts(scene, 0))
-    for claim in meaning.claims(0, "dog"):
+    for claim in true_claims(meaning, 0, "dog"):
         if claim.kind in ("order", "size", "nearest"):
             assert claim.loose == 0b11
-    assert not any(claim.kind in ("ordinal", "middle") for claim in meaning.claims(0, "dog"))
+    assert not any(claim.kind in ("ordinal", "middle") for claim in true_claims(meaning, 0, "dog"))
 
 
 def test_an_unverified_mask_is_named_only_alone():

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmmasksd.data.expressions import Instance, describe
+from cmmasksd.data.expressions.claims import true_claims
 from cmmasksd.data.expressions.generate import describe_nothing
 from cmmasksd.data.expressions.meaning import Meaning
 from data.expressions.layouts import COLOURS, HEIGHT, WIDTH, random_scene
@@ -220,7 +221,7 @@ def test_a_mirrored_image_swaps_left_and_right(seed: int):
                 " ".join(swap.get(word, word) for word in claim.value.split()) if swapped else claim.value,
                 claim.loose & (1 << len(scene)) - 1,
             )
-            for claim in meaning.claims(index, meaning.nouns(index)[0])
+            for claim in true_claims(meaning, index, meaning.nouns(index)[0])
         }
 
     here, there = Meaning(scene, image), Meaning(mirrored, image[:, ::-1])

@@ -2,11 +2,15 @@
 
 instances.py    COCO's instances.json, read
 words.py        class names as nouns
-attributes.py   facts measured in a mask: position, size, colours
-meaning.py      what is true of which objects, strictly and loosely
+shapes.py       position, size and contact of masks
+colours.py      colours of objects
+relations.py    relations of two objects
+meaning.py      predicates, and the objects they hold for, strictly and loosely
+claims.py       what is strictly true of one object
 language.py     wording
 generate.py     describe: the sentences of an image
-dataset.py      the sentences of whole files as a data set, and as a manifest
+dataset.py      the sentences of whole files, as a data set
+writing.py      these, written as a REFER release or a manifest
 """
 
 from cmmasksd.data.expressions.generate import Description as Description

@@ -1,58 +1,29 @@
-"""The sentences of whole files of instances, as a data set that is written as a REFER release or a manifest.
+"""The sentences of whole files of instances, as a data set.
 
-Every image has chance of its own, so that its sentences do not depend on the other images, and belongs to one split, by
-the digest of its file name.
+Every image has its own random generator, so that its sentences do not depend on the other images. The digest of its
+file name decides its split.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
+from cmmasksd.config import ExpressionConfig
 from cmmasksd.data.expressions.generate import describe_all, describe_nothing, unnamed
 from cmmasksd.data.expressions.instances import AnnotatedImage, Annotation, InstanceFile
 from cmmasksd.data.expressions.meaning import Meaning
 from cmmasksd.data.expressions.words import Vocabulary
-from cmmasksd.data.images import image_size, is_turned, read_image
-from cmmasksd.data.masks import mask_to_rle
+from cmmasksd.data.images import image_size, read_image
 from cmmasksd.data.samples import Expression, Reference, group_by_image
-from cmmasksd.errors import UserError, shown
-from cmmasksd.files import whole_file
+from cmmasksd.errors import UserError
 
 SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How sentences are made.
-
-    Attributes:
-        per_object: different sentences for each object, at most.
-        keep: probability that a sentence says something true that it does not need.
-        no_target: share of all sentences that name nothing in their image.
-        val: share of the images in the split val.
-        test: share of the images in the split test.
-        min_area: share of the image below which an object is never named.
-        seed: of everything that is drawn.
-    """
-
-    per_object: int = 1
-    keep: float = 0.4
-    no_target: float = 0.0
-    val: float = 0.1
-    test: float = 0.0
-    min_area: float = 0.004
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +80,9 @@ class Generated:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def generate(files: Sequence[InstanceFile], settings: Settings, vocabulary: Vocabulary | None = None) -> Generated:
+def generate(
+    files: Sequence[InstanceFile], settings: ExpressionConfig, vocabulary: Vocabulary | None = None
+) -> Generated:
     """Make the sentences of all images of some files.
 
     Raises:
@@ -163,19 +136,19 @@ def generate(files: Sequence[InstanceFile], settings: Settings, vocabulary: Voca
                     texts.setdefault(description.target, []).append(description.text)
                 left_out.update(unnamed(meaning, set(texts)))
                 annotations = {annotation.ann_id: annotation for annotation in image.annotations}
-                for target, said in texts.items():
-                    add(image_id, Source(file, image, annotations[instances[target].ann_id], upright), said)
+                for target, sentences in texts.items():
+                    add(image_id, Source(file, image, annotations[instances[target].ann_id], upright), sentences)
                 for text in _no_target(meaning, file, settings, len(descriptions), rng):
                     add(image_id, Source(file, image, None, upright), [text])
     if not sources:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count)
         raise UserError(f"no object of {files[0].path} can be named ({reasons or 'it has no annotation'})")
-    splits = [ExpressionDataset(split, found, sources) for split, found in references.items() if found]
+    splits = [ExpressionDataset(split, chosen, sources) for split, chosen in references.items() if chosen]
     return Generated(splits, +left_out)
 
 
 def _no_target(
-    meaning: Meaning, file: InstanceFile, settings: Settings, count: int, rng: random.Random
+    meaning: Meaning, file: InstanceFile, settings: ExpressionConfig, count: int, rng: random.Random
 ) -> Iterable[str]:
     """Different sentences that name nothing, as many as make their share beside `count` others on average."""
     wanted = settings.no_target / (1 - settings.no_target) * max(count, 1)
@@ -209,71 +182,3 @@ def _deal(names: Iterable[str], val: float, test: float) -> dict[str, str]:
     return {
         name: "val" if at < last_val else "test" if at < last_test else "train" for at, (_, name) in enumerate(order)
     }
-
-
-def write_manifest(out: Path, splits: Sequence[ExpressionDataset]) -> int:
-    """Write splits as a manifest, which ``ManifestDataset`` reads.
-
-    Images that do not lie in the manifest's folder are copied into a folder beside it, called after the manifest.
-    Images whose masks are drawn on pixels that EXIF would turn are written there anew, as PNG.
-
-    Returns:
-        How many image files were written.
-
-    Raises:
-        UserError: the manifest or its folder of images exists already.
-    """
-    folder = out.with_name(f"{out.stem}-images")
-    for path in (out, folder):
-        if path.exists():
-            raise UserError(f"{path} already exists: delete it or choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files: dict[int, str] = {}
-    with ExitStack() as undo, whole_file(out) as part, part.open("w", encoding="utf-8") as lines:
-        undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        for dataset in splits:
-            for reference in (dataset[index] for group in dataset.groups() for index in group):
-                source = dataset.source(reference)
-                if reference.image_id not in files:
-                    files[reference.image_id] = _image_file(source, reference.image_id, out.parent, folder)
-                row = {
-                    "image": files[reference.image_id],
-                    "expressions": [expression.text for expression in reference.expressions],
-                    "rle": mask_to_rle(dataset.mask(reference)),
-                    "split": dataset.split,
-                    "id": reference.ref_id,
-                }
-                lines.write(json.dumps(row) + "\n")
-        undo.pop_all()
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
-
-
-def _image_file(source: Source, image_id: int, root: Path, folder: Path) -> str:
-    """The path of an image relative to a manifest's folder, to which it is copied where it lies elsewhere."""
-    path = source.image.path
-    if path is None:
-        return source.image.file_name
-    turned = not source.upright and is_turned(path)
-    real, real_root = Path(os.path.realpath(path)), Path(os.path.realpath(root))
-    if real.is_relative_to(real_root) and not turned:
-        return real.relative_to(real_root).as_posix()
-    folder.mkdir(exist_ok=True)
-    copy = folder / f"{image_id:06d}{'.png' if turned else path.suffix.lower()}"
-    if turned:
-        from PIL import Image
-
-        Image.fromarray(read_image(path)).save(copy)
-    else:
-        shutil.copyfile(path, copy)
-    return copy.relative_to(root).as_posix()
-
-
-def require_known(synonyms: dict[str, tuple[str, ...]], files: Sequence[InstanceFile], where: Path) -> None:
-    """Refuse synonyms of a class that no file has: a slip of the pen would go unseen."""
-    known = sorted({name for file in files for name in file.categories})
-    for name in synonyms:
-        if name not in known:
-            some = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
-            raise UserError(
-                f"{where} names the class {shown(name)}, which no file of instances has: expected some of {some}"
-            )

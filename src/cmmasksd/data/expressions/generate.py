@@ -15,9 +15,11 @@ from itertools import combinations
 
 import numpy as np
 
+from cmmasksd.data.expressions.claims import Claim, true_claims
+from cmmasksd.data.expressions.colours import naming_colours
 from cmmasksd.data.expressions.instances import Instance
 from cmmasksd.data.expressions.language import BEFORE_NOUN, word
-from cmmasksd.data.expressions.meaning import ZONES, Claim, Meaning
+from cmmasksd.data.expressions.meaning import ZONES, Meaning
 from cmmasksd.data.expressions.words import BODY, PERSONS, PRONOUNS, WORN, Vocabulary
 
 _SLOTS = {
@@ -117,7 +119,7 @@ def _describe(meaning: Meaning, target: int, rng: random.Random, keep: float) ->
     nouns = list(meaning.nouns(target))
     effort = {noun: rng.random() + 0.25 * bool(place) for place, noun in enumerate(nouns)}
     for noun in sorted(nouns, key=effort.__getitem__):
-        claims = meaning.claims(target, noun)
+        claims = true_claims(meaning, target, noun)
         if noun in PRONOUNS:
             claims = [claim for claim in claims if claim.kind not in BEFORE_NOUN]
         chosen = _needed(meaning, target, noun, claims, rng)
@@ -169,7 +171,7 @@ def describe_nothing(meaning: Meaning, categories: Mapping[str, int], rng: rando
     """A sentence that is true of nothing in the image, not even loosely of a part of a crowd.
 
     Args:
-        meaning: of the image.
+        meaning: meaning of the image.
         categories: all classes that were labelled in the image if it has them, with their numbers in the data set.
         rng: the only source of chance.
 
@@ -190,7 +192,7 @@ def describe_nothing(meaning: Meaning, categories: Mapping[str, int], rng: rando
         kind = meaning.noun(noun)[1]
         claims: tuple[Claim, ...] = ()
         if wrong or rng.random() < 0.3:
-            colours = sorted(meaning.colours_of(name))
+            colours = sorted(naming_colours(name))
             if colours and rng.random() < 0.6:
                 colour = rng.choice(colours)
                 if colour == noun:

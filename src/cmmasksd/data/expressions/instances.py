@@ -78,7 +78,7 @@ class InstanceFile:
         image_folder: folder of the image files; by default `images` beside the file, or else the file's own folder.
 
     Attributes:
-        images: in the order of the file.
+        images: images in the order of the file.
         categories: class -> number of annotations in the file, for all classes that it labels.
         image_folder: None where no image file was found.
 
@@ -97,7 +97,7 @@ class InstanceFile:
         names = _categories(categories, path)
         by_image = _annotations(annotations, names, path)
         self.categories = Counter(dict.fromkeys(names.values(), 0))
-        self.categories.update(annotation.category for found in by_image.values() for annotation in found)
+        self.categories.update(annotation.category for group in by_image.values() for annotation in group)
         files: dict[int, tuple[str, int, int]] = {}
         for record in images:
             image_id = whole_number(record, "id", f"{path}: an image")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from cmmasksd.data.expressions.meaning import Claim, Meaning
+from cmmasksd.data.expressions.claims import Claim
+from cmmasksd.data.expressions.meaning import Meaning
 from cmmasksd.data.expressions.words import ADORNMENTS, BODY, CARRIED, MOUNTS, PERSONS, PRONOUNS, WORN
 
 _ORDER = {
@@ -37,7 +38,7 @@ def word(meaning: Meaning, target: int | None, noun: str, claims: Sequence[Claim
     """Word a description.
 
     Args:
-        meaning: of the image.
+        meaning: meaning of the image.
         target: index of the object; None where the description is true of nothing.
         noun: what the object is called.
         claims: at most one of each of place, colour, and relation.

@@ -1,1 +1,1 @@
-"""Dual encoders: `base` says what one must offer, and each family has its own file."""
+"""Dual encoders: `base` says what one must offer, each family has its own file, `families` lists them."""

@@ -1,7 +1,8 @@
 """What a dual encoder must offer: two towers (`ImageTower`, `TextTower`) into one joint space, and its `EncoderSizes`.
 
 The decoder and the objective know encoders only by the records that pass between them: `Tokens` in, `ImageFeatures`
-and `TextFeatures` out. A new family is one file beside `clip.py`: the two towers, and its sizes from its configuration.
+and `TextFeatures` out. A new family is one file beside `clip.py` that ends with its `Family`, and one line in
+`families.py`.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class Word(NamedTuple):
@@ -225,3 +229,18 @@ class EncoderSizes(NamedTuple):
     """Number of token ids."""
     start_token: int
     end_token: int
+
+
+class Family(NamedTuple):
+    """What a family of encoders consists of."""
+
+    network: type[PreTrainedModel]
+    """transformers' model, whose weights a saved model holds."""
+    config: Callable[[object], PreTrainedConfig]
+    """The network's configuration from the content of its config.json, every size within bounds (UserError)."""
+    sizes: Callable[[Any], EncoderSizes]
+    """From this configuration."""
+    towers: Callable[[Any], DualEncoder]
+    """The towers of a network, as views that share its modules."""
+    unused: tuple[str, ...]
+    """Parameters of the network that no mask depends on, such as the temperature of contrastive training."""

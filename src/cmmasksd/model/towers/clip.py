@@ -12,24 +12,46 @@ which hides words through its attention mask. No forward hooks: threads may shar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from cmmasksd.model.towers.base import (
     DualEncoder,
     EncoderSizes,
+    Family,
     ImageFeatures,
     ImageTower,
     TextFeatures,
     TextTower,
     Tokens,
 )
+from cmmasksd.model.towers.bounds import TEXT, TOKEN_ID, VISION, bounded, bounded_tower, section
 
-if TYPE_CHECKING:
-    from transformers import CLIPConfig, CLIPModel
+_CLIP = {"projection_dim": (1, 16_384), "logit_scale_init_value": (-100.0, 100.0), "initializer_factor": (0.0, 1e4)}
+_TOWER = {"projection_dim": (1, 16_384), "initializer_range": (0.0, 1e4), "initializer_factor": (0.0, 1e4)}
+_IDS = {f"{name}_token_id": TOKEN_ID for name in ("bos", "eos", "pad")}
+_MAY_BE_NULL = ("bos_token_id", "pad_token_id")  # neither is used
+
+
+def clip_config(content: object) -> CLIPConfig:
+    """A CLIPConfig from the content of a config.json.
+
+    Raises:
+        UserError: it is not a CLIP's, or a size is out of bounds.
+    """
+    clip = section(content, "clip_config")
+    sections = (("text_config", CLIPTextConfig, TEXT | _IDS), ("vision_config", CLIPVisionConfig, VISION))
+    towers: dict[str, Any] = {}
+    for name, kind, bounds in sections:
+        # the first CLIPs in transformers' format have a second section, which takes precedence
+        tower = section(clip.get(name), name) | section(clip.get(f"{name}_dict"), f"{name}_dict")
+        tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
+        towers[name] = bounded_tower(tower, bounds | _TOWER, name, kind)
+    return CLIPConfig(**bounded(clip, _CLIP), **towers)
 
 
 def dual_encoder(clip: CLIPModel) -> DualEncoder:
@@ -131,3 +153,6 @@ def _end(eos_token_id: int, input_ids: Tensor) -> Tensor:
     highest id."""
     ids = input_ids.int()  # ONNX has no argmax of int64
     return (ids if eos_token_id == 2 else (ids == eos_token_id).int()).argmax(-1)
+
+
+CLIP = Family(CLIPModel, clip_config, encoder_sizes, dual_encoder, unused=("logit_scale",))

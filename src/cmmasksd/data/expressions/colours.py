@@ -1,4 +1,4 @@
-"""Facts of an object that are measured in its mask: where it lies, how large it is, which colours it has.
+"""Colours of objects: measured in their masks, and those by which people name the objects of a class.
 
 Colours are regions of CIELAB in lightness, chroma and hue. A pixel in the core of a region surely has the colour's
 name; one in the wider region around it might be called so. Pixels between two cores have no sure name.
@@ -6,9 +6,9 @@ name; one in the wider region around it might be called so. Pixels between two c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+
+from cmmasksd.data.expressions.words import ANIMALS, PERSONS
 
 MIN_PIXELS = 150
 """Colours of fewer pixels are not measured."""
@@ -36,31 +36,27 @@ MIN_SHARE = 0.55
 MAX_OTHER = 0.2
 """Share of the pixels that might be called by a colour up to which nobody would name the object by it."""
 
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Where a mask lies.
-
-    Attributes:
-        box: (x0, y0, x1, y1) in pixels, half-open.
-        centres: centre of the box and centroid of the mask, (x, y) in pixels each.
-        area: number of pixels.
-    """
-
-    box: tuple[int, int, int, int]
-    centres: tuple[tuple[float, float], tuple[float, float]]
-    area: int
-
-
-def measure_shape(mask: np.ndarray) -> Shape | None:
-    """The box, centres and area of a mask, (H, W) bool; None where it is empty."""
-    columns, rows = mask.sum(axis=0), mask.sum(axis=1)
-    area = int(columns.sum())
-    if not area:
-        return None
-    (x0, x1), (y0, y1) = (np.flatnonzero(counts)[[0, -1]].tolist() for counts in (columns, rows))
-    x, y = (float(counts @ np.arange(len(counts)) / area + 0.5) for counts in (columns, rows))
-    return Shape((x0, y0, x1 + 1, y1 + 1), (((x0 + x1 + 1) / 2, (y0 + y1 + 1) / 2), (x, y)), area)
+_NO_COLOURS = frozenset(
+    (
+        *("skin", "glasses", "tv", "laptop", "cell phone", "clock", "sink", "microwave", "traffic light", "stop sign"),
+        *(
+            "fork",
+            "knife",
+            "spoon",
+            "scissors",
+            "wine glass",
+            "bottle",
+            "bowl",
+            "bicycle",
+            "tennis racket",
+            "parking meter",
+        ),
+        *("pizza", "sandwich", "hot dog", "broccoli", "carrot", "orange", "banana", "zebra", "giraffe"),
+    )
+)
+_ANIMAL_COLOURS = frozenset(("black", "white", "brown", "gray", "black and white"))
+_CLOTHES_COLOURS = frozenset(("red", "green", "blue", "yellow", "black", "white", "purple"))  # the rest could be skin
+_HAIR_COLOURS = frozenset(("black", "brown"))
 
 
 def measure_colours(image: np.ndarray, mask: np.ndarray) -> dict[str, tuple[float, float]] | None:
@@ -80,15 +76,15 @@ def measure_colours(image: np.ndarray, mask: np.ndarray) -> dict[str, tuple[floa
     lightness, chroma, hue = _lch(image.reshape(-1, 3)[places[:: max(1, len(places) // _SAMPLE)]])
     shares = {}
     for name, (dark, light, dull, vivid, first, last) in _CORES.items():
-        found = []
+        part = []
         for by_lightness, by_chroma, by_hue in ((0, 0, 0), _AROUND):
             inside = (lightness >= dark - by_lightness) & (lightness < light + by_lightness)
             inside &= (chroma >= dull - by_chroma) & (chroma < vivid + by_chroma)
             if last - first < 360:
                 turn = (hue - (first - by_hue)) % 360
                 inside &= turn <= (last - first) % 360 + 2 * by_hue
-            found.append(float(inside.mean()))
-        shares[name] = (found[0], found[1])
+            part.append(float(inside.mean()))
+        shares[name] = (part[0], part[1])
     return shares
 
 
@@ -117,6 +113,19 @@ def may_be_called(shares: dict[str, tuple[float, float]] | None, colour: str, mo
     if colour == "black and white":
         return min(shares["black"][1], shares["white"][1]) > most / 2
     return shares[colour][1] > most
+
+
+def naming_colours(name: str) -> frozenset[str]:
+    """The colours by which people name objects of a class."""
+    if name in _NO_COLOURS:
+        return frozenset()
+    if name in PERSONS:
+        return _CLOTHES_COLOURS
+    if name == "hair":
+        return _HAIR_COLOURS
+    if name in ANIMALS and name not in ("bird", "teddy bear"):
+        return _ANIMAL_COLOURS | {"orange"} if name == "cat" else _ANIMAL_COLOURS
+    return frozenset(COLOURS) - {"black and white"}
 
 
 def _lch(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,12 @@
+"""The families of dual encoders, by the `model_type` of their config.json.
+
+Our config.json nests the configuration of the backbone under `<model_type>_config`, and the names of its weights begin
+with `<model_type>.`.
+"""
+
+from __future__ import annotations
+
+from cmmasksd.model.towers.base import Family
+from cmmasksd.model.towers.clip import CLIP
+
+FAMILIES: dict[str, Family] = {"clip": CLIP}
