@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
-from cmmasksd.data.images import read_bytes
+from cmmasksd.data.images import IMAGE_SUFFIXES, read_bytes
 from cmmasksd.data.readers.rows import SUFFIXES, read_rows
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, shown
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Suffixes of the files in a folder that are read as images."""
 
 STDOUT = Path("-")
 """Standard output in place of a file or folder, or standard input in place of an image."""
