@@ -27,8 +27,8 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 32 << 20
-"""Size limits of a model's JSON files and of its tokenizer's files. CLIP's tokenizer.json has 2 MB."""
+JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20
+"""Size limits of a model's JSON files and of its tokenizer's files. CLIP's tokenizer.json has 2 MB, SigLIP 2's 34."""
 
 
 def is_hub_id(name: str | Path) -> bool:

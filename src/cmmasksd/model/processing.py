@@ -26,7 +26,7 @@ from cmmasksd.model.placement import (
     threshold_to_logit,
     whole,
 )
-from cmmasksd.model.tokenizing import MAX_TOKENS, check_tokenizer, load_tokenizer, tokenize
+from cmmasksd.model.tokenizing import MAX_TOKENS, check_tokenizer, load_tokenizer, lower_case, tokenize
 from cmmasksd.model.towers.base import EncoderSizes, Tokens
 
 if TYPE_CHECKING:
@@ -205,31 +205,38 @@ class CMMaskSDProcessor:
         max_tokens: int,
     ) -> CMMaskSDProcessor:
         """A processor for a new model on a backbone, given by folder or hub id. Mean and standard deviation of pixels
-        are the backbone's, or CLIP's where it names none.
+        are the backbone's, or its family's where it names none.
 
         Raises:
             UserError: the tokenizer or these values cannot be read, or the tokenizer does not fit the backbone.
         """
+        from cmmasksd.model.towers.families import FAMILIES
+
         folder = files_of(name, (*TOKENIZER_FILES, "config.json", *_PREPROCESSING))
-        tokenizer, (mean, std) = load_tokenizer(folder), _mean_and_std(folder)
+        tokenizer, family = load_tokenizer(folder), FAMILIES.get(_kind(folder), FAMILIES["clip"])
+        mean, std = _mean_and_std(folder, family.mean_and_std)
+        if family.lower_case:
+            lower_case(tokenizer)
         if (sizes := _encoder_sizes(folder)) is not None:
             check_tokenizer(tokenizer, sizes, folder)
             tokenizer.model_max_length = min(tokenizer.model_max_length, sizes.max_tokens)
         return cls(tokenizer, size, patch_size=patch_size, resize=resize, max_tokens=max_tokens, mean=mean, std=std)
 
 
-def _mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(
+    folder: Path, default: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a backbone's pixels; transformers 5 writes them into a part of the second file."""
     file = next((folder / name for name in _PREPROCESSING if (folder / name).is_file()), None)
     if file is None:
-        return CLIP_MEAN, CLIP_STD
+        return default
     settings = read_json(file)
     if file.name == FILE_NAME:
         settings = settings.get("image_processor", {})
     if not isinstance(settings, dict):
         raise UserError(f"{file}: image_processor is {shown(settings)}, expected an object")
     try:
-        return mean_and_std(settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD), "image_")
+        return mean_and_std(settings.get("image_mean", default[0]), settings.get("image_std", default[1]), "image_")
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -239,9 +246,14 @@ def _encoder_sizes(folder: Path) -> EncoderSizes | None:
     from cmmasksd.model.configuration import read_backbone_config, read_config
     from cmmasksd.model.towers.families import FAMILIES
 
-    if not (folder / "config.json").is_file():
-        return None
-    kind = read_json(folder / "config.json").get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES:
+    kind = _kind(folder)
+    if kind in FAMILIES:
         return FAMILIES[kind].sizes(read_backbone_config(folder))
     return read_config(folder).encoder if kind == MODEL_TYPE else None
+
+
+def _kind(folder: Path) -> str:
+    """The `model_type` in config.json; "" where there is none."""
+    if not (folder / "config.json").is_file():
+        return ""
+    return str(read_json(folder / "config.json").get("model_type", ""))
