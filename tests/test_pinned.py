@@ -17,7 +17,7 @@ MODELS = ("scenes", "tiny")
 COMMANDS = (
     *("demo", "train", "evaluate", "compare", "predict", "export", "serve", "explain", "data"),
     *("data scenes", "data expressions"),
-    *("examples", "pretrain", "push", "report", "completion"),
+    *("convert", "examples", "pretrain", "push", "report", "completion"),
 )
 
 

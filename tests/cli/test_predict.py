@@ -14,6 +14,7 @@ from PIL import Image
 
 from cli.commands import lines, main, photo
 from cmmasksd.data.masks import decode_segmentation
+from cmmasksd.data.readers.manifest import ManifestDataset
 from cmmasksd.inference import predict
 from cmmasksd.inference.predictor import Segmenter
 
@@ -312,3 +313,79 @@ def test_predict_on_a_real_photograph(real_data: Path, run: Path, tmp_path: Path
         with Image.open(file) as image:
             assert image.size == size
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("where", ["apart", "beside"])
+def test_predictions_are_corrected_in_labelme_and_trained_on(run: Path, tmp_path: Path, where: str):
+    """predict -> labelme -> train: the folder that predict writes is a data set."""
+    folder = tmp_path / "in"
+    out = folder if where == "beside" else tmp_path / "out" / "labels"
+    folder.mkdir()
+    for nth, name in enumerate(("a.png", "A.jpg", "c.jpg", "d.png")):
+        photo(folder / name, nth)
+    given = ["--model", run / "best", "--image", folder, "--text", "left", "--text", "top", "--threshold", 0.01]
+    assert main("predict", *given, "--labelme", out) == 0
+    assert len(list(out.glob("*.json"))) == 4
+    assert len(list(out.iterdir())) == 8
+    data = ManifestDataset(out, "all")
+    assert len(data) == 8
+    for reference in data:
+        assert reference.expressions[0].text in ("left", "top")
+        assert data.image(reference).shape[:2] == data.mask(reference).shape == (24, 32)
+    file = out / "c.json"
+    content = json.loads(file.read_text())
+    content["shapes"] = [content["shapes"][0] | {"label": "corner", "points": [[1, 1], [9, 1], [9, 9], [1, 9]]}]
+    file.write_text(json.dumps(content))  # as somebody corrects it
+    corrected = ManifestDataset(out, "all")
+    assert sum(r.expressions[0].text == "corner" and corrected.mask(r).sum() == 64 for r in corrected) == 1
+    small = ["--model.size", "[64,64]", "--model.decoder_width", 32, "--model.decoder_mlp", 48]
+    small += ["--model.decoder_heads", 4, "--model.head_width", 16, "--model.backbone", "tiny"]
+    small += ["--data.workers", 0, "--data.val_references", 0, "--training.epochs", 1, "--training.batch", 2]
+    assert (
+        main("train", "--data.name", "manifest", "--data.root", out, *small, "--training.out", tmp_path / "fitted") == 0
+    )
+    assert (tmp_path / "fitted" / "best").is_dir()
+
+
+def test_labelme_and_coco_are_not_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    photo(tmp_path / "a.png")
+    photo(tmp_path / "b.gif")
+    given = ["--model", run / "best", "--image", tmp_path / "a.png", "--text", "left", "--threshold", 0.01]
+    out, file = tmp_path / "out", tmp_path / "made.json"
+    assert main("predict", *given, "--labelme", out, "--coco", file) == 0
+    content = json.loads(file.read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a.png"]
+    assert content["annotations"][0]["expression"] == content["categories"][0]["name"] == "left"
+    assert not list(tmp_path.glob("*_mask.png"))
+    capsys.readouterr()
+    for more, said in (
+        (["--labelme", out], "already holds JSON files"),
+        (["--coco", file], "already exists"),
+        (["--coco", tmp_path / "new.json", "--json", tmp_path / "rows.jsonl", "--resume"], "leave out --coco"),
+        (["--coco", tmp_path / "new.json", "--image", tmp_path / "b.gif"], "use --labelme"),
+        (["--coco", "-"], "do not write to standard output"),
+    ):
+        assert main("predict", *given, *more) == 2
+        assert said in capsys.readouterr().err
+    assert main("predict", *given, "--image", tmp_path / "b.gif", "--labelme", tmp_path / "frames") == 0
+    assert len(list((tmp_path / "frames").glob("b_f000*.png"))) == 3
+
+
+def test_coco_of_many_images(run: Path, tmp_path: Path):
+    for nth, name in enumerate(("a/1.png", "b/1.png", "b/2.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        photo(tmp_path / name, nth)
+    rows = [{"image": name, "text": text} for name in ("a/1.png", "b/1.png", "b/2.png") for text in ("left", name)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", run / "best", "--image", tmp_path / "rows.jsonl", "--threshold", 0.01]
+    assert main("predict", *given, "--coco", tmp_path / "elsewhere" / "all.json", "--labelme", tmp_path / "l") == 0
+    content = json.loads((tmp_path / "elsewhere" / "all.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a/1.png", "b/1.png", "b/2.png"]
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    assert len(names) == 4
+    assert [names[a["category_id"]] for a in content["annotations"]] == [row["text"] for row in rows]
+    assert [a["image_id"] for a in content["annotations"]] == [1, 1, 2, 2, 3, 3]
+    assert len({a["id"] for a in content["annotations"]}) == 6
+    labels = [json.loads(file.read_text()) for file in (tmp_path / "l").glob("*.json")]
+    assert len({label["imagePath"] for label in labels}) == 3
+    assert len(ManifestDataset(tmp_path / "l", "all")) == 6

@@ -17,6 +17,7 @@ from cmmasksd import __version__
 from cmmasksd.cli import (
     compare,
     completion,
+    convert,
     data,
     demo,
     evaluate,
@@ -43,6 +44,7 @@ COMMANDS = {
     "serve": serve,
     "explain": explain,
     "data": data,
+    "convert": convert,
     "examples": examples,
     "push": push,
     "report": report,

@@ -32,13 +32,22 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path | None,
-        help="folder for masks and overlays (default: this one, or none with --json); or -, the mask of a single "
-        "sentence as PNG on standard output",
+        help="folder for masks and overlays (default: this one, or none with --json, --labelme or --coco); or -, the "
+        "mask of a single sentence as PNG on standard output",
     )
     parser.add_argument(
         "--json",
         type=Path | None,
         help="file for one line of JSON per sentence, written as it is predicted; or -, standard output",
+    )
+    parser.add_argument(
+        "--labelme",
+        type=Path | None,
+        metavar="FOLDER",
+        help="folder for labelme files and copies of the images, to correct the masks and train on them",
+    )
+    parser.add_argument(
+        "--coco", type=Path | None, metavar="FILE", help="COCO file of all masks, each with its sentence"
     )
     parser.add_argument("--resume", action="store_true", help="resume an interrupted run that wrote --json")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is in the mask")
@@ -46,32 +55,36 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    from cmmasksd.inference.outputs import FileNames, output_folder, write_images
+    from cmmasksd.inference.outputs import AnnotationWriter, FileNames, output_folder, write_images
     from cmmasksd.inference.predict import Failure, failure_summary, predict
     from cmmasksd.inference.predictor import load_segmenter
     from cmmasksd.inference.rows import json_row, require_free, row_writer
     from cmmasksd.inference.sources import STDOUT
 
     sources = _sources(settings)
-    folder = output_folder(settings.out, settings.json, settings.image, sources)
+    annotated = settings.labelme is not None or settings.coco is not None
+    folder = output_folder(settings.out, settings.json, settings.image, sources, annotations=annotated)
+    annotations = AnnotationWriter(settings.labelme, settings.coco, sources, resume=settings.resume)
     require_free(settings.json, settings.resume)
     segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
     options = {"threshold": settings.threshold, "out": folder and str(folder)}
-    names, failures, rows = FileNames(sources), [], []
+    names, failures, unit = FileNames(sources), [], []
     with row_writer(settings.json, settings.model, sources, resume=settings.resume, **options) as (done, write_rows):
         for result in predict(segmenter, sources, done=done, progress=True):
             if isinstance(result, Failure):
                 failures.append(result.reason)
-                rows = []
+                unit = []
                 continue
             stem = names.stem(result.index, result.frame)
             files = write_images(result, stem, folder)
             if STDOUT not in (settings.out, settings.json):
                 _print_line(result, "" if len(sources) == 1 and result.frame is None else f"{stem}: ", files)
-            rows.append(json_row(result))
+            unit.append(result)
             if result.last:
-                write_rows(result.unit, rows)  # last: a row implies its mask and overlay
-                rows = []
+                annotations.write(unit)
+                write_rows(result.unit, [json_row(prediction) for prediction in unit])  # last: a row implies its files
+                unit = []
+    annotations.close()
     if failures:
         raise UserError(failure_summary(failures, len({source.image for source in sources})))
 

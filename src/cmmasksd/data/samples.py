@@ -7,7 +7,7 @@ with one or more *expressions* (sentences) that each name it. An image may hold 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,14 +73,6 @@ class Reference:
             raise UserError(f"reference {self.ref_id} has no expression: remove it or give it a sentence")
 
 
-def group_by_image(references: Iterable[Reference]) -> list[list[int]]:
-    """Indices of the references that share an image, images in the order of their first reference."""
-    groups: dict[int, list[int]] = {}
-    for index, reference in enumerate(references):
-        groups.setdefault(reference.image_id, []).append(index)
-    return list(groups.values())
-
-
 class ReferringDataset(Protocol):
     """One split of a data set: all that training and evaluation know of it. It pickles, for workers."""
 
@@ -107,3 +99,22 @@ class ReferringDataset(Protocol):
     def groups(self) -> Sequence[Sequence[int]]:
         """Indices of the references that share an image: one sequence per image, in a fixed order."""
         ...
+
+
+class ReferenceList:
+    """The part of a `ReferringDataset` that follows from the list of its references, `_references`."""
+
+    _references: Sequence[Reference]
+
+    def __len__(self) -> int:
+        return len(self._references)
+
+    def __getitem__(self, index: int) -> Reference:
+        return self._references[index]
+
+    def groups(self) -> list[list[int]]:
+        """Indices of the references that share an image, images in the order of their first reference."""
+        groups: dict[int, list[int]] = {}
+        for index, reference in enumerate(self._references):
+            groups.setdefault(reference.image_id, []).append(index)
+        return list(groups.values())

@@ -31,8 +31,8 @@ def to_coco(segmentations: Sequence[Segmentation], *, file_name: str = "image", 
         image_id: id of the image in the data set.
 
     Returns:
-        A dict ready for JSON: the image, annotations with polygons, area, bbox and our score, and one category per
-        distinct sentence.
+        A dict ready for JSON: the image, annotations with polygons, area, bbox, our score and the sentence, and one
+        category per distinct sentence.
 
     Raises:
         UserError: the list is empty, or has segmentations of several images.
@@ -54,6 +54,7 @@ def to_coco(segmentations: Sequence[Segmentation], *, file_name: str = "image", 
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "iscrowd": 0,
                 "score": segmentation.score,
+                "expression": segmentation.text,
             }
         )
     return {
@@ -62,6 +63,27 @@ def to_coco(segmentations: Sequence[Segmentation], *, file_name: str = "image", 
         "images": [{"id": image_id, "file_name": file_name, "height": height, "width": width}],
         "annotations": annotations,
         "categories": [{"id": index, "name": name, "supercategory": ""} for index, name in enumerate(names, start=1)],
+    }
+
+
+def merge_coco(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One COCO data set from those of single images, which `to_coco` returns. Ids are given anew."""
+    categories: dict[str, int] = {}
+    images, annotations = [], []
+    for image_id, part in enumerate(parts, start=1):
+        names = {category["id"]: category["name"] for category in part["categories"]}
+        images.append(part["images"][0] | {"id": image_id})
+        for annotation in part["annotations"]:
+            name = names[annotation["category_id"]]
+            category_id = categories.setdefault(name, len(categories) + 1)
+            ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id}
+            annotations.append(annotation | ids)
+    return {
+        "info": {"description": "cmmasksd"},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": index, "name": name, "supercategory": ""} for name, index in categories.items()],
     }
 
 

@@ -1,20 +1,25 @@
-"""The masks and overlays that `cmmasksd predict` writes, and their file names."""
+"""The files that `cmmasksd predict` writes (masks, overlays, annotations), and their names."""
 
 from __future__ import annotations
 
 import io
+import json
+import os
 import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from cmmasksd.errors import UserError
-from cmmasksd.files import whole_file
+from cmmasksd.files import whole_file, write_text
 from cmmasksd.inference.base import Segmentation
+from cmmasksd.inference.formats import merge_coco, to_coco, to_labelme
 from cmmasksd.inference.predict import Prediction
 from cmmasksd.inference.sources import STDOUT, Source
 from cmmasksd.inference.visualize import PALETTE
@@ -57,11 +62,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "sentence"
 
 
-def output_folder(out: Path | None, json: Path | None, image: Path, sources: Sequence[Source]) -> Path | None:
-    """The folder for masks and overlays: `out`, else the current folder, unless rows of JSON are written.
+def output_folder(
+    out: Path | None, json: Path | None, image: Path, sources: Sequence[Source], *, annotations: bool = False
+) -> Path | None:
+    """The folder for masks and overlays: `out`, else the current folder, unless other results are written.
 
     Args:
         out, json, image: the command's options.
+        annotations: whether the command writes annotations.
         sources: the images that `image` stands for.
 
     Returns:
@@ -74,7 +82,7 @@ def output_folder(out: Path | None, json: Path | None, image: Path, sources: Seq
         raise UserError("--out - and --json - both write to standard output: give a file or folder to one of them")
     if out == STDOUT and (len(sources) > 1 or len(sources[0].texts) > 1):
         raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
-    folder = out or (None if json else Path("."))
+    folder = out or (None if json or annotations else Path("."))
     if folder is not None and folder.is_dir() and image.is_dir() and folder.samefile(image):
         raise UserError(f"--out {folder} is the folder of images, and would mix masks with them: use --out out")
     return folder
@@ -105,6 +113,73 @@ def write_images(prediction: Prediction, stem: str, folder: Path | None) -> list
     sys.stdout.buffer.write(content.getvalue())
     sys.stdout.buffer.flush()
     return []
+
+
+class AnnotationWriter:
+    """Predictions as annotations for labelling tools: one labelme file per image, or one COCO file.
+
+    Args:
+        labelme: folder of the labelme files; images that lie elsewhere are copied into it.
+        coco: COCO file, written by `close`; its images are named relative to its folder, or to their common folder
+            where they lie elsewhere.
+        sources: the images.
+        resume: whether a run is resumed, so that `labelme` holds files.
+
+    Raises:
+        UserError: `labelme` holds files, or `coco` cannot hold the images.
+    """
+
+    def __init__(
+        self, labelme: Path | None, coco: Path | None, sources: Sequence[Source], *, resume: bool = False
+    ) -> None:
+        self._labelme, self._coco = labelme, coco
+        self._names = FileNames(sources)
+        self._parts: list[dict[str, Any]] = []
+        if STDOUT in (labelme, coco):
+            raise UserError("--labelme and --coco do not write to standard output: name a folder or file")
+        if labelme is not None and not resume and labelme.is_dir() and any(labelme.glob("*.json")):
+            raise UserError(f"--labelme {labelme} already holds JSON files: give another folder")
+        if coco is None:
+            return
+        if resume:
+            raise UserError("--resume does not complete a COCO file: leave out --coco")
+        if coco.exists():
+            raise UserError(f"--coco {coco} already exists: delete it or give another file")
+        files = [source.image.resolve() for source in sources if isinstance(source.image, Path)]
+        if len(files) < len(sources):
+            raise UserError("--coco needs image files: save the image instead of giving it on standard input")
+        folder = coco.parent.resolve()
+        inside = all(file.is_relative_to(folder) for file in files)
+        self._root = folder if inside else Path(os.path.commonpath([file.parent for file in files]))
+
+    def write(self, predictions: Sequence[Prediction]) -> None:
+        """Take the predictions of one image, or of one frame."""
+        first = predictions[0]
+        image, stem = first.source.image, self._names.stem(first.index, first.frame)
+        segmentations = [prediction.segmentation for prediction in predictions]
+        if self._coco is not None:
+            if first.frame is not None or isinstance(image, bytes):
+                raise UserError(f"{first.source.name} has several frames, which COCO cannot name: use --labelme DIR")
+            file_name = image.resolve().relative_to(self._root).as_posix()
+            self._parts.append(to_coco(segmentations, file_name=file_name))
+        if self._labelme is not None:
+            self._labelme.mkdir(parents=True, exist_ok=True)
+            if first.frame is not None or isinstance(image, bytes):
+                file_name = f"{stem}.png"
+                Image.fromarray(first.segmentation.image).save(self._labelme / file_name)
+            elif image.parent.samefile(self._labelme):
+                file_name = image.name
+            else:
+                file_name = f"{stem}{image.suffix}"
+                shutil.copyfile(image, self._labelme / file_name)
+            content = to_labelme(segmentations, file_name=file_name)
+            write_text(self._labelme / f"{stem}.json", json.dumps(content, ensure_ascii=False, indent=1))
+
+    def close(self) -> None:
+        """Write the COCO file."""
+        if self._coco is not None:
+            self._coco.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._coco, json.dumps(merge_coco(self._parts)))
 
 
 def mask_image(segmentation: Segmentation) -> Image.Image:

@@ -118,7 +118,8 @@ def read_backbone_config(folder: Path, families: Container[str] = FAMILIES) -> P
         UserError: config.json is of another kind of model, or a size is out of bounds.
     """
     names = " or ".join(family.label for name, family in FAMILIES.items() if name in families)
-    content = _of_type(folder, families, f"{names}: choose a backbone in transformers' format")
+    remedy = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
+    content = _of_type(folder, families, f"{names}: {remedy}")
     return _in_file(folder, lambda: FAMILIES[content["model_type"]].config(content))
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,32 +16,39 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from cmmasksd.errors import UserError, reason, shown
 from cmmasksd.files import safe_path
 from cmmasksd.model.configuration import read_backbone_config
-from cmmasksd.model.locating import files_of, read_json, require
+from cmmasksd.model.locating import checkpoint_file, files_of, is_checkpoint, open_clip_settings, read_json, require
+from cmmasksd.model.torchscript import is_torchscript, read_torchscript
+from cmmasksd.model.towers.clip import clip_config
 from cmmasksd.model.towers.families import FAMILIES
+from cmmasksd.model.towers.openai import to_transformers
 
 WEIGHTS = "model.safetensors"
+_REMEDY = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
 
 
 def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreTrainedModel:
-    """Load a backbone by folder or hub id into float32, every weight accounted for.
+    """Load a backbone into float32, every weight accounted for.
 
     Args:
-        name: folder, hub id, or "tiny".
-        families: those to accept.
+        name: folder or hub id in transformers' format, "tiny", or a CLIP of OpenAI or open_clip (see `is_checkpoint`).
+        families: those to accept; a checkpoint is always a CLIP.
 
     Raises:
         UserError: there is no backbone of these families, or its weights do not fit its configuration.
     """
+    if is_checkpoint(name):
+        config, weights = read_checkpoint(name)
+        return build(CLIPModel, CLIPModel.from_pretrained, config, weights, Path(name), dtype=torch.float32)
     folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
     if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
         folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
-    require(folder, ("config.json",), "choose a backbone in transformers' format")
+    require(folder, ("config.json",), _REMEDY)
     config, weights = read_backbone_config(folder, families), {}
     for file in _files_of_weights(folder):
         weights |= read_weights(file)
@@ -54,12 +62,38 @@ def load_clip(name: str | Path) -> CLIPModel:
     return clip
 
 
+def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    """Configuration and weights of a CLIP in the format of OpenAI or open_clip, converted to transformers'.
+
+    Args:
+        name: see `is_checkpoint`.
+        quick_gelu: the activation. None: that of the open_clip_config.json beside it; without such a file,
+            quick_gelu for OpenAI's archives and for names with "quickgelu" or "openai".
+
+    Raises:
+        UserError: the file is damaged, or holds no ViT CLIP.
+    """
+    file = checkpoint_file(name)
+    archive = is_torchscript(file)
+    weights = read_torchscript(file) if archive else read_weights(file)
+    settings = open_clip_settings(file.parent, "model_cfg")
+    if quick_gelu is None and settings:
+        quick_gelu = settings.get("quick_gelu") is True
+    elif quick_gelu is None:
+        quick_gelu = archive or "input_resolution" in weights or bool(re.search("quickgelu|openai", file.name.lower()))
+    try:
+        content, weights = to_transformers(weights, settings, quick_gelu=quick_gelu)
+        return clip_config(content), weights
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
 def _files_of_weights(folder: Path) -> list[Path]:
     """The weights of a backbone: one file, or the files in its folder that an index names."""
     names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
     name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
     if not name.endswith(".json"):
-        require(folder, (name,), "choose a backbone in transformers' format")
+        require(folder, (name,), _REMEDY)
         return [folder / name]
     index = folder / name
     weight_map = read_json(index).get("weight_map")
@@ -87,6 +121,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # what the two libraries raise for a damaged file has no common class
         raise UserError(f"cannot load {file}: {reason(error)}") from error
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):  # a run of open_clip
+        weights = weights["state_dict"]
     # a tensor that repeats its numbers (expanded) would need more memory than its file
     if not isinstance(weights, dict) or not all(
         isinstance(value, Tensor) and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
@@ -141,7 +177,7 @@ def build(
     for gap, keys in gaps.items():
         if keys:
             few = ", ".join(shown(key) for key in sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
-            raise UserError(f"{len(keys)} weights of {folder} are {gap} ({few}): the file does not fit its config.json")
+            raise UserError(f"{len(keys)} weights of {folder} are {gap} ({few}): they do not fit its configuration")
     return model
 
 

@@ -27,6 +27,11 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+HUB_PREFIX = "hf-hub:"
+"""What open_clip's names of models on the hub begin with."""
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20
 """Size limits of a model's JSON files and of its tokenizer's files. CLIP's tokenizer.json has 2 MB, SigLIP 2's 34."""
 
@@ -80,6 +85,11 @@ def files_of(name: str | Path, patterns: Iterable[str], **hub: Any) -> Path:
     name = located(name)
     if Path(name).is_dir():
         return Path(name)
+    if is_checkpoint(name):
+        raise UserError(
+            f"{name} is not a model folder: if it is a CLIP of OpenAI or open_clip, train on it with "
+            f"--model.backbone {name}, or convert it with cmmasksd convert {name} --out FOLDER"
+        )
     if not is_hub_id(name):
         raise UserError(f"there is no model folder {name}: give the folder of a trained model or a hub id")
     from huggingface_hub import snapshot_download
@@ -90,6 +100,54 @@ def files_of(name: str | Path, patterns: Iterable[str], **hub: Any) -> Path:
         raise UserError(
             f"cannot load {name}: there is no such folder, and the hub does not give it ({reason(error)})"
         ) from error
+
+
+def is_checkpoint(name: str | Path) -> bool:
+    """Whether a name is a CLIP in the format of OpenAI or open_clip: a file of weights, or hf-hub:USER/NAME."""
+    return str(name).startswith(HUB_PREFIX) or (Path(name).suffix in _WEIGHT_SUFFIXES and Path(name).is_file())
+
+
+def checkpoint_file(name: str | Path) -> Path:
+    """The weights of a CLIP in the format of OpenAI or open_clip (see `is_checkpoint`), downloaded if need be.
+
+    Raises:
+        UserError: the files cannot be downloaded, or there are none.
+    """
+    if not str(name).startswith(HUB_PREFIX):
+        return Path(name)
+    for file in _OPEN_CLIP_WEIGHTS:
+        folder = backbone_folder(name, (OPEN_CLIP_CONFIG, file))
+        if (folder / file).is_file():
+            require(folder, (OPEN_CLIP_CONFIG,), "give the id of a CLIP of open_clip")
+            return folder / file
+    raise UserError(f"{name} has neither {' nor '.join(_OPEN_CLIP_WEIGHTS)}: give the id of a CLIP of open_clip")
+
+
+def open_clip_settings(folder: Path, section: str) -> dict[str, Any]:
+    """A section of the open_clip_config.json in a folder; empty where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = folder / OPEN_CLIP_CONFIG
+    content = read_json(file).get(section, {}) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: {section} is {shown(content)}, expected an object: get the file again")
+    return content
+
+
+def backbone_folder(name: str | Path, patterns: Iterable[str]) -> Path:
+    """The folder of a backbone, as `files_of` gives it, or the folder that a checkpoint is in (see `is_checkpoint`).
+
+    Raises:
+        UserError: there is no such folder, and the files cannot be downloaded.
+    """
+    if str(name).startswith(HUB_PREFIX):
+        hub_id = str(name).removeprefix(HUB_PREFIX)
+        if not is_hub_id(hub_id):
+            raise UserError(f"{shown(str(name))} is not a name on the hub: expected {HUB_PREFIX}USER/NAME")
+        return files_of(hub_id, patterns)
+    return Path(name).parent if is_checkpoint(name) else files_of(name, patterns)
 
 
 def require(

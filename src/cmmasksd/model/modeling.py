@@ -167,8 +167,8 @@ class CMMaskSDModel(PreTrainedModel):
         """A new model on a trained dual encoder.
 
         Args:
-            name: a backbone in transformers' format: a folder, a hub id such as "openai/clip-vit-base-patch16", or
-                "tiny". `FAMILIES` has the known ones.
+            name: a folder or hub id in transformers' format, such as "openai/clip-vit-base-patch16" (`FAMILIES` has the
+                known ones), a CLIP of OpenAI or open_clip (a file, or hf-hub:USER/NAME), or "tiny".
             **sizes: fields of CMMaskSDConfig.
 
         Raises:

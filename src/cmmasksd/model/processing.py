@@ -15,7 +15,17 @@ import numpy as np
 from torch import Tensor
 
 from cmmasksd.errors import UserError, shown
-from cmmasksd.model.locating import MODEL_TYPE, TOKENIZER_FILES, files_of, model_folder, read_json, require
+from cmmasksd.model.locating import (
+    MODEL_TYPE,
+    OPEN_CLIP_CONFIG,
+    TOKENIZER_FILES,
+    backbone_folder,
+    is_checkpoint,
+    model_folder,
+    open_clip_settings,
+    read_json,
+    require,
+)
 from cmmasksd.model.pixels import CLIP_MEAN, CLIP_STD, cover, lay, normalize, restore
 from cmmasksd.model.placement import (
     MAX_SIDE,
@@ -204,7 +214,7 @@ class CMMaskSDProcessor:
         resize: Literal["warp", "letterbox"],
         max_tokens: int,
     ) -> CMMaskSDProcessor:
-        """A processor for a new model on a backbone, given by folder or hub id. Mean and standard deviation of pixels
+        """A processor for a new model on a backbone (see `load_backbone`). Mean and standard deviation of pixels
         are the backbone's, or its family's where it names none.
 
         Raises:
@@ -212,15 +222,36 @@ class CMMaskSDProcessor:
         """
         from cmmasksd.model.towers.families import FAMILIES
 
-        folder = files_of(name, (*TOKENIZER_FILES, "config.json", *_PREPROCESSING))
-        tokenizer, family = load_tokenizer(folder), FAMILIES.get(_kind(folder), FAMILIES["clip"])
-        mean, std = _mean_and_std(folder, family.mean_and_std)
-        if family.lower_case:
-            lower_case(tokenizer)
-        if (sizes := _encoder_sizes(folder)) is not None:
+        folder = backbone_folder(name, (*TOKENIZER_FILES, "config.json", *_PREPROCESSING, OPEN_CLIP_CONFIG))
+        tokenizer = load_tokenizer(folder)
+        if is_checkpoint(name):
+            from cmmasksd.model.loading import read_checkpoint
+            from cmmasksd.model.towers.clip import encoder_sizes
+
+            sizes, (mean, std) = encoder_sizes(read_checkpoint(name)[0]), checkpoint_mean_and_std(folder)
+        else:
+            family = FAMILIES.get(_kind(folder), FAMILIES["clip"])
+            sizes, (mean, std) = _encoder_sizes(folder), _mean_and_std(folder, family.mean_and_std)
+            if family.lower_case:
+                lower_case(tokenizer)
+        if sizes is not None:
             check_tokenizer(tokenizer, sizes, folder)
             tokenizer.model_max_length = min(tokenizer.model_max_length, sizes.max_tokens)
         return cls(tokenizer, size, patch_size=patch_size, resize=resize, max_tokens=max_tokens, mean=mean, std=std)
+
+
+def checkpoint_mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels of a checkpoint of OpenAI or open_clip: CLIP's where no
+    open_clip_config.json beside it names others.
+
+    Raises:
+        UserError: they cannot be read, or are out of bounds.
+    """
+    settings = open_clip_settings(folder, "preprocess_cfg")
+    try:
+        return mean_and_std(settings.get("mean", CLIP_MEAN), settings.get("std", CLIP_STD))
+    except UserError as error:
+        raise UserError(f"{folder / OPEN_CLIP_CONFIG}: {error}") from None
 
 
 def _mean_and_std(

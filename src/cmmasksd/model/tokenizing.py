@@ -14,7 +14,15 @@ from torch import Tensor
 
 from cmmasksd.data.samples import require_expression
 from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.model.locating import TOKENIZER_BYTES, TOKENIZER_FILES, files_of, no_panic, read_json, require, small
+from cmmasksd.model.locating import (
+    TOKENIZER_BYTES,
+    TOKENIZER_FILES,
+    backbone_folder,
+    no_panic,
+    read_json,
+    require,
+    small,
+)
 from cmmasksd.model.towers.base import EncoderSizes, Tokens
 
 if TYPE_CHECKING:
@@ -79,7 +87,8 @@ def _split_at_spaces(text: str, word_ids: list[int], spans: Tensor) -> tuple[lis
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone or a trained model, by folder or hub id.
+    """The tokenizer of a backbone or a trained model, by folder or hub id, or from beside a checkpoint of OpenAI or
+    open_clip.
 
     Only its vocabulary, its special tokens and its limit are read; transformers would also act on other settings of a
     stranger's files.
@@ -89,9 +98,10 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-    folder = files_of(name, TOKENIZER_FILES)
+    folder = backbone_folder(name, TOKENIZER_FILES)
     if not all((folder / file).is_file() for file in ("vocab.json", "merges.txt")):  # the files of old CLIPs
-        require(folder, ("tokenizer.json",), "get the tokenizer's files too")
+        remedy = "get the tokenizer's files too (that of OpenAI's and open_clip's CLIPs: openai/clip-vit-base-patch32)"
+        require(folder, ("tokenizer.json",), remedy)
     settings = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         settings |= read_json(folder / file) if (folder / file).is_file() else {}

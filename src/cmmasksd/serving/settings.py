@@ -27,41 +27,38 @@ def checked_key(key: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Address of a server, and limits that keep one client from hurting the others.
-
-    Attributes:
-        host: address to listen on; 0.0.0.0 lets other machines in.
-        port: port to listen on; 0 takes a free one.
-        allowed_hosts: host names in the addresses that clients use, such as masks.example.com. IP addresses and
-            localhost are always allowed. Empty: any name if `host` is a network address, else `host`.
-        max_bytes: maximum size of a request in bytes (413).
-        max_held: maximum size of all requests held at once, in bytes (429).
-        max_pixels: maximum number of pixels of an image, checked before it is decoded (413).
-        max_sentences: maximum number of sentences per request (422).
-        max_characters: maximum length of a sentence (422).
-        max_batch: maximum number of requests per batch.
-        max_wait: seconds to wait for a batch to fill.
-        queue: maximum number of waiting requests (429).
-        timeout: seconds until a request that is not answered is dropped (504).
-        body_timeout: seconds in which a client must send its request (408).
-        connections: maximum number of requests under way (503), and of idle connections. One client address gets half
-            of these, and of `max_held`.
-    """
+    """Address of a server, and limits that keep one client from hurting the others."""
 
     host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 lets other machines in"""
     port: int = 8000
+    """port to listen on; 0 takes a free one"""
     allowed_hosts: Sequence[str] = ()
+    """host names in the addresses that clients use, such as masks.example.com. IP addresses and localhost are always
+    allowed. Empty: any name if `host` is a network address, else `host`"""
     max_bytes: int = 10_000_000
+    """maximum size of a request in bytes (413)"""
     max_held: int = 200_000_000
+    """maximum size of all requests held at once, in bytes (429)"""
     max_pixels: int = 24_000_000
+    """maximum number of pixels of an image, checked before it is decoded (413)"""
     max_sentences: int = 32
+    """maximum number of sentences per request (422)"""
     max_characters: int = 300
+    """maximum length of a sentence (422)"""
     max_batch: int = 8
+    """maximum number of requests per batch"""
     max_wait: float = 0.005
+    """seconds to wait for a batch to fill"""
     queue: int = 32
+    """maximum number of waiting requests (429)"""
     timeout: float = 30.0
+    """seconds until a request that is not answered is dropped (504)"""
     body_timeout: float = 20.0
+    """seconds in which a client must send its request (408)"""
     connections: int = 100
+    """maximum number of requests under way (503), and of idle connections. One client address gets half of these, and
+    of `max_held`"""
 
     @property
     def host_names(self) -> frozenset[str] | None:

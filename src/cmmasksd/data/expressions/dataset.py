@@ -20,7 +20,7 @@ from cmmasksd.data.expressions.instances import AnnotatedImage, Annotation, Inst
 from cmmasksd.data.expressions.meaning import Meaning
 from cmmasksd.data.expressions.words import Vocabulary
 from cmmasksd.data.images import image_size, read_image
-from cmmasksd.data.samples import Expression, Reference, group_by_image
+from cmmasksd.data.samples import Expression, Reference, ReferenceList
 from cmmasksd.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -36,7 +36,7 @@ class Source:
     upright: bool
 
 
-class ExpressionDataset:
+class ExpressionDataset(ReferenceList):
     """One split of the sentences; implements ``ReferringDataset``. A reference to nothing has an empty mask."""
 
     name = "expressions"
@@ -44,14 +44,8 @@ class ExpressionDataset:
     def __init__(self, split: str, references: Sequence[Reference], sources: dict[int, Source]) -> None:
         self.split, self._references, self._sources = split, list(references), sources
 
-    def __len__(self) -> int:
-        return len(self._references)
-
-    def __getitem__(self, index: int) -> Reference:
-        return self._references[index]
-
     def source(self, reference: Reference) -> Source:
-        """Where a reference comes from."""
+        """Image and annotation of a reference."""
         return self._sources[reference.ref_id]
 
     def image(self, reference: Reference) -> np.ndarray:
@@ -66,10 +60,6 @@ class ExpressionDataset:
         source = self._sources[reference.ref_id]
         mask = None if source.annotation is None else source.file.mask(source.image, source.annotation)
         return np.zeros((source.image.height, source.image.width), bool) if mask is None else mask
-
-    def groups(self) -> list[list[int]]:
-        """Indices of the references that share an image."""
-        return group_by_image(self._references)
 
 
 @dataclass
@@ -172,7 +162,7 @@ def _is_upright(image: AnnotatedImage) -> bool:
 
 
 def _deal(names: Iterable[str], val: float, test: float) -> dict[str, str]:
-    """A split for every file name, by its digest; at least one image in every split that has a share."""
+    """Split of every file name, by its digest; a split with a share has at least one image."""
     order = sorted((hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest(), name) for name in set(names))
     place = [int(digest[:8], 16) / 16**8 for digest, _ in order]
     last_val = max(sum(p < val for p in place), val > 0)

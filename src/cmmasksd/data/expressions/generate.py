@@ -1,8 +1,7 @@
-"""From an annotated image to sentences that each name one of its objects, and to sentences that name none.
+"""Sentences that each name one object of an annotated image, and sentences that name none.
 
 A sentence starts as a logical description: a noun and claims. It is kept when it is strictly true of its object and not
-even loosely true of any other. Claims that it does not need are left out; sometimes one is put back, so that sentences
-vary: it is true all the same.
+even loosely true of any other. Redundant claims are left out; sometimes one is put back, so that sentences vary.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _SLOTS = {
 }
 """A description has at most one claim of each slot."""
 _ALONE = frozenset(("ordinal", "middle"))  # these count all of the kind: nothing else may narrow it
-_EFFORT = {  # the higher, the less often it is said
+_EFFORT = {  # the higher, the rarer the claim
     "colour": 0.3,
     "zone": 0.5,
     "corner": 1.3,
@@ -97,7 +96,7 @@ def describe(
 
 
 def describe_all(meaning: Meaning, rng: random.Random, *, per_object: int = 1, keep: float = 0.4) -> list[Description]:
-    """`describe` for a meaning that is made already."""
+    """`describe` for an image whose meaning exists already."""
     descriptions = []
     for target in range(len(meaning.instances)):
         if not meaning.nameable >> target & 1:

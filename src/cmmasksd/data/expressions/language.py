@@ -1,4 +1,4 @@
-"""Descriptions worded: a noun, and the claims that tell its object from all others."""
+"""Wording of descriptions: a noun, and the claims that tell its object from all others."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Meaning:
         instances: all annotated regions of the image; none may be empty.
         image: (H, W, 3) uint8 RGB; None where nothing is to be said of colours that the instances do not bring.
         vocabulary: the nouns.
-        min_area: share of the image below which an object is never named.
+        min_area: share of the image below which an object is not named.
         size: (height, width); needed where there are no instances.
 
     Attributes:

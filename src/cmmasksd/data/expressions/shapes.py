@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Where a mask lies.
+    """Position and size of a mask.
 
     Attributes:
         box: (x0, y0, x1, y1) in pixels, half-open.

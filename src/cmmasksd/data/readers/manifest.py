@@ -41,13 +41,13 @@ from cmmasksd.data.masks import decode_segmentation, mask_to_rle
 from cmmasksd.data.readers.labelme import labelme_mask, labelme_rows
 from cmmasksd.data.readers.rows import ALL, SPLITS, SUFFIXES, Row, Shapes, read_rows
 from cmmasksd.data.readers.splits import with_splits
-from cmmasksd.data.samples import Expression, Reference, group_by_image
+from cmmasksd.data.samples import Expression, Reference, ReferenceList
 from cmmasksd.errors import UserError, shown
 
 log = logging.getLogger(__name__)
 
 
-class ManifestDataset:
+class ManifestDataset(ReferenceList):
     """One split of own data; implements ``ReferringDataset``.
 
     Everything but the pixels is checked on construction, so that a mistake stops a run before it starts. Polygons are
@@ -75,7 +75,7 @@ class ManifestDataset:
             rows = with_splits(rows)
         image_ids: dict[Path, int] = {}
         sizes: dict[Path, tuple[int, int]] = {}
-        self._references: list[Reference] = []
+        references: list[Reference] = []
         self._rows: dict[int, Row] = {}  # by ref_id; their masks are paths or RLE
         sent_id = 0
         for number, row in enumerate(rows, start=1):
@@ -89,18 +89,13 @@ class ManifestDataset:
                 if row.image not in sizes:
                     sizes[row.image] = image_size(row.image, exif=True)
                 self._rows[ref_id] = replace(row, mask=_checked_mask(row.mask, sizes[row.image]))
-            self._references.append(Reference(ref_id, image_id, (ref_id,), row.split or ALL, expressions))
-        if not self._references:
+            references.append(Reference(ref_id, image_id, (ref_id,), row.split or ALL, expressions))
+        if not references:
             splits = ", ".join(sorted({row.split or ALL for row in rows}))
             raise UserError(
                 f"{root} has no row of the split {split!r}, only of {splits}: name it in rows, or use {ALL}"
             )
-
-    def __len__(self) -> int:
-        return len(self._references)
-
-    def __getitem__(self, index: int) -> Reference:
-        return self._references[index]
+        self._references = references
 
     def image(self, reference: Reference) -> np.ndarray:
         """The reference's image, upright, (H, W, 3) uint8 RGB.
@@ -124,10 +119,6 @@ class ManifestDataset:
         assert isinstance(row.mask, Path)
         with _located(row.where):
             return read_mask(row.mask)
-
-    def groups(self) -> list[list[int]]:
-        """Indices of the references that share an image; see `ReferringDataset`."""
-        return group_by_image(self._references)
 
 
 @contextmanager

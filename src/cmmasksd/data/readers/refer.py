@@ -26,7 +26,7 @@ from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.readers.fields import shown_field, text, whole_number
 from cmmasksd.data.readers.instances import read_instances
 from cmmasksd.data.readers.plain_pickle import load_plain_pickle
-from cmmasksd.data.samples import Expression, Reference, group_by_image, is_blank
+from cmmasksd.data.samples import Expression, Reference, ReferenceList, is_blank
 from cmmasksd.errors import UserError, shown
 
 _SOURCES = {  # name: (folder, who made the splits)
@@ -47,7 +47,7 @@ IMAGE_FOLDERS = (Path("images/train2014"), Path("images/mscoco/images/train2014"
 log = logging.getLogger(__name__)
 
 
-class ReferDataset:
+class ReferDataset(ReferenceList):
     """One split of RefCOCO, RefCOCO+ or RefCOCOg; implements ``ReferringDataset``.
 
     Everything but the pixels is checked on construction, so that a missing file stops a run before it starts. Masks are
@@ -90,12 +90,6 @@ class ReferDataset:
                 f"{missing[0]}: unpack COCO's train2014.zip into {image_folder}"
             )
 
-    def __len__(self) -> int:
-        return len(self._references)
-
-    def __getitem__(self, index: int) -> Reference:
-        return self._references[index]
-
     def image(self, reference: Reference) -> np.ndarray:
         """The reference's image as stored (EXIF orientation is not applied), (H, W, 3) uint8 RGB.
 
@@ -118,10 +112,6 @@ class ReferDataset:
         for ann_id in reference.ann_ids:
             mask |= decode_segmentation(json.loads(self._segmentations[ann_id]), height, width)
         return mask
-
-    def groups(self) -> list[list[int]]:
-        """Indices of the references that share an image; see `ReferringDataset`."""
-        return group_by_image(self._references)
 
 
 def _release_files(name: str, root: Path) -> tuple[Path, Path]:
