@@ -30,6 +30,9 @@ MAX_SIDE, MAX_RATIO = 32_768, 100
 MAX_BYTES = 4 * MAX_PIXELS
 """Limit of bytes read from a file object."""
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Suffixes of the files in a folder that are read as images."""
+
 # Pillow would also open PostScript (by starting Ghostscript), icons, and formats of single instruments
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 

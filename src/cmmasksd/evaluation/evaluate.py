@@ -22,12 +22,11 @@ from cmmasksd.errors import UserError
 from cmmasksd.evaluation.items import ScoringItem, ScoringItems
 from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
 from cmmasksd.evaluation.results import ExpressionScore, SplitScores
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor
 
 BLOCK = 8
 """Number of images that are encoded together."""

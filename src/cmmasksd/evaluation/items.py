@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,11 +12,9 @@ from torch.utils.data import Dataset
 
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.errors import UserError
-
-if TYPE_CHECKING:
-    from cmmasksd.model.placement import Placement
-    from cmmasksd.model.processing import CMMaskSDProcessor
-    from cmmasksd.model.towers.base import Tokens
+from cmmasksd.model.placement import Placement
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers.base import Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from cmmasksd.config import SplitConfig
+from cmmasksd.data.datasets import open_dataset
 from cmmasksd.errors import UserError, shown
 from cmmasksd.evaluation.charts import HEIGHT, WIDTH, run_charts
 from cmmasksd.evaluation.examples import Example, choose_examples, collect_examples
@@ -25,6 +27,7 @@ from cmmasksd.evaluation.results import read_expressions, read_results
 from cmmasksd.evaluation.tables import percentages, protocol_lines, row_name
 from cmmasksd.files import write_text
 from cmmasksd.inference.visualize import PREDICTION_COLOR, TRUTH_COLOR, check_sizes, comparison
+from cmmasksd.model.locating import model_folder, weights_digest
 
 TEMPLATE = "report.html.jinja"
 SECTIONS = {
@@ -57,10 +60,7 @@ def report(
     Raises:
         UserError: a file is not as scoring writes it, or holds the scores of another model or of other data.
     """
-    from cmmasksd.config import SplitConfig
-    from cmmasksd.data.datasets import open_dataset
     from cmmasksd.inference.predictor import Segmenter
-    from cmmasksd.model.locating import model_folder, weights_digest
 
     results = [read_results(folder) for folder in folders]
     first = results[0]

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,10 +24,8 @@ from cmmasksd.config import TrainingConfig
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.workers import outlive_sigterm
 from cmmasksd.errors import UserError
-
-if TYPE_CHECKING:
-    from cmmasksd.model.processing import CMMaskSDProcessor
-    from cmmasksd.model.towers.base import Tokens
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.towers.base import Tokens
 
 
 @dataclass(frozen=True, slots=True)

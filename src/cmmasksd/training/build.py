@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cmmasksd.config import Config
 from cmmasksd.errors import UserError
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training.log import say
-
-if TYPE_CHECKING:
-    from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor
 
 
 def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
@@ -21,9 +17,6 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     Raises:
         UserError: the backbone or the weights cannot be loaded, or the sizes do not fit.
     """
-    from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor
-
     settings = config.model
     if settings.weights is None:
         source, trained = settings.backbone, None

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 
 from cmmasksd.errors import UserError, reason
 from cmmasksd.files import sha256, whole_folder
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from cmmasksd.model.modeling import CMMaskSDModel
-    from cmmasksd.model.processing import CMMaskSDProcessor
 
 STATE = "state.pt"
 CHECKSUM = f"{STATE}.sha256"

@@ -23,6 +23,7 @@ from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
 from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
 from cmmasksd.files import recover_folder
+from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training.batches import Batch, TrainingBatches, TrainingItems, named_count, split_batch, training_loader
 from cmmasksd.training.build import build
 from cmmasksd.training.checkpoint import STATE, read_state, require_resumable, restore_state, run_state, save_model
@@ -33,8 +34,6 @@ from cmmasksd.training.sigterm import Sigterm, sigterm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from cmmasksd.model.processing import CMMaskSDProcessor
 
 
 def train(config: Config) -> dict[str, Any]:
