@@ -224,7 +224,7 @@ def comparison(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> 
     """
     drawing = Drawing(image)
     drawing.add(prediction, PREDICTION_COLOR, label="" if prediction.any() else "not found")
-    drawing.add(truth, TRUTH_COLOR, fill=0, width=max(1, line_width(truth) // 2))
+    drawing.add(truth, TRUTH_COLOR, fill=0, width=ceil(0.7 * line_width(truth)))
     return drawing.finish()
 
 
