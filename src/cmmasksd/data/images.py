@@ -201,7 +201,7 @@ def as_pixels(image: ImageInput) -> np.ndarray:
             return _rgb(image, "the image", exif=True)
     if hasattr(image, "read"):
         return read_image(read_bytes(image), exif=True)
-    raise UserError(f"a {type(image).__name__} is no image: give a path, bytes, a PIL image or an array")
+    raise UserError(f"a {type(image).__name__} is not an image: give a path, bytes, a PIL image or an array")
 
 
 def read_bytes(file: BinaryIO) -> bytes:
