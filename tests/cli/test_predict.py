@@ -381,6 +381,9 @@ def test_labelme_and_coco_are_not_overwritten(run: Path, tmp_path: Path, capsys:
     content = json.loads(file.read_text())
     assert [image["file_name"] for image in content["images"]] == ["a.png"]
     assert content["annotations"][0]["expression"] == content["categories"][0]["name"] == "left"
+    data = ManifestDataset(file, "all")  # corrected in another tool, it can be trained on
+    assert [data[i].expressions[0].text for i in range(len(data))] == ["left"]
+    assert data.mask(data[0]).sum() == content["annotations"][0]["area"]
     assert not list(tmp_path.glob("*_mask.png"))
     capsys.readouterr()
     for more, said in (

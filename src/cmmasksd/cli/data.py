@@ -34,7 +34,7 @@ def add_options(parser: ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help="annotations, one or several: COCO or Label Studio (.json), CVAT for images (.xml), YOLO segmentation "
-        "(data.yaml or its folder)",
+        "(data.yaml or its folder), folder of labelme files",
     )
     add(
         "--images",

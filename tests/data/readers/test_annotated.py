@@ -458,10 +458,41 @@ class TestLabelStudio(ReaderContract):
                 AnnotatedImages(path)
 
 
+class TestLabelme(ReaderContract):
+    sentences = False
+
+    def write(self, folder: Path) -> Path:
+        write_images(folder)
+        plate = [(22, 4), (28, 4), (28, 14), (18, 14), (18, 8), (22, 8)]
+        for name, shapes in (("a", (("cup", CORNERS["cup"]), ("plate", plate))), ("b", (("cup", CORNERS["other"]),))):
+            content = {
+                "version": "5.5.0",
+                "shapes": [
+                    {"label": label, "points": points, "group_id": None, "shape_type": "polygon"}
+                    for label, points in shapes
+                ],
+                "imagePath": f"{name}.png",
+                "imageHeight": HEIGHT,
+                "imageWidth": WIDTH,
+            }
+            (folder / f"{name}.json").write_text(json.dumps(content))
+        return folder
+
+    def test_sentences_are_rows_of_a_manifest(self, path: Path):
+        """Labels are sentences there: see test_manifest."""
+        assert len(ManifestDataset(path, "all")) == 3
+
+    def test_objects_of_one_class(self, path: Path):
+        """In a manifest, they would be refused as one sentence for two objects."""
+        file = path / "a.json"
+        file.write_text(file.read_text().replace("plate", "cup"))
+        assert AnnotatedImages(path).categories == {"cup": 3}
+
+
 del ReaderContract  # an abstract class is no test
 
 
-@pytest.mark.parametrize(("name", "said"), [("absent.json", "do not exist"), ("", "has no data.yaml")])
+@pytest.mark.parametrize(("name", "said"), [("absent.json", "do not exist"), ("", "has neither data.yaml")])
 def test_what_is_not_an_annotation_file(tmp_path: Path, name: str, said: str):
     with pytest.raises(UserError, match=said):
         AnnotatedImages(tmp_path / name)

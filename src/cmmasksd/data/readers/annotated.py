@@ -1,7 +1,7 @@
 """Annotated photographs: images and regions with class names, as labelling tools export them.
 
     instances.json          COCO (also CVAT, Roboflow, FiftyOne); sentences in `expression`, `caption` or `sentences`
-    data.yaml, or a folder  YOLO segmentation
+    data.yaml, or a folder  YOLO segmentation; without data.yaml, labelme files whose labels are classes
     annotations.xml         CVAT for images
     a JSON list             Label Studio
 
@@ -26,12 +26,15 @@ from cmmasksd.data.readers.cvat import read_cvat
 from cmmasksd.data.readers.fields import text, whole_number
 from cmmasksd.data.readers.instances import parse_instances
 from cmmasksd.data.readers.label_studio import read_label_studio
+from cmmasksd.data.readers.labelme import read_labelme
 from cmmasksd.data.readers.records import Records, sentences
 from cmmasksd.data.readers.rows import Row, read_expressions
 from cmmasksd.data.readers.yolo import read_yolo
 from cmmasksd.data.samples import require_expression
 from cmmasksd.errors import UserError, shown
 from cmmasksd.files import safe_path
+
+_YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,9 @@ class AnnotatedImages:
     """The images of one file or folder of annotations.
 
     Args:
-        path: the file, or the folder of a YOLO data set.
+        path: the file, or the folder of a YOLO data set or of labelme files.
         image_folder: folder of the image files; by default `images` beside the file, or else the file's own folder.
-            A YOLO data set holds its images.
+            Folders of YOLO and labelme hold their images.
         class_name: how a class's name is written.
 
     Attributes:
@@ -85,12 +88,14 @@ class AnnotatedImages:
             raise UserError(f"image folder {image_folder} does not exist: check the path")
         self._content = b""  # of a COCO file, whose polygons stay JSON
         if path.is_dir():
-            path = _yolo_file(path)
+            path = next((path / name for name in _YOLO_FILES if (path / name).is_file()), path)
         self.path = path
         suffix = path.suffix.lower()
-        if suffix in (".yaml", ".yml"):
-            if image_folder is not None:
-                raise UserError(f"{path} is a YOLO data set, which holds its images: leave out their folder")
+        if image_folder is not None and (path.is_dir() or suffix in (".yaml", ".yml")):
+            raise UserError(f"{path} holds its images: leave out their folder")
+        if path.is_dir():
+            image_folder, records = path, read_labelme(path)
+        elif suffix in (".yaml", ".yml"):
             image_folder, records = path.parent, read_yolo(path)
         elif suffix == ".xml":
             records = read_cvat(path)
@@ -142,14 +147,6 @@ class AnnotatedImages:
         except (ValueError, RecursionError) as error:  # our own UserError, or JSON's
             raise UserError(f"{self.path}: annotation {annotation.ann_id}: {error}") from None
         return mask if mask is not None and mask.any() else None
-
-
-def _yolo_file(folder: Path) -> Path:
-    files = [folder / name for name in ("data.yaml", "data.yml", "dataset.yaml")]
-    for file in files:
-        if file.is_file():
-            return file
-    raise UserError(f"{folder} has no data.yaml: give a YOLO data set, or the annotation file of another tool")
 
 
 def _starts_with_list(path: Path) -> bool:
