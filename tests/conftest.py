@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast, SiglipModel
 
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
@@ -66,7 +66,6 @@ def make_tokenizer() -> "CLIPTokenizer":
 
 def make_clip(vocabulary: int, seed: int = 0, **text: int) -> "CLIPModel":
     """A CLIP of 32x32 pixels in patches of 8, with random weights that do not depend on transformers' own order."""
-    import torch
     from transformers import CLIPConfig, CLIPModel
 
     tower = {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -75,9 +74,16 @@ def make_clip(vocabulary: int, seed: int = 0, **text: int) -> "CLIPModel":
     text_config |= {"vocab_size": vocabulary, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1}
     text_config |= {"pad_token_id": vocabulary - 1} | text
     clip = CLIPModel(CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=40))
+    return randomise(clip, seed)
+
+
+def randomise(network: "PreTrainedModel", seed: int = 0) -> "PreTrainedModel":
+    """Random weights for a CLIP or SigLIP, norms and biases too."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sorted(clip.named_parameters()):
+        for name, parameter in sorted(network.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name or "layrnorm" in name:
                 parameter.copy_(0.2 * noise + name.endswith("weight"))
@@ -87,7 +93,61 @@ def make_clip(vocabulary: int, seed: int = 0, **text: int) -> "CLIPModel":
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
             elif parameter.ndim == 1:
                 parameter.copy_(0.1 * noise)
-    return clip.eval()
+    return network.eval()
+
+
+def make_siglip(vocabulary: int, seed: int = 0) -> "SiglipModel":
+    """A SigLIP of 32x32 pixels in patches of 8 with random weights. Its file names the wrong padding token, as SigLIP
+    2's does."""
+    from transformers import SiglipConfig, SiglipModel
+
+    tower = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    text = {"hidden_size": 32, "projection_size": 48, "vocab_size": vocabulary, "max_position_embeddings": TINY_CONTEXT}
+    vision = {"hidden_size": 48, "image_size": 32, "patch_size": 8}
+    return randomise(SiglipModel(SiglipConfig(text_config=tower | text, vision_config=tower | vision)), seed)
+
+
+def make_siglip_tokenizer(version: int = 2) -> "PreTrainedTokenizerFast":
+    """Kinds of SigLIP's tokenizers: of SigLIP, pieces of a unigram model, split at spaces, where the end is also the
+    padding; of SigLIP 2, byte-level BPE over the whole sentence. Each of TINY_WORDS is one piece."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, Siglip2Tokenizer
+
+    words = ["▁" + word for word in TINY_WORDS]
+    letters = [*"0123456789abcdefghijklmnopqrstuvwxyz▁"]
+    if version == 1:
+        vocabulary = [("<unk>", 0.0), ("</s>", 0.0), *((w, -1.0) for w in words), *((c, -9.0) for c in letters)]
+        backend = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+        backend.normalizer = normalizers.Lowercase()
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+        backend.decoder = decoders.Metaspace()
+        backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+        special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=TINY_CONTEXT, **special)
+    pieces, merges = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{n:02X}>" for n in range(256)), *letters], []
+    for word in words:
+        parts = list(word)
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            if pair not in merges:
+                merges.append(pair)
+                pieces.append("".join(pair))
+            parts[:2] = ["".join(pair)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Siglip2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=TINY_CONTEXT)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SigLIP 2 and its tokenizer in transformers' format."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiny-siglip"), make_siglip_tokenizer()
+    make_siglip(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

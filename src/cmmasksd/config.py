@@ -148,8 +148,8 @@ class ModelConfig:
     """The network and its input."""
 
     backbone: str = "tiny"
-    """CLIP: folder or hub id in transformers' format; checkpoint of OpenAI or open_clip as a file or hf-hub:USER/NAME;
-    or tiny, the shipped one"""
+    """CLIP or SigLIP: folder or hub id in transformers' format; CLIP of OpenAI or open_clip as a file or
+    hf-hub:USER/NAME; or tiny, the shipped one"""
     weights: str | None = None
     """trained model to start from: folder, hub id, or scenes, the shipped one. It brings its own backbone and decoder,
     so that the keys of both are ignored"""

@@ -331,7 +331,7 @@ def test_a_clip_is_not_a_trained_model(tiny_clip_folder, refuse):
 
 @pytest.mark.parametrize("load", [load_clip, CMMaskSDModel.from_backbone])
 def test_a_trained_model_is_not_a_clip(load, tiny_model_folder, refuse):
-    refuse(load, tiny_model_folder, "'cmmasksd'", "not clip", "choose a backbone")
+    refuse(load, tiny_model_folder, "'cmmasksd'", "not CLIP", "choose a backbone")
 
 
 @LOADERS

@@ -172,9 +172,9 @@ def _settings(
         mean=(mean[0], mean[1], mean[2]),
         std=(std[0], std[1], std[2]),
         max_tokens=min(processor.max_tokens, model.config.encoder.max_tokens),
-        start_token=tokenizer.bos_token_id,
+        start_token=None if model.config.encoder.start_token is None else tokenizer.bos_token_id,
         end_token=tokenizer.eos_token_id,
-        pad_token=model.config.encoder.end_token if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         parity=parity,
         source=str(name) if not Path(located(name)).is_dir() else Path(name).name,  # no path of this machine
         package=__version__,

@@ -114,7 +114,7 @@ def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
     sizes = model.config.encoder
     # A grid of one row or column would need another program: there h * w equals h or w, which the tracer tells apart.
     batch, h, w = Dim("batch", min=1), Dim("h", min=2), Dim("w", min=2)
-    tokens = Dim("tokens", min=3, max=sizes.max_tokens)
+    tokens = Dim("tokens", min=2, max=sizes.max_tokens)
     per_token = {0: batch, 1: tokens}
     return {
         "image": Graph(
@@ -175,7 +175,9 @@ def sentences(
     ends = (length - 1 - torch.arange(count)).clamp(min=2)[:, None]
     at = torch.arange(length)
     ids = torch.randint(0, sizes.vocabulary, (count, length), generator=generator)
-    ids = torch.where(ids == sizes.end_token, (ids + 1) % sizes.vocabulary, ids)
-    ids = torch.where(at < ends, ids, sizes.end_token)
-    ids[:, 0] = sizes.start_token
+    if sizes.end_token is not None:
+        ids = torch.where(ids == sizes.end_token, (ids + 1) % sizes.vocabulary, ids)
+        ids = torch.where(at < ends, ids, sizes.end_token)
+    if sizes.start_token is not None:
+        ids[:, 0] = sizes.start_token
     return ids, (at <= ends).long(), (at > 0) & (at < ends)

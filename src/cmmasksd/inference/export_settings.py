@@ -38,7 +38,7 @@ class ExportSettings:
         resize: "warp" or "letterbox", see `place`; the filter is antialiased bicubic.
         mean, std: per channel, of pixel values in [0, 1].
         max_tokens: maximum number of tokens per sentence, start and end included.
-        start_token, end_token, pad_token: ids of these tokens.
+        start_token, end_token, pad_token: ids of these tokens; `start_token` is null if sentences have none.
         parity: differences from the model, measured by the export.
         source: the exported model.
         package: version of cmmasksd.
@@ -54,7 +54,7 @@ class ExportSettings:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     max_tokens: int
-    start_token: int
+    start_token: int | None
     end_token: int
     pad_token: int
     parity: dict[str, float]
@@ -80,8 +80,9 @@ class ExportSettings:
             raise UserError(f"{file} has version {shown(version)}, this package reads {FORMAT_VERSION}: export again")
         if wrong := content.keys() ^ {field.name for field in fields(cls)}:
             raise UserError(f"{file}: {shown(sorted(wrong)[0])} is missing or unknown: export again")
+        bounds_of = {k: b for k, b in _BOUNDS.items() if not (k == "start_token" and content[k] is None)}
         try:
-            content |= {key: whole(key, content[key], *bounds) for key, bounds in _BOUNDS.items()}
+            content |= {key: whole(key, content[key], *bounds) for key, bounds in bounds_of.items()}
             content["size"] = canvas_of(content["size"], content["patch_size"])
             content["mean"], content["std"] = mean_and_std(content["mean"], content["std"])
         except UserError as error:

@@ -75,14 +75,15 @@ class OnnxSegmenter(BaseSegmenter):
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{file} cannot be read ({reason(error)}): export again") from None
         segmenter = cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
+        start = [] if settings.start_token is None else [settings.start_token]
         ids = segmenter.tokens(["a"])["input_ids"][0].tolist()
         try:
             largest = max(tokenizer.get_vocab().values())
-            probe = np.array([[settings.start_token, largest, settings.end_token, settings.pad_token]])
+            probe = np.array([[*start, largest, settings.end_token, settings.pad_token]])
             segmenter.sessions["text"].run(None, {"input_ids": probe, "attention_mask": np.ones_like(probe)})
         except Exception as error:  # the library's exceptions have no common class
             raise UserError(f"{file} does not fit the text encoder beside it ({reason(error)}): export again") from None
-        if len(ids) < 3 or [ids[0], ids[-1]] != [settings.start_token, settings.end_token]:
+        if len(ids) < 2 + len(start) or [*ids[: len(start)], ids[-1]] != [*start, settings.end_token]:
             raise UserError(f"{file} does not fit {EXPORT_FILE} beside it ('a' is {shown(ids)}): export again")
         return segmenter
 

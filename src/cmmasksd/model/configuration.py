@@ -13,7 +13,7 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import CLIPConfig, PreTrainedConfig, SiglipConfig
 
 from cmmasksd.config import ModelConfig
 from cmmasksd.errors import UserError, shown
@@ -36,7 +36,7 @@ class CMMaskSDConfig(PreTrainedConfig):
     """Sizes of a CMMaskSDModel.
 
     Args:
-        clip_config: configuration of the backbone, under the name of its family. None: a CLIPConfig.
+        clip_config, siglip_config: configuration of the backbone, under the name of its family. All None: a CLIPConfig.
         decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see `ModelConfig`.
 
     Raises:
@@ -44,9 +44,10 @@ class CMMaskSDConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    sub_configs = {"clip_config": CLIPConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
+    sub_configs = {"clip_config": CLIPConfig, "siglip_config": SiglipConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
 
     clip_config: Any = None
+    siglip_config: Any = None
     decoder_width: int = ModelConfig.decoder_width
     decoder_layers: int = ModelConfig.decoder_layers
     decoder_heads: int = ModelConfig.decoder_heads
@@ -116,7 +117,7 @@ def read_backbone_config(folder: Path, families: Container[str] = FAMILIES) -> P
     Raises:
         UserError: config.json is of another kind of model, or a size is out of bounds.
     """
-    names = " or ".join(name for name in FAMILIES if name in families)
+    names = " or ".join(family.label for name, family in FAMILIES.items() if name in families)
     remedy = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
     content = _of_type(folder, families, f"{names}: {remedy}")
     return _in_file(folder, lambda: FAMILIES[content["model_type"]].config(content))

@@ -32,8 +32,8 @@ HUB_PREFIX = "hf-hub:"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
-JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 32 << 20
-"""Size limits of a model's JSON files and of its tokenizer's files. CLIP's tokenizer.json has 2 MB."""
+JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20
+"""Size limits of a model's JSON files and of its tokenizer's files. CLIP's tokenizer.json has 2 MB, SigLIP 2's 34."""
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -24,6 +24,7 @@ from cmmasksd.model.initialisation import init_decoder, init_layer
 from cmmasksd.model.loading import WEIGHTS, build, load_backbone, read_weights
 from cmmasksd.model.locating import model_folder, require
 from cmmasksd.model.mask_head import MaskHead
+from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.towers.families import FAMILIES
 
@@ -175,6 +176,8 @@ class CMMaskSDModel(PreTrainedModel):
         """
         backbone = load_backbone(name)
         config: Any = backbone.config
+        if config.model_type == "siglip":  # a config.json of SigLIP 2 has SigLIP's padding token
+            config.text_config.pad_token_id = load_tokenizer(name).pad_token_id
         config._name_or_path = ""  # it would be saved, and may be a path of this machine
         model = cls(CMMaskSDConfig(**{f"{config.model_type}_config": config}, **sizes))
         model.backbone.load_state_dict(backbone.state_dict())

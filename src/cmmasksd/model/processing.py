@@ -36,7 +36,7 @@ from cmmasksd.model.placement import (
     threshold_to_logit,
     whole,
 )
-from cmmasksd.model.tokenizing import MAX_TOKENS, check_tokenizer, load_tokenizer, tokenize
+from cmmasksd.model.tokenizing import MAX_TOKENS, check_tokenizer, load_tokenizer, lower_case, tokenize
 from cmmasksd.model.towers.base import EncoderSizes, Tokens
 
 if TYPE_CHECKING:
@@ -214,12 +214,14 @@ class CMMaskSDProcessor:
         resize: Literal["warp", "letterbox"],
         max_tokens: int,
     ) -> CMMaskSDProcessor:
-        """A processor for a new model on a backbone (see `load_clip`). Mean and standard deviation of pixels
-        are the backbone's, or CLIP's where it names none.
+        """A processor for a new model on a backbone (see `load_backbone`). Mean and standard deviation of pixels
+        are the backbone's, or its family's where it names none.
 
         Raises:
             UserError: the tokenizer or these values cannot be read, or the tokenizer does not fit the backbone.
         """
+        from cmmasksd.model.towers.families import FAMILIES
+
         folder = backbone_folder(name, (*TOKENIZER_FILES, "config.json", *_PREPROCESSING, OPEN_CLIP_CONFIG))
         tokenizer = load_tokenizer(folder)
         if is_checkpoint(name):
@@ -228,7 +230,10 @@ class CMMaskSDProcessor:
 
             sizes, (mean, std) = encoder_sizes(read_checkpoint(name)[0]), checkpoint_mean_and_std(folder)
         else:
-            sizes, (mean, std) = _encoder_sizes(folder), _mean_and_std(folder)
+            family = FAMILIES.get(_kind(folder), FAMILIES["clip"])
+            sizes, (mean, std) = _encoder_sizes(folder), _mean_and_std(folder, family.mean_and_std)
+            if family.lower_case:
+                lower_case(tokenizer)
         if sizes is not None:
             check_tokenizer(tokenizer, sizes, folder)
             tokenizer.model_max_length = min(tokenizer.model_max_length, sizes.max_tokens)
@@ -249,18 +254,20 @@ def checkpoint_mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[floa
         raise UserError(f"{folder / OPEN_CLIP_CONFIG}: {error}") from None
 
 
-def _mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _mean_and_std(
+    folder: Path, default: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of a backbone's pixels; transformers 5 writes them into a part of the second file."""
     file = next((folder / name for name in _PREPROCESSING if (folder / name).is_file()), None)
     if file is None:
-        return CLIP_MEAN, CLIP_STD
+        return default
     settings = read_json(file)
     if file.name == FILE_NAME:
         settings = settings.get("image_processor", {})
     if not isinstance(settings, dict):
         raise UserError(f"{file}: image_processor is {shown(settings)}, expected an object")
     try:
-        return mean_and_std(settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD), "image_")
+        return mean_and_std(settings.get("image_mean", default[0]), settings.get("image_std", default[1]), "image_")
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -270,9 +277,14 @@ def _encoder_sizes(folder: Path) -> EncoderSizes | None:
     from cmmasksd.model.configuration import read_backbone_config, read_config
     from cmmasksd.model.towers.families import FAMILIES
 
-    if not (folder / "config.json").is_file():
-        return None
-    kind = read_json(folder / "config.json").get("model_type")
-    if isinstance(kind, str) and kind in FAMILIES:
+    kind = _kind(folder)
+    if kind in FAMILIES:
         return FAMILIES[kind].sizes(read_backbone_config(folder))
     return read_config(folder).encoder if kind == MODEL_TYPE else None
+
+
+def _kind(folder: Path) -> str:
+    """The `model_type` in config.json; "" where there is none."""
+    if not (folder / "config.json").is_file():
+        return ""
+    return str(read_json(folder / "config.json").get("model_type", ""))

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cmmasksd.data.samples import require_expression
 from cmmasksd.errors import UserError, reason, shown
@@ -35,7 +36,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
     """Tokenise sentences and say which word each token belongs to.
 
     Args:
-        tokenizer: any fast tokenizer with start and end tokens, such as CLIP's.
+        tokenizer: any fast tokenizer that ends a sentence by its end token, such as CLIP's or SigLIP's.
         texts: B sentences.
         max_tokens: maximum number of tokens per sentence, start and end included; longer sentences lose their last
             words, never the end token. None: the tokenizer's own limit.
@@ -54,8 +55,13 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
         return_offsets_mapping=True,
         return_tensors="pt",
     )
-    words = [[-1 if word is None else word for word in encoded.word_ids(i)] for i in range(len(texts))]
-    mask = encoded["attention_mask"]
+    mask, spans = encoded["attention_mask"], encoded["offset_mapping"]
+    words = []
+    for nth, text in enumerate(texts):
+        ids = [-1 if word is None else word for word in encoded.word_ids(nth)]
+        if any(text[start:end] != text[start:end].strip() for start, end in spans[nth].tolist()):
+            ids, spans[nth] = _split_at_spaces(text, ids, spans[nth])
+        words.append(ids)
     encodings = encoded.encodings
     assert encodings is not None  # fast tokenizers only; from_pretrained checks
     return Tokens(
@@ -63,18 +69,32 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_token
         mask,
         torch.tensor(words).masked_fill(mask == 0, -1),
         torch.tensor([bool(encoding.overflowing) for encoding in encodings]),
-        encoded["offset_mapping"],
+        spans,
     )
 
 
+def _split_at_spaces(text: str, word_ids: list[int], spans: Tensor) -> tuple[list[int], Tensor]:
+    """Words of a SentencePiece tokenizer, whose pieces begin with the space before them: some of these tokenizers call
+    a whole sentence one word. Returns the word ids, and the spans without spaces."""
+    spans, numbers, last = spans.clone(), {}, len(text.rstrip())
+    for token, word in enumerate(word_ids):
+        if word >= 0:
+            start, end = spans[token].tolist()
+            start = min(last, len(text) - len(text[start:].lstrip()))  # of the word, after a piece that is but a space
+            spans[token] = torch.tensor([start, max(start, len(text[:end].rstrip()))])
+            word_ids[token] = numbers.setdefault(len(text[: start + 1].split()), len(numbers))
+    return word_ids, spans
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a CLIP, by folder or hub id, or from beside a checkpoint of OpenAI or open_clip.
+    """The tokenizer of a backbone or a trained model, by folder or hub id, or from beside a checkpoint of OpenAI or
+    open_clip.
 
     Only its vocabulary, its special tokens and its limit are read; transformers would also act on other settings of a
     stranger's files.
 
     Raises:
-        UserError: the files are missing or damaged, or sentences get no start and end token.
+        UserError: the files are missing or damaged, or sentences get no end token, or no start token from a CLIP's.
     """
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
@@ -106,8 +126,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             raise UserError(
                 f"the tokenizer in {folder} cannot be read ({reason(error)}): get its files again"
             ) from None
-    ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    if len(ids) < 3 or [ids[0], ids[-1]] != ends or ends[1] in ids[1:-1]:
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if len(ids) < 3 or ids[-1] != end or end in ids[1:-1] or (of_clip and ids[0] != start):
         raise UserError(
             f"the tokenizer in {folder} gives {shown(ids)} for a sentence, expected its start, pieces and its "
             "end: get its files again"
@@ -123,9 +143,25 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, sizes: EncoderSizes, fol
     """
     last = max(tokenizer.get_vocab().values())
     # the first CLIPs in transformers' format say 2, and mean the last id
-    end = last if sizes.end_token == 2 else sizes.end_token
+    end = {2: last, None: tokenizer.eos_token_id}.get(sizes.end_token, sizes.end_token)
     if last >= sizes.vocabulary or tokenizer.eos_token_id != end:
         raise UserError(
             f"the tokenizer in {folder} has ids up to {last} and the end token {tokenizer.eos_token_id}, its model has "
             f"{sizes.vocabulary} ids and the end token {end}: get the tokenizer of this model"
         )
+    first: Any = tokenizer("a")["input_ids"]
+    if (first[0] == tokenizer.bos_token_id) != (sizes.start_token is not None):
+        raise UserError(
+            f"the tokenizer in {folder} begins a sentence with {first[0]}, its model expects "
+            f"{'a piece' if sizes.start_token is None else 'a start token'}: get the tokenizer of this model"
+        )
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Make a tokenizer lower-case every sentence, if it does not yet."""
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    if '"Lowercase"' not in backend.to_str():
+        given = [] if backend.normalizer is None else [backend.normalizer]
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])

@@ -39,8 +39,10 @@ def model_card(folder: Path, name: str, results: Sequence[Mapping[str, Any]] = (
 
     from cmmasksd.model.configuration import read_config
     from cmmasksd.model.processing import CMMaskSDProcessor
+    from cmmasksd.model.towers.families import FAMILIES
 
     check_folder(folder)
+    config = read_config(folder)
     settings = read_settings(folder)
     data = settings.get("data", {})
     scenes = str(data.get("name", "")).startswith("scenes")
@@ -48,7 +50,7 @@ def model_card(folder: Path, name: str, results: Sequence[Mapping[str, Any]] = (
         license=licence,
         library_name="cmmasksd",
         pipeline_tag="image-segmentation",
-        tags=["referring-image-segmentation", "clip", "cm-masksd"],
+        tags=["referring-image-segmentation", config.family, "cm-masksd"],
         model_name=name.split("/")[-1] if results else None,
         eval_results=list(_eval_results(results)) or None,
     )
@@ -62,7 +64,8 @@ def model_card(folder: Path, name: str, results: Sequence[Mapping[str, Any]] = (
         on_scenes=scenes or any(_data(result).startswith("scenes") for result in results),
         data=data,
         scenes=scenes,
-        config=read_config(folder),
+        config=config,
+        backbone=FAMILIES[config.family].label,
         processor=CMMaskSDProcessor.from_pretrained(folder),
         weights=_weights(folder / "model.safetensors"),
         branches=_branches(settings.get("distillation", {})),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class TextFeatures:
 
     Attributes:
         words: (B, L, D).
-        sentence: (B, D), the end-of-text token.
+        sentence: (B, D), in CLIP the end-of-text token.
         word_mask: (B, L) bool, true for real words only, never start, end or padding.
         embedded: (B, L, E) the tokens' input embeddings: which word it is, before the tower keeps of it only what told
             images apart in its training. None: a network whose decoder does not use them.
@@ -227,13 +228,17 @@ class EncoderSizes(NamedTuple):
     """Longest sentence that the text tower has positions for, start and end included."""
     vocabulary: int
     """Number of token ids."""
-    start_token: int
-    end_token: int
+    start_token: int | None
+    """First token of every sentence; None: the family has none."""
+    end_token: int | None
+    """Last token of every sentence; None: the tower reads the sentence elsewhere, and any end will do."""
 
 
 class Family(NamedTuple):
     """What a family of encoders consists of."""
 
+    label: str
+    """Its name in messages and model cards."""
     network: type[PreTrainedModel]
     """transformers' model, whose weights a saved model holds."""
     config: Callable[[object], PreTrainedConfig]
@@ -244,3 +249,27 @@ class Family(NamedTuple):
     """The towers of a network, as views that share its modules."""
     unused: tuple[str, ...]
     """Parameters of the network that no mask depends on, such as the temperature of contrastive training."""
+    mean_and_std: tuple[tuple[float, float, float], tuple[float, float, float]]
+    """Of pixel values in [0, 1], where the files of a backbone name none."""
+    lower_case: bool = False
+    """Whether the tokenizer must lower-case sentences; for transformers' SigLIP, this is no part of tokenizer.json."""
+
+
+def on_grid(positions: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings (side * side, width) as (1, width, h, w).
+
+    They are interpolated on every grid, which is the identity on that of the training. transformers' own forward passes
+    branch there, so they cannot be exported as one graph for all sizes.
+    """
+    return F.interpolate(positions.T.unflatten(1, (side, side))[None], grid, mode="bicubic")
+
+
+def cell_pixels(pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, 192), see `ImageFeatures.pixels`."""
+    fine = F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1]))
+    return F.pixel_unshuffle(fine, 8).flatten(2).transpose(1, 2)
+
+
+def gather(values: Tensor, keep: Tensor | None) -> Tensor:
+    """The kept patches (B, n, width) of (B, N, width); `keep` (B, n) int64, None: all."""
+    return values if keep is None else values.gather(1, keep[..., None].expand(-1, -1, values.shape[-1]))

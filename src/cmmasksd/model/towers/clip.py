@@ -15,10 +15,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from cmmasksd.model.pixels import CLIP_MEAN, CLIP_STD
 from cmmasksd.model.towers.base import (
     DualEncoder,
     EncoderSizes,
@@ -28,6 +28,9 @@ from cmmasksd.model.towers.base import (
     TextFeatures,
     TextTower,
     Tokens,
+    cell_pixels,
+    gather,
+    on_grid,
 )
 from cmmasksd.model.towers.bounds import TEXT, TOKEN_ID, VISION, bounded, bounded_tower, section
 
@@ -94,7 +97,7 @@ class CLIPImageTower(ImageTower):
         hidden = _embed(vision.embeddings, pixel_values)  # (B, 1 + N, width)
         if keep is not None:
             index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
-            hidden = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+            hidden = gather(hidden, index)
         hidden, last = vision.pre_layrnorm(hidden), vision.encoder.layers[-1]
         for layer in vision.encoder.layers[:-1]:
             hidden = layer(hidden, attention_mask=None)
@@ -104,24 +107,16 @@ class CLIPImageTower(ImageTower):
         if value_path:
             values = last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(entering[:, 1:])))
             dense = self.visual_projection(vision.post_layernorm(values))
-        fine = F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1]))
-        pixels = F.pixel_unshuffle(fine, 8).flatten(2).transpose(1, 2)  # (B, N, 192)
-        if keep is not None:
-            pixels = pixels.gather(1, keep[..., None].expand(-1, -1, pixels.shape[-1]))
+        pixels = gather(cell_pixels(pixel_values, grid), keep)
         return ImageFeatures(projected[:, 1:], grid, dense, pixels=pixels), projected[:, 0]
 
 
 def _embed(embeddings: Any, pixel_values: Tensor) -> Tensor:
-    """Class token and patches with their positions, (B, 1 + N, width).
-
-    The positions are interpolated on every grid, which is the identity on that of CLIP's training. transformers' own
-    forward branches there, so it cannot be exported as one graph for all sizes.
-    """
+    """Class token and patches with their positions, (B, 1 + N, width)."""
     patches = embeddings.patch_embedding(pixel_values.to(embeddings.patch_embedding.weight.dtype))  # (B, width, h, w)
     positions, side = embeddings.position_embedding.weight, embeddings.image_size // embeddings.patch_size
-    on_grid = F.interpolate(positions[1:].T.unflatten(1, (side, side))[None], patches.shape[-2:], mode="bicubic")
     class_token = (embeddings.class_embedding + positions[0]).expand(patches.shape[0], 1, -1)
-    return torch.cat([class_token, (patches + on_grid).flatten(2).mT], dim=1)
+    return torch.cat([class_token, (patches + on_grid(positions[1:], side, patches.shape[-2:])).flatten(2).mT], dim=1)
 
 
 class CLIPTextTower(TextTower):
@@ -155,4 +150,12 @@ def _end(eos_token_id: int, input_ids: Tensor) -> Tensor:
     return (ids if eos_token_id == 2 else (ids == eos_token_id).int()).argmax(-1)
 
 
-CLIP = Family(CLIPModel, clip_config, encoder_sizes, dual_encoder, unused=("logit_scale",))
+CLIP = Family(
+    "CLIP",
+    CLIPModel,
+    clip_config,
+    encoder_sizes,
+    dual_encoder,
+    unused=("logit_scale",),
+    mean_and_std=(CLIP_MEAN, CLIP_STD),
+)
