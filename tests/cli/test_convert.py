@@ -36,13 +36,16 @@ def test_converting(checkpoint: Path, tiny_clip_folder: Path, tmp_path: Path, ca
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_training_on_a_checkpoint(checkpoint: Path, tiny_tokenizer, micro: list[str], tmp_path: Path):
+def test_training_on_a_checkpoint(
+    checkpoint: Path, tiny_tokenizer, micro: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+):
     """The weights of a run on the file equal those of a run on its conversion."""
     tiny_tokenizer.save_pretrained(tmp_path)
     assert main("convert", checkpoint, "--out", tmp_path / "clip") == 0
     once = ("--training.epochs", 1)
     for backbone, out in ((checkpoint, "a"), (tmp_path / "clip", "b")):
         assert main("train", *micro, "--model.backbone", backbone, *once, "--training.out", tmp_path / out) == 0
+    assert capsys.readouterr().out.count(f"{checkpoint} is converted to transformers' format, with quick_gelu") == 1
     a, b = ((tmp_path / out / "last" / "model.safetensors").read_bytes() for out in "ab")
     assert a == b
 

@@ -27,7 +27,10 @@ def test_predict(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main("predict", "--model", run / "best", "--image", tmp_path / "a b.png", *given, "--out", out) == 0
     shown = capsys.readouterr().out.splitlines()
     masks, overlays = sorted(out.glob("*_mask.png")), sorted(out.glob("*_overlay.png"))
-    assert len(masks) == len(overlays) == len(shown) == len(list(out.iterdir())) / 2 == len(texts)
+    assert len(masks) == len(overlays) == len(shown) == len(texts)
+    assert len(list(out.iterdir())) == 2 * len(texts) + 1
+    with Image.open(out / "a b_labelled.png") as pixels:
+        assert pixels.size == (360, 148)
     for text, line, mask, overlay in zip(texts, shown, masks, overlays, strict=True):
         assert repr(text) in line
         with Image.open(mask) as pixels:
@@ -59,7 +62,8 @@ def test_predict_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert len(shown.splitlines()) == len(rows) == 15
     pictures = {file.name for file in out.glob("*.png")}
-    assert len({name.casefold() for name in pictures}) == 30
+    assert len({name.casefold() for name in pictures}) == 35
+    assert {"A_labelled.png", "a_2_labelled.png", "b_f0003_labelled.png"} <= pictures
     stems = ("A", "a_2", "b_f0001", "b_f0002", "b_f0003")
     for nth, row in enumerate(rows):
         with Image.open(out / f"{stems[nth // 3]}_{nth % 3 + 1}_{row['text'].replace(' ', '-')}_mask.png") as image:
@@ -182,12 +186,33 @@ def test_a_video_frame_by_frame(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert [row["frame"] for row in lines(rows)] == [1, 2]
     assert all(row["size"] == [48, 64] for row in lines(rows))
     assert sorted(file.name for file in out.iterdir()) == [
-        f"clip_f000{nth}_1_the-red-circle_{kind}.png" for nth in (1, 2) for kind in ("mask", "overlay")
+        *(f"clip_f000{nth}_1_the-red-circle_{kind}.png" for nth in (1, 2) for kind in ("mask", "overlay")),
+        "clip_labelled.mp4",
     ]
+    require_video(out / "clip_labelled.mp4", out, "clip_f000{}_1_the-red-circle_overlay.png", 2)
+    assert main(*given, "--text", "star", "--image", tmp_path / "clip.mp4", "--out", tmp_path / "two") == 0
+    require_video(tmp_path / "two" / "clip_labelled.mp4", tmp_path / "two", "clip_f000{}_labelled.png", 2)
+    (out / "clip_labelled.mp4").unlink()  # as if the run had been killed just before it
+    assert main(*given, "--image", tmp_path / "clip.mp4", "--json", rows, "--out", out, "--resume") == 0
+    require_video(out / "clip_labelled.mp4", out, "clip_f000{}_1_the-red-circle_overlay.png", 2)
     capsys.readouterr()
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     assert main(*given, "--image", tmp_path / "bad.mp4") == 2
     assert "does not decode after frame 0" in capsys.readouterr().err
+
+
+def require_video(file: Path, folder: Path, pattern: str, count: int) -> None:
+    """A video of the files that the pattern names, five per second."""
+    import av
+
+    with av.open(str(file)) as video:
+        assert video.streams.video[0].average_rate == 5
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in video.decode(video=0)]
+    assert len(frames) == count
+    for nth, frame in enumerate(frames, start=1):
+        with Image.open(folder / pattern.format(nth)) as image:
+            assert frame.shape[:2] == image.size[::-1]
+            assert abs(frame - np.asarray(image)).mean() < 25
 
 
 KILLED = """
@@ -356,6 +381,9 @@ def test_labelme_and_coco_are_not_overwritten(run: Path, tmp_path: Path, capsys:
     content = json.loads(file.read_text())
     assert [image["file_name"] for image in content["images"]] == ["a.png"]
     assert content["annotations"][0]["expression"] == content["categories"][0]["name"] == "left"
+    data = ManifestDataset(file, "all")  # corrected in another tool, it can be trained on
+    assert [data[i].expressions[0].text for i in range(len(data))] == ["left"]
+    assert data.mask(data[0]).sum() == content["annotations"][0]["area"]
     assert not list(tmp_path.glob("*_mask.png"))
     capsys.readouterr()
     for more, said in (

@@ -192,14 +192,14 @@ def test_a_image_in_any_form_is_the_same_image(tmp_path, mode):
 
 
 def test_what_is_no_image(tmp_path, monkeypatch):
-    def refused(said, picture):
-        with pytest.raises(UserError, match=said):
-            images.as_pixels(picture)
+    def refused(message, image):
+        with pytest.raises(UserError, match=message):
+            images.as_pixels(image)
 
     for url in ("https://example.org/a.png", "file:///a.png", "data:image/png;base64,AAAA", "S3://a/b.jpg"):
         refused("is a URL, and nothing is downloaded here", url)
-    refused("NoneType is no image", None)
-    refused("list is no image", [[1]])
+    refused("NoneType is not an image", None)
+    refused("list is not an image", [[1]])
     refused("mode 'rb'", io.StringIO("text"))
     refused("not an image", b"text")
     refused("32 bits", Image.new("F", (3, 3)))
@@ -210,7 +210,7 @@ def test_what_is_no_image(tmp_path, monkeypatch):
     content = (tmp_path / "a.png").read_bytes()
     refused("damaged", Image.open(io.BytesIO(content[: len(content) // 2])))
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
-    for picture in (content, Image.open(io.BytesIO(content)), np.zeros((40, 40), np.uint8)):
-        refused("of 40x40 has more than", picture)
+    for image in (content, Image.open(io.BytesIO(content)), np.zeros((40, 40), np.uint8)):
+        refused("of 40x40 has more than", image)
     monkeypatch.setattr(images, "MAX_BYTES", 1000)
     refused("more than", io.BytesIO(content))

@@ -82,11 +82,11 @@ class Said:
 def read_noun_phrase(words: list[str]) -> tuple[tuple[str, str], ...]:
     """Adjectives, then one noun: "large striped heart"."""
     *adjectives, noun = words
-    said = [ADJECTIVES[word] for word in adjectives]
+    values = [ADJECTIVES[word] for word in adjectives]
     if noun not in ANY_NOUN:
-        said.append(NOUNS[noun])
-    assert len({name for name, _ in said}) == len(said), f"an attribute is said twice: {words}"
-    return tuple(said)
+        values.append(NOUNS[noun])
+    assert len({name for name, _ in values}) == len(values), f"an attribute occurs twice: {words}"
+    return tuple(values)
 
 
 def read(sentence: str) -> Said:
@@ -131,11 +131,11 @@ def read_long(sentence: str) -> Said:
 
 def drawn(scene: Scene, index: int) -> np.ndarray:
     """All pixels of an object, hidden or not, (scene_size, scene_size) bool."""
-    o, picture = scene.objects[index], np.zeros((scene.scene_size, scene.scene_size), bool)
+    o, mask = scene.objects[index], np.zeros((scene.scene_size, scene.scene_size), bool)
     shape = stencil(o.shape, o.radius, o.turn) >= 0.5
     half = shape.shape[0] // 2
-    picture[o.y - half : o.y + half + 1, o.x - half : o.x + half + 1] = shape
-    return picture
+    mask[o.y - half : o.y + half + 1, o.x - half : o.x + half + 1] = shape
+    return mask
 
 
 def matching(scene: Scene, attributes) -> list[int]:
@@ -160,17 +160,17 @@ def stands(scene: Scene, index: int, relation: str, anchor: int, slack: float) -
     """Beside and above: further in that direction than in the other. Behind: pixels lie under it. Slack widens both."""
     if index == anchor:
         return False
-    o, there = scene.objects[index], scene.objects[anchor]
+    o, other = scene.objects[index], scene.objects[anchor]
     if relation in ("partly behind", "in front of"):
         if (index < anchor) != (relation == "partly behind"):
             return False  # later objects are drawn over earlier ones
-        reach = o.radius + there.radius
-        if max(abs(o.x - there.x), abs(o.y - there.y)) > reach + 2:
+        reach = o.radius + other.radius
+        if max(abs(o.x - other.x), abs(o.y - other.y)) > reach + 2:
             return False  # even the frames of their stencils are apart
-        if slack and (o.x - there.x) ** 2 + (o.y - there.y) ** 2 < reach**2:
+        if slack and (o.x - other.x) ** 2 + (o.y - other.y) ** 2 < reach**2:
             return True
         return bool((drawn(scene, index) & drawn(scene, anchor)).any())
-    dx, dy = o.x - there.x, o.y - there.y
+    dx, dy = o.x - other.x, o.y - other.y
     ahead, aside = {
         "to the left of": (-dx, dy),
         "to the right of": (dx, dy),
@@ -181,24 +181,24 @@ def stands(scene: Scene, index: int, relation: str, anchor: int, slack: float) -
     return ahead > -slack and abs(aside) <= (abs(ahead) if not slack else 1.6 * abs(ahead) + slack)
 
 
-def candidates(scene: Scene, said: Said, slack: float = 0.0) -> set[int]:
+def candidates(scene: Scene, parsed: Said, slack: float = 0.0) -> set[int]:
     """All objects that the words are true of. With slack: those of which somebody might say so."""
-    found = matching(scene, said.attributes)
-    for relation, description in said.relations:
+    objects = matching(scene, parsed.attributes)
+    for relation, description in parsed.relations:
         anchors = matching(scene, description)
-        found = [i for i in found if any(stands(scene, i, relation, anchor, slack) for anchor in anchors)]
-    if said.place is None:
-        return set(found)
-    kind, where = said.place
+        objects = [i for i in objects if any(stands(scene, i, relation, anchor, slack) for anchor in anchors)]
+    if parsed.place is None:
+        return set(objects)
+    kind, where = parsed.place
     if kind == "zone":
-        return {i for i in found if in_zone(scene, scene.objects[i], where, slack)}
-    positions = sorted(along(scene.objects[i], where) for i in found)
+        return {i for i in objects if in_zone(scene, scene.objects[i], where, slack)}
+    positions = sorted(along(scene.objects[i], where) for i in objects)
     if kind == "second" and slack and any(b - a < slack * scene.scene_size for a, b in itertools.pairwise(positions)):
-        return set(found)  # their order can be argued about
+        return set(objects)  # their order can be argued about
     wanted = positions[kind == "second"] + slack * scene.scene_size
     if kind == "second" and not slack:
-        return {i for i in found if along(scene.objects[i], where) == wanted}
-    return {i for i in found if along(scene.objects[i], where) <= wanted}
+        return {i for i in objects if along(scene.objects[i], where) == wanted}
+    return {i for i in objects if along(scene.objects[i], where) <= wanted}
 
 
 def thing(words: str, x: int, y: int, radius: int) -> SceneObject:
@@ -292,21 +292,21 @@ def all_scenes() -> list[tuple[str, int, Scene]]:
     return [made for style in STYLES for made in scenes_of(style)]
 
 
-def fewer(said: Said) -> list[Said]:
+def fewer(parsed: Said) -> list[Said]:
     """The description with one thing left out: an attribute, the place, or a relation."""
-    shorter = [replace(said, place=None)] if said.place else []
+    shorter = [replace(parsed, place=None)] if parsed.place else []
     for name in ("attributes", "relations"):
-        everything = getattr(said, name)
-        shorter += [replace(said, **{name: tuple(one for one in everything if one != idle)}) for idle in everything]
+        parts = getattr(parsed, name)
+        shorter += [replace(parsed, **{name: tuple(part for part in parts if part != idle)}) for idle in parts]
     return shorter
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_sentence_is_true_of_its_object_alone(style):
     false = [
-        f"{sentence!r} names {sorted(found)}, not {target}, in {scene}"
-        for scene, target, sentence, said in sentences_of(style)
-        if (found := candidates(scene, said)) != {target}
+        f"{sentence!r} names {sorted(named)}, not {target}, in {scene}"
+        for scene, target, sentence, parsed in sentences_of(style)
+        if (named := candidates(scene, parsed)) != {target}
     ]
     assert not false, f"{len(false)} of {len(sentences_of(style))} sentences are false: {false[:3]}"
 
@@ -320,7 +320,7 @@ def test_a_corner_behind_the_anchor_counts():
 
 
 def test_an_anchor_is_one_object_and_every_word_of_it_counts():
-    anchors = [(scene, words) for scene, _, _, said in sentences_of("scenesg") for _, words in said.relations]
+    anchors = [(scene, words) for scene, _, _, parsed in sentences_of("scenesg") for _, words in parsed.relations]
     assert len(anchors) > 4000
     for scene, words in anchors:
         assert len(matching(scene, words)) == 1, words
@@ -332,7 +332,7 @@ def test_an_anchor_is_one_object_and_every_word_of_it_counts():
 def test_every_word_matters(style):
     """Leave any word out and somebody could take the sentence for another object (in most cases: everybody)."""
     doubtful = 0
-    shorter = [(scene, target, text, less) for scene, target, text, said in sentences_of(style) for less in fewer(said)]
+    shorter = [(*example, less) for *example, parsed in sentences_of(style) for less in fewer(parsed)]
     for scene, target, text, less in shorter:
         assert candidates(scene, less, slack=0.065) != {target}, f"{text!r} needs no more than {less}, in {scene}"
         doubtful += candidates(scene, less) == {target}
@@ -341,15 +341,15 @@ def test_every_word_matters(style):
 
 
 def test_the_short_style_says_places():
-    kinds = Counter(said.place[0] if said.place else "none" for _, _, _, said in sentences_of("scenes"))
+    kinds = Counter(parsed.place[0] if parsed.place else "none" for _, _, _, parsed in sentences_of("scenes"))
     total = kinds.total()
-    assert not any(said.relations for _, _, _, said in sentences_of("scenes"))
+    assert not any(parsed.relations for _, _, _, parsed in sentences_of("scenes"))
     # as in RefCOCO, where 45 % of the sentences name a region and 10 % an order
     assert 0.35 * total < kinds["zone"] < 0.55 * total
     assert 0.05 * total < kinds["extreme"] < 0.2 * total
     assert 0.005 * total < kinds["second"] < 0.05 * total
     assert kinds["none"] < 0.5 * total
-    places = {said.place for _, _, _, said in sentences_of("scenes") if said.place}
+    places = {parsed.place for _, _, _, parsed in sentences_of("scenes") if parsed.place}
     assert {where for kind, where in places if kind == "zone"} == ZONES
     assert {where for kind, where in places if kind == "extreme"} == SIDES
 
@@ -357,17 +357,17 @@ def test_the_short_style_says_places():
 def test_the_plus_style_says_neither_place_nor_relation():
     words = {word for _, _, sentence, _ in sentences_of("scenes+") for word in sentence.split()}
     assert not words & (PLACE_WORDS | RELATION_WORDS)
-    assert not any(said.place or said.relations for _, _, _, said in sentences_of("scenes+"))
+    assert not any(parsed.place or parsed.relations for _, _, _, parsed in sentences_of("scenes+"))
 
 
 def test_the_long_style_says_relations():
-    said = [said for _, _, _, said in sentences_of("scenesg")]
-    assert all(one.relations and not one.place for one in said)
-    counts = Counter(name for one in said for name, _ in one.relations)
+    descriptions = [parsed for _, _, _, parsed in sentences_of("scenesg")]
+    assert all(each.relations and not each.place for each in descriptions)
+    counts = Counter(name for each in descriptions for name, _ in each.relations)
     for beside in ("to the left of", "to the right of", "above", "below"):
-        assert counts[beside] > 0.15 * len(said)
+        assert counts[beside] > 0.15 * len(descriptions)
     assert counts["partly behind"] > 0
-    assert sum(len(one.relations) == 2 for one in said) > 0.02 * len(said)
+    assert sum(len(each.relations) == 2 for each in descriptions) > 0.02 * len(descriptions)
     length = {style: np.mean([len(text.split()) for _, _, text, _ in sentences_of(style)]) for style in STYLES}
     assert length["scenesg"] > 2 * max(length["scenes"], length["scenes+"])
 
@@ -430,8 +430,8 @@ def test_distractors_share_attributes():
     for _, _, scene in all_scenes():
         for target, _ in scene.references:
             others = [o.attributes for i, o in enumerate(scene.objects) if i != target]
-            own = scene.objects[target].attributes
-            most.append(max(sum(a == b for a, b in zip(own, other, strict=True)) for other in others))
+            values = scene.objects[target].attributes
+            most.append(max(sum(a == b for a, b in zip(values, other, strict=True)) for other in others))
     assert np.mean(np.array(most) >= 2) > 0.85
     assert np.mean(np.array(most) >= 3) > 0.6
 
@@ -458,7 +458,7 @@ def test_every_scene_has_its_references():
     for _, _, scene in all_scenes():
         targets = [target for target, _ in scene.references]
         assert len(targets) == len(set(targets)) == REFERENCES_PER_SCENE
-        assert all(1 <= len(said) == len(set(said)) <= 2 for _, said in scene.references)
+        assert all(1 <= len(texts) == len(set(texts)) <= 2 for _, texts in scene.references)
         for o in scene.objects:
             assert o.radius < min(o.x, o.y)
             assert max(o.x, o.y) < scene.scene_size - o.radius - 1
@@ -473,17 +473,17 @@ def test_a_description_is_true_of_its_object(drop):
     attributes, places = [], []
     for _, _, scene in scenes_of("scenes+")[::4]:
         for index in range(len(scene.objects)):
-            said = read(describe(scene, index, draw, drop=drop).text)
-            assert index in candidates(scene, said), f"{said} is not true of {scene.objects[index]}"
-            assert said.attributes or said.place
-            attributes.append(len(said.attributes))
-            places.append(said.place is not None)
+            parsed = read(describe(scene, index, draw, drop=drop).text)
+            assert index in candidates(scene, parsed), f"{parsed} is not true of {scene.objects[index]}"
+            assert parsed.attributes or parsed.place
+            attributes.append(len(parsed.attributes))
+            places.append(parsed.place is not None)
     assert np.mean(attributes) == pytest.approx(4 * (1 - drop), abs=0.2)
     assert drop or np.mean(places) > 0.85, "a full description says where, unless the object is on a border of regions"
 
 
 def claimed(scene: Scene, claims: int) -> set[int]:
-    return {index for index, there in enumerate(facts(scene)) if claims & there == claims}
+    return {index for index, true in enumerate(facts(scene)) if claims & true == claims}
 
 
 def test_claims_are_facts_of_the_objects_that_a_description_may_be_true_of():
@@ -495,18 +495,18 @@ def test_claims_are_facts_of_the_objects_that_a_description_may_be_true_of():
         for drop in (0.0, 0.5, 0.9):
             text, claims = describe(scene, draw.randrange(len(scene.objects)), draw, drop=drop)
             for place in (scene, other):
-                found = claimed(place, claims)
-                assert candidates(place, read(text)) <= found <= candidates(place, read(text), slack=0.065), text
-            true += bool(found)
+                claiming = claimed(place, claims)
+                assert candidates(place, read(text)) <= claiming <= candidates(place, read(text), slack=0.065), text
+            true += bool(claiming)
     assert 0.1 * 3 * len(scenes) < true < 0.9 * 3 * len(scenes)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_claims_of_a_referring_sentence_are_its_objects_attributes(style):
-    for scene, target, sentence, said in sentences_of(style)[::5]:
+    for scene, target, sentence, parsed in sentences_of(style)[::5]:
         text, claims = referring(sentence)
         assert text == sentence
-        assert claimed(scene, claims) == set(matching(scene, said.attributes))
+        assert claimed(scene, claims) == set(matching(scene, parsed.attributes))
         assert target in claimed(scene, claims)
 
 
@@ -555,7 +555,7 @@ def test_a_twin_differs_in_one_object():
 
 
 @functools.cache
-def pictures() -> list[tuple[Scene, np.ndarray, np.ndarray]]:
+def drawn_scenes() -> list[tuple[Scene, np.ndarray, np.ndarray]]:
     """A hundred rendered scenes of 128 pixels."""
     scenes = [scene for _, _, scene in all_scenes() if scene.scene_size == 128]
     return [(scene, *render(scene)) for scene in scenes[:: len(scenes) // 100]]
@@ -586,7 +586,7 @@ def test_a_crop_is_one_piece_of_the_endless_tile(scene_size):
 
 
 def test_each_pixel_belongs_to_the_frontmost_object():
-    for scene, _, owner in pictures()[:40]:
+    for scene, _, owner in drawn_scenes()[:40]:
         expected = np.full(owner.shape, -1)
         for index in range(len(scene.objects)):
             expected[drawn(scene, index)] = index
@@ -606,7 +606,7 @@ def test_objects_are_hidden_in_part_only(scene_size):
 
 
 def test_an_object_has_the_colour_and_the_fill_that_are_said_of_it():
-    for scene, image, owner in pictures():
+    for scene, image, owner in drawn_scenes():
         for index, o in enumerate(scene.objects):
             pixels = image[owner == index].astype(float)
             nominal = {colour: np.array(level) for colour, level in COLOURS.items()}
@@ -618,7 +618,7 @@ def test_an_object_has_the_colour_and_the_fill_that_are_said_of_it():
 
 
 def test_backgrounds_are_textured_and_noisy():
-    for _, image, owner in pictures():
+    for _, image, owner in drawn_scenes():
         grey, background = image.astype(float).mean(2), owner < 0
         beside = background[:, 1:] & background[:, :-1]
         assert np.diff(image.astype(float), axis=1)[beside].std() > 2, "no noise"
@@ -630,8 +630,8 @@ def test_backgrounds_are_textured_and_noisy():
 def test_shapes_can_be_told_apart():
     for a, b in itertools.combinations(SHAPES, 2):
         for turns in itertools.product((-2, 0, 2), repeat=2):
-            one, other = (stencil(shape, 9, turn) >= 0.5 for shape, turn in zip((a, b), turns, strict=True))
-            assert (one & other).sum() < 0.88 * (one | other).sum(), f"a {a} looks like a {b}"
+            first, second = (stencil(shape, 9, turn) >= 0.5 for shape, turn in zip((a, b), turns, strict=True))
+            assert (first & second).sum() < 0.88 * (first | second).sum(), f"a {a} looks like a {b}"
 
 
 def test_a_stencil_is_antialiased_and_fills_its_frame():
@@ -669,8 +669,8 @@ def test_another_process_draws_the_same_scenes(capsys):
     for salt in ("1", "2"):  # of the hashes of strings, which decide the order of sets
         environment = os.environ | {"PYTHONPATH": source, "PYTHONHASHSEED": salt}
         command = [sys.executable, "-c", DIGEST]
-        there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-        assert there.stdout == here
+        elsewhere = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+        assert elsewhere.stdout == here
 
 
 def test_seed_split_index_and_style_all_matter():

@@ -78,7 +78,7 @@ def objective_for(adapter: CLIPSegAdapter, **settings: object) -> MaskedSelfDist
 
 @pytest.fixture
 def batch(tiny_processor) -> tuple[Tensor, Tokens, Tensor]:
-    """Two pictures of a bright square, and where it is."""
+    """Two images of a bright square, and where it is."""
     images, masks = 0.3 * torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 32, 32)
     for row, (top, left) in enumerate(((0, 8), (16, 0))):
         masks[row, top : top + 16, left : left + 16] = 1

@@ -1,6 +1,7 @@
 """Segmenter: any kind of image in, masks at its own size out, and one image encoding for all sentences."""
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -200,7 +201,36 @@ def test_an_empty_mask_scores_0(segmenter: Segmenter, monkeypatch: pytest.Monkey
     result = segmenter.segment(image_of(), "a star")[0]
     assert not result.mask.any()
     assert result.score == 0
-    np.testing.assert_array_equal(result.overlay(PALETTE[1]), result.image)
+    assert result.overlay(PALETTE[1]).shape == result.image.shape
+    assert result.label().replace("\xa0", " ") == "a star: not found"
+
+
+def test_a_call_is_segment_for_each_image(segmenter: Segmenter):
+    images = [image_of(20, 30), image_of(16, 16), image_of()] * 4
+    results = segmenter(images, ["a star", "left"])
+    assert [[result.text for result in each] for each in results] == [["a star", "left"]] * 12
+    for image, each in zip(images, results, strict=True):
+        (alone,) = segmenter(image, "left")
+        np.testing.assert_array_equal(each[1].image, image)
+        np.testing.assert_allclose(each[1].probability, alone.probability, atol=1e-5)
+    assert segmenter([], "left") == []
+
+
+def test_a_segmentation_shows_itself(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (result,) = segmenter(image_of(20, 30), "left")
+    assert re.fullmatch(r"Segmentation\('left', score=0\.\d{3}, box=(None|\(.+\)), image=30x20\)", repr(result))
+    with Image.open(io.BytesIO(result._repr_png_())) as drawn:
+        assert (drawn.format, drawn.size) == ("PNG", (360, 240))
+    for name in ("a.png", "a.JPG", "a.webp"):
+        result.save(tmp_path / name)
+        with Image.open(tmp_path / name) as drawn:
+            assert drawn.size == (360, 240)
+    with pytest.raises(UserError, match=r"suffix '\.txt'"):
+        result.save(tmp_path / "a.txt")
+    seen = []
+    monkeypatch.setattr(Image.Image, "show", lambda image, title: seen.append((image.size, title)))
+    result.show()
+    assert seen == [((360, 240), "left")]
 
 
 @pytest.mark.parametrize("threshold", [0, 1, -0.1, 1.5, float("nan")])

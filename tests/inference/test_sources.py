@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cmmasksd.errors import UserError
+from cmmasksd.inference.outputs import output_folder
 from cmmasksd.inference.sources import find_sources, read_sentences
 
 
@@ -18,6 +19,25 @@ def test_a_folder_gives_its_images_in_order(tmp_path: Path):
     found = find_sources(tmp_path, ["one", "two"])
     assert [Path(one.name).name for one in found] == ["a.JPG", "b.png", "c.webp"]
     assert {one.texts for one in found} == {("one", "two")}
+
+
+def test_a_pattern_gives_its_files_in_order(tmp_path: Path):
+    for name in ("b.jpg", "a.jpg", "c.png", "deep/d.jpg", "x[1].jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    def names(pattern: str) -> list[str]:
+        return [
+            Path(source.name).relative_to(tmp_path).as_posix() for source in find_sources(tmp_path / pattern, ["x"])
+        ]
+
+    assert names("[ab].jpg") == ["a.jpg", "b.jpg"]
+    assert names("**/*.jpg") == ["a.jpg", "b.jpg", "deep/d.jpg", "x[1].jpg"]
+    assert names("x[1].jpg") == ["x[1].jpg"]  # a file's own name is not a pattern
+    with pytest.raises(UserError, match="no file matches"):
+        find_sources(tmp_path / "*.gif", ["x"])
+    with pytest.raises(UserError, match="folder of images"):
+        output_folder(tmp_path, None, tmp_path / "*.jpg", find_sources(tmp_path / "*.jpg", ["x"]))
 
 
 def test_a_manifest_brings_its_sentences(tmp_path: Path):

@@ -76,10 +76,10 @@ def test_every_reference_once_per_epoch_but_for_the_dropped_tail(counts, batch_s
 
 
 def test_two_ranks_share_the_single_global_order():
-    one = list(TrainingBatches(GROUPS, 6, per_image=2, seed=3).at(1))
+    whole = list(TrainingBatches(GROUPS, 6, per_image=2, seed=3).at(1))
     first, second = (list(TrainingBatches(GROUPS, 3, per_image=2, seed=3, rank=r, world=2).at(1)) for r in (0, 1))
-    assert len(one) == len(first) == len(second) == 2
-    assert [references(a) + references(b) for a, b in zip(first, second, strict=True)] == [references(b) for b in one]
+    assert len(whole) == len(first) == len(second) == 2
+    assert [references(a) + references(b) for a, b in zip(first, second, strict=True)] == [references(b) for b in whole]
 
 
 def test_references_of_an_image_are_drawn_together():
@@ -183,16 +183,17 @@ def test_batch_contents(processor):
 def test_sentence_is_a_function_of_seed_epoch_and_reference(processor):
     data = Noise((3, 1, 2))
 
-    def said(seed, epoch, **how):
+    def drawn(seed, epoch, **settings):
         """Which of its sentences each reference got."""
         items = TrainingItems(data, processor, stride=4, seed=seed)
-        batches = TrainingBatches(data.groups(), seed=how.pop("order", 0), **{"batch_size": 6, **how}).at(epoch)
+        order = settings.pop("order", 0)
+        batches = TrainingBatches(data.groups(), seed=order, **{"batch_size": 6, **settings}).at(epoch)
         return {r: text for b in batches for d in b for r, text in zip(d.references, items[d][1], strict=True)}
 
-    assert said(0, 0) == said(0, 0, batch_size=2, per_image=3, order=9)  # neither order nor company matters
-    assert len({tuple(sorted(said(0, epoch).items())) for epoch in range(4)}) > 1
-    assert len({tuple(sorted(said(seed, 0).items())) for seed in range(4)}) > 1
-    over_epochs = {r: {said(0, epoch)[r] for epoch in range(20)} for r in range(6)}
+    assert drawn(0, 0) == drawn(0, 0, batch_size=2, per_image=3, order=9)  # neither order nor company matters
+    assert len({tuple(sorted(drawn(0, epoch).items())) for epoch in range(4)}) > 1
+    assert len({tuple(sorted(drawn(seed, 0).items())) for seed in range(4)}) > 1
+    over_epochs = {r: {drawn(0, epoch)[r] for epoch in range(20)} for r in range(6)}
     assert all(len(texts) == 3 for texts in over_epochs.values())  # in time, all of them are heard
 
 
@@ -245,17 +246,17 @@ def test_fading_keeps_lightness():
     luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
     assert torch.equal(fade(image, 1.0), image)
     for keep in (0.0, 0.5):
-        before, after = ((one.float() * luma).sum(0) for one in (image, fade(image, keep)))
+        before, after = ((pixels.float() * luma).sum(0) for pixels in (image, fade(image, keep)))
         assert (before - after).abs().max() <= 0.51
     assert fade(image, 0.0).float().std(0).max() == 0
 
 
 def test_ranks_read_what_one_process_reads(scenes, processor):
-    (one, *_) = epoch_of(scenes, processor, 0, size=6)
+    (whole, *_) = epoch_of(scenes, processor, 0, size=6)
     two = [epoch_of(scenes, processor, 0, size=3, rank=rank, world=2)[0] for rank in (0, 1)]
-    assert torch.equal(torch.cat([batch.targets for batch in two]), one.targets)
-    pictures = torch.cat([batch.images[batch.image_index] for batch in two])
-    assert torch.equal(pictures, one.images[one.image_index])
+    assert torch.equal(torch.cat([batch.targets for batch in two]), whole.targets)
+    images = torch.cat([batch.images[batch.image_index] for batch in two])
+    assert torch.equal(images, whole.images[whole.image_index])
 
 
 def test_loading_leaves_the_global_random_state_alone(scenes, processor):

@@ -171,7 +171,7 @@ def refusal(file, module, optimizer):
 def test_a_damaged_file_is_one_line(tmp_path, accelerator, damage):
     module, optimizer = net()
     file = written(tmp_path, module, optimizer, accelerator, {"update": 1})
-    whole, said = file.read_bytes(), "do not match state.pt.sha256"
+    whole, reason = file.read_bytes(), "do not match state.pt.sha256"
     if damage == "short":
         file.write_bytes(whole[: len(whole) // 2])
     elif damage == "empty":
@@ -183,11 +183,11 @@ def test_a_damaged_file_is_one_line(tmp_path, accelerator, damage):
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     elif damage == "no checksum":
         file.with_name(CHECKSUM).unlink()
-        said = "there is no state.pt.sha256 beside it"
+        reason = "there is no state.pt.sha256 beside it"
     else:
         file.with_name(CHECKSUM).write_bytes(b"\xff\x00")
-        said = "there is no state.pt.sha256 beside it"
-    assert said in refusal(file, module, optimizer)
+        reason = "there is no state.pt.sha256 beside it"
+    assert reason in refusal(file, module, optimizer)
 
 
 def change(path, value):
@@ -246,19 +246,19 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("how", FOREIGN)
-def test_a_foreign_state_is_one_line(tmp_path, accelerator, how):
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_foreign_state_is_one_line(tmp_path, accelerator, kind):
     module, optimizer = net()
     file = written(tmp_path, module, optimizer, accelerator, {"update": 1})
-    apply, said = FOREIGN[how]
+    apply, reason = FOREIGN[kind]
     state = torch.load(file, weights_only=True)
     apply(state)
     resave(file, state)
-    if how.endswith(("type", "cut", "text")) and "random" in how:  # found last, when the weights are in already
-        with pytest.raises(UserError, match=said):
+    if kind.endswith(("type", "cut", "text")) and "random" in kind:  # found last, when the weights are in already
+        with pytest.raises(UserError, match=reason):
             restored(file, module, optimizer)
     else:
-        assert said in refusal(file, module, optimizer)
+        assert reason in refusal(file, module, optimizer)
 
 
 def test_a_state_of_another_model_is_refused(tmp_path, accelerator):

@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--activation",
         type=Literal["quick_gelu", "gelu"] | None,
         help="activation of both towers; default: that of open_clip_config.json beside the weights; without it, "
-        "quick_gelu for OpenAI's archives and names with quickgelu or openai, else gelu",
+        "quick_gelu for OpenAI's archives and names with quickgelu, openai or metaclip, else gelu",
     )
 
 

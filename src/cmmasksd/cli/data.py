@@ -25,9 +25,17 @@ def add_options(parser: ArgumentParser) -> None:
     scenes.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     scenes.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     kinds.add_subcommand("scenes", scenes, help="write generated scenes as a REFER release")
-    expressions = ArgumentParser(description="Write true sentences for instance segmentation in COCO's format.")
+    expressions = ArgumentParser(description="Write true sentences for masks with class names.")
     add = expressions.add_argument
-    add("--instances", type=Path, nargs="+", required=True, metavar="FILE", help="COCO instances.json, one or several")
+    add(
+        "--instances",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="annotations, one or several: COCO or Label Studio (.json), CVAT for images (.xml), YOLO segmentation "
+        "(data.yaml or its folder), folder of labelme files",
+    )
     add(
         "--images",
         type=Path,

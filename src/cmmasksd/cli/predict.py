@@ -24,16 +24,17 @@ def add_options(parser: ArgumentParser) -> None:
         "--image",
         required=True,
         type=Path,
-        help="image, animation (GIF, WebP, PNG) or video; folder of images; .jsonl or .csv file with `image` and "
-        "`expressions` in every row; or -, an image on standard input",
+        help="image, animation (GIF, WebP, PNG) or video; folder of images; quoted pattern such as 'photos/*.jpg'; "
+        ".jsonl or .csv file with `image` and `expressions` in every row; or -, an image on standard input",
     )
     parser.add_argument("--text", action="append", type=str, default=[], help="sentence about an object; repeatable")
     parser.add_argument("--texts", type=Path | None, help="text file with one sentence per line")
     parser.add_argument(
         "--out",
         type=Path | None,
-        help="folder for masks and overlays (default: this one, or none with --json, --labelme or --coco); or -, the "
-        "mask of a single sentence as PNG on standard output",
+        help="folder for masks, overlays, drawings of all sentences about an image, and videos of overlays (default: "
+        "this one, or none with --json, --labelme or --coco); or -, the mask of a single sentence as PNG on standard "
+        "output",
     )
     parser.add_argument(
         "--json",
@@ -55,7 +56,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    from cmmasksd.inference.outputs import AnnotationWriter, FileNames, output_folder, write_images
+    from cmmasksd.inference.outputs import AnnotationWriter, FileNames, LabelledOutput, output_folder, write_images
     from cmmasksd.inference.predict import Failure, failure_summary, predict
     from cmmasksd.inference.predictor import load_segmenter
     from cmmasksd.inference.rows import json_row, require_free, row_writer
@@ -69,14 +70,17 @@ def run(settings: Namespace) -> None:
     segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
     options = {"threshold": settings.threshold, "out": folder and str(folder)}
     names, failures, unit = FileNames(sources), [], []
+    labelled = LabelledOutput(sources, names, folder)
     with row_writer(settings.json, settings.model, sources, resume=settings.resume, **options) as (done, write_rows):
         for result in predict(segmenter, sources, done=done, progress=True):
             if isinstance(result, Failure):
                 failures.append(result.reason)
+                labelled.fail(result.image)
                 unit = []
                 continue
             stem = names.stem(result.index, result.frame)
             files = write_images(result, stem, folder)
+            labelled.add(result)
             if STDOUT not in (settings.out, settings.json):
                 _print_line(result, "" if len(sources) == 1 and result.frame is None else f"{stem}: ", files)
             unit.append(result)
@@ -84,6 +88,7 @@ def run(settings: Namespace) -> None:
                 annotations.write(unit)
                 write_rows(result.unit, [json_row(prediction) for prediction in unit])  # last: a row implies its files
                 unit = []
+        labelled.write_videos(done)
     annotations.close()
     if failures:
         raise UserError(failure_summary(failures, len({source.image for source in sources})))

@@ -30,6 +30,9 @@ MAX_SIDE, MAX_RATIO = 32_768, 100
 MAX_BYTES = 4 * MAX_PIXELS
 """Limit of bytes read from a file object."""
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+"""Suffixes of the files in a folder that are read as images."""
+
 # Pillow would also open PostScript (by starting Ghostscript), icons, and formats of single instruments
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 
@@ -198,7 +201,7 @@ def as_pixels(image: ImageInput) -> np.ndarray:
             return _rgb(image, "the image", exif=True)
     if hasattr(image, "read"):
         return read_image(read_bytes(image), exif=True)
-    raise UserError(f"a {type(image).__name__} is no image: give a path, bytes, a PIL image or an array")
+    raise UserError(f"a {type(image).__name__} is not an image: give a path, bytes, a PIL image or an array")
 
 
 def read_bytes(file: BinaryIO) -> bytes:

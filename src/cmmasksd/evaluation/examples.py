@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from cmmasksd.inference.predictor import Segmenter
 
 
+MIN_BEST = 0.0005
+"""IoU below which an expression is not among the best: it is shown as 0.0 %."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One expression with its image and masks.
@@ -45,7 +49,7 @@ class Example:
 
 
 def choose_examples(rows: Sequence[ExpressionScore], n: int, seed: int = 0) -> dict[str, list[int]]:
-    """Choose the n best expressions, the n worst, and n drawn from all.
+    """Choose the n best expressions whose IoU is not 0, the n worst, and n drawn from all.
 
     The choice depends on the rows and the seed, not on the order of the rows. Ties are broken at random: otherwise the
     many expressions with IoU 0 would be represented by the first image.
@@ -62,7 +66,8 @@ def choose_examples(rows: Sequence[ExpressionScore], n: int, seed: int = 0) -> d
     random.Random(seed).shuffle(drawn)
     ascending = sorted(drawn, key=lambda row: row.iou)  # stable: ties keep the drawn order
     descending = sorted(drawn, key=lambda row: -row.iou)
-    chosen = {"best": descending, "worst": ascending, "random": drawn}
+    best = [row for row in descending if row.iou >= MIN_BEST]
+    chosen = {"best": best, "worst": ascending, "random": drawn}
     return {kind: [row.sent_id for row in ordered[:n]] for kind, ordered in chosen.items()}
 
 

@@ -26,19 +26,19 @@ from cmmasksd.evaluation.protocols import METRIC_NAMES
 from cmmasksd.evaluation.results import read_expressions, read_results
 from cmmasksd.evaluation.tables import percentages, protocol_lines, row_name
 from cmmasksd.files import write_text
-from cmmasksd.inference.visualize import PREDICTION_COLOR, TRUTH_COLOR, check_sizes, comparison
+from cmmasksd.inference.visualize import PREDICTION_COLOR, TRUTH_COLOR, check_sizes, comparison, enlarged
 from cmmasksd.model.locating import model_folder, weights_digest
 
 TEMPLATE = "report.html.jinja"
 SECTIONS = {
-    "best": ("Best", "The expressions with the highest IoU; ties are broken at random."),
+    "best": ("Best", "The expressions with the highest IoU, if above 0; ties are broken at random."),
     "worst": ("Worst", "The expressions with the lowest IoU; ties are broken at random."),
     "random": ("Random sample", "Drawn from all expressions with a fixed seed, regardless of their scores."),
 }
 """Kind of example -> heading and explanation."""
 EXAMPLES = 12
 """Number of examples of each kind."""
-MAX_SIDE = 512
+MAX_SIDE = 640
 """Maximum length of the longer side of an embedded image in pixels."""
 
 
@@ -180,21 +180,17 @@ def _card(example: Example) -> dict[str, Any]:
 def _at_display_size(example: Example) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image and masks at the size of the embedded image: large ones shrunk, small ones enlarged pixel by pixel.
 
-    Enlarging before drawing keeps the truth's line thin on a 64-pixel scene.
+    Enlarging before drawing keeps the lines thin on a 64-pixel scene.
     """
     image, truth, prediction = example.image, example.truth, example.prediction
     height, width = truth.shape
     if max(height, width) <= MAX_SIDE:
         factor = MAX_SIDE // max(height, width)
-        return _enlarged(image, factor), _enlarged(truth, factor), _enlarged(prediction, factor)
+        return enlarged(image, factor), enlarged(truth, factor), enlarged(prediction, factor)
     scale = MAX_SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     shrunk = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     return shrunk, _shrunk(truth, size), _shrunk(prediction, size)
-
-
-def _enlarged(pixels: np.ndarray, factor: int) -> np.ndarray:
-    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -204,9 +200,8 @@ def _shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _data_uri(image: np.ndarray) -> str:
     buffer = io.BytesIO()
-    # Full colour resolution (subsampling 0): otherwise JPEG smears the thin coloured line.
-    Image.fromarray(image).save(buffer, format="JPEG", quality=85, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    Image.fromarray(image).save(buffer, format="WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _css(color: tuple[int, int, int]) -> str:

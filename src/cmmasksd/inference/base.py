@@ -5,27 +5,33 @@ A segmenter implements four hooks: `canvas`, `encode_images`, `encode_texts` and
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
+from PIL import Image
 
 from cmmasksd.data.images import ImageInput, as_pixels
 from cmmasksd.data.masks import mask_to_box, mask_to_polygons, mask_to_rle
 from cmmasksd.data.samples import require_expression
-from cmmasksd.errors import UserError
-from cmmasksd.inference.visualize import PALETTE, Color, overlay
+from cmmasksd.errors import UserError, shown
+from cmmasksd.files import whole_file
+from cmmasksd.inference.visualize import FILL, PALETTE, Color, Drawing, label_text
 from cmmasksd.model.placement import Placement, threshold_to_logit
 
 DECODE_TOGETHER = 32
 """Sentences per call of the decoder; bounds the memory."""
 ENCODE_TOGETHER = 128
 """Sentences per call of the text encoder; bounds the memory."""
+IMAGES_TOGETHER = 8
+"""Images per call of the image encoder when a list of images is segmented; bounds the memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Segmentation:
     """The object that one sentence names in one image.
 
@@ -43,9 +49,47 @@ class Segmentation:
     image: np.ndarray
     probability: np.ndarray
 
-    def overlay(self, color: Color = PALETTE[0], alpha: float = 0.5) -> np.ndarray:
-        """The image with the mask drawn in, (H, W, 3) uint8."""
-        return overlay(self.image, self.mask, color, alpha)
+    def __repr__(self) -> str:
+        height, width = self.mask.shape
+        return f"Segmentation({self.text!r}, score={self.score:.3f}, box={self.box}, image={width}x{height})"
+
+    def overlay(self, color: Color = PALETTE[0], alpha: float = FILL) -> np.ndarray:
+        """The image with mask, sentence and score drawn in, and the rest dimmed, (H, W, 3) uint8."""
+        drawing = Drawing(self.image)
+        drawing.add(self.mask, color, fill=alpha, label=self.label())
+        return drawing.finish()
+
+    def label(self, number: int = 1) -> str:
+        """Sentence and score, or "not found"; `number` names a sentence that cannot be drawn, see `label_text`."""
+        return label_text(self.text, self.score if self.mask.any() else None, number)
+
+    def show(self) -> None:
+        """Show the overlay in a notebook or in the system's image viewer."""
+        self._legible().show(self.text)
+
+    def save(self, path: str | Path) -> None:
+        """Save the overlay in the format that the suffix names. Small images are enlarged to make the label legible.
+
+        Raises:
+            UserError: Pillow writes no such format.
+        """
+        path = Path(path)
+        formats = Image.registered_extensions()
+        if formats.get(path.suffix.lower()) not in Image.SAVE:
+            raise UserError(f"no image format has the suffix {shown(path.suffix)}: give a name such as overlay.png")
+        with whole_file(path) as part:
+            self._legible().save(part, formats[path.suffix.lower()])
+
+    def _repr_png_(self) -> bytes:
+        """The overlay, which notebooks show in place of the repr."""
+        content = io.BytesIO()
+        self._legible().save(content, "PNG")
+        return content.getvalue()
+
+    def _legible(self) -> Image.Image:
+        drawing = Drawing(self.image, enlarge=True)
+        drawing.add(self.mask, PALETTE[0], label=self.label())
+        return Image.fromarray(drawing.finish())
 
     @property
     def area(self) -> int:
@@ -104,6 +148,17 @@ class BaseSegmenter(ABC):
     def __init__(self, threshold: float) -> None:
         threshold_to_logit(threshold)  # a wrong one is refused here, not at the first image
         self.threshold = threshold
+
+    @overload
+    def __call__(self, image: list[ImageInput], texts: Sequence[str] | str) -> list[list[Segmentation]]: ...
+    @overload
+    def __call__(self, image: ImageInput, texts: Sequence[str] | str) -> list[Segmentation]: ...
+    def __call__(self, image: Any, texts: Sequence[str] | str) -> Any:
+        """`segment`; for a list of images, a list per image of one segmentation per sentence."""
+        if not isinstance(image, list):
+            return self.segment(image, texts)
+        batches = ([(each, texts) for each in image[part]] for part in slices(len(image), IMAGES_TOGETHER))
+        return [segmentations for batch in batches for segmentations in self.segment_batch(batch)]
 
     def segment(self, image: ImageInput, texts: Sequence[str] | str) -> list[Segmentation]:
         """Segment the object that each sentence names. The image is encoded once for all sentences.

@@ -1,4 +1,4 @@
-"""Segmentations in the formats of other tools (COCO, labelme, supervision), and one image of them all with a legend.
+"""Segmentations in the formats of other tools (COCO, labelme, supervision), and one image of them all.
 
 All functions take the list that `Segmenter.segment` returns, the segmentations of one image. Sentences become the names
 of categories and labels. An empty mask gives no annotation. Boxes are (x0, y0, x1, y1) here and in supervision,
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmmasksd.errors import UserError
-from cmmasksd.inference.visualize import PALETTE, overlay
+from cmmasksd.inference.visualize import FILL, PALETTE, Drawing
 
 if TYPE_CHECKING:
     from cmmasksd.inference.base import Segmentation
@@ -151,53 +151,25 @@ def to_detections(segmentations: Sequence[Segmentation]) -> Any:
     )
 
 
-def overlay_all(segmentations: Sequence[Segmentation], *, alpha: float = 0.5, legend: bool = True) -> np.ndarray:
-    """All masks in one image, each in its colour, over a legend of sentences and scores.
+def overlay_all(segmentations: Sequence[Segmentation], *, alpha: float = FILL, labels: bool = True) -> np.ndarray:
+    """All masks in one image, each in its colour, with its sentence and score.
 
     Args:
         segmentations: segmentations of one image; colours repeat after seven masks.
-        alpha: share of the colours, 0 to 1.
-        legend: add the legend below the image. Its font has Latin letters only.
+        alpha: share of the colours in the fill, 0 to 1.
+        labels: write the labels, in a font that has Latin letters only, and enlarge a small image to make them legible.
 
     Returns:
-        (H + height of the legend, W, 3) uint8.
+        (H, W, 3) uint8; a multiple of the size for a small image with labels.
 
     Raises:
         UserError: the list is empty, or has segmentations of several images.
     """
-    drawn = _image_of(segmentations)
+    drawing = Drawing(_image_of(segmentations), enlarge=labels)
     for index, segmentation in enumerate(segmentations):
-        drawn = overlay(drawn, segmentation.mask, PALETTE[index % len(PALETTE)], alpha)
-    if not legend:
-        return drawn
-    from PIL import Image, ImageDraw, ImageFont
-
-    width = drawn.shape[1]
-    size = max(10, round(max(drawn.shape) / 40))
-    font = ImageFont.load_default(size)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
-    entries = []
-    for segmentation in segmentations:
-        lines = [""]
-        result = f"{segmentation.score:.2f}" if segmentation.mask.any() else "nothing found"
-        for word in f"{segmentation.text} ({result})".split():
-            longer = f"{lines[-1]} {word}".strip()
-            if lines[-1] and measure(longer, font) > width - 2.5 * size:
-                lines.append(word)
-            else:
-                lines[-1] = longer
-        entries.append(lines)
-    step = round(1.4 * size)
-    strip = Image.new("RGB", (width, step * sum(map(len, entries)) + size), "white")
-    draw = ImageDraw.Draw(strip)
-    top = size // 2
-    for index, lines in enumerate(entries):
-        square = (size // 2, top + size // 8, size // 2 + size, top + size // 8 + size)
-        draw.rectangle(square, fill=PALETTE[index % len(PALETTE)], outline="black")
-        for line in lines:
-            draw.text((2 * size, top), line, "black", font)
-            top += step
-    return np.concatenate([drawn, np.asarray(strip)])
+        label = segmentation.label(index + 1) if labels else ""
+        drawing.add(segmentation.mask, PALETTE[index % len(PALETTE)], fill=alpha, label=label)
+    return drawing.finish()
 
 
 def _image_of(segmentations: Sequence[Segmentation]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The files that `cmmasksd predict` writes (masks, overlays, annotations), and their names."""
+"""The files that `cmmasksd predict` writes (masks, overlays, videos, annotations), and their names."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cmmasksd.data.images import read_image
+from cmmasksd.data.video import frame_rate, is_video, write_video
 from cmmasksd.errors import UserError
 from cmmasksd.files import whole_file, write_text
 from cmmasksd.inference.base import Segmentation
 from cmmasksd.inference.formats import merge_coco, to_coco, to_labelme
-from cmmasksd.inference.predict import Prediction
-from cmmasksd.inference.sources import STDOUT, Source
-from cmmasksd.inference.visualize import PALETTE
+from cmmasksd.inference.predict import Prediction, Unit
+from cmmasksd.inference.sources import STDOUT, Source, is_pattern
+from cmmasksd.inference.visualize import PALETTE, Drawing
 
 
 class FileNames:
@@ -83,7 +86,10 @@ def output_folder(
     if out == STDOUT and (len(sources) > 1 or len(sources[0].texts) > 1):
         raise UserError("--out - writes the mask of one sentence in one image: give one of each, or use --json -")
     folder = out or (None if json or annotations else Path("."))
-    if folder is not None and folder.is_dir() and image.is_dir() and folder.samefile(image):
+    read = {image} if image.is_dir() else set()
+    if is_pattern(image):
+        read = {source.image.parent for source in sources if isinstance(source.image, Path)}
+    if folder is not None and folder.is_dir() and any(map(folder.samefile, read)):
         raise UserError(f"--out {folder} is the folder of images, and would mix masks with them: use --out out")
     return folder
 
@@ -190,10 +196,91 @@ def mask_image(segmentation: Segmentation) -> Image.Image:
 def save_images(segmentation: Segmentation, nth: int, stem: str, folder: Path) -> list[Path]:
     """Write the mask and the overlay of an image's nth sentence (from 0) as PNG; returns the two files."""
     folder.mkdir(parents=True, exist_ok=True)
-    overlay = Image.fromarray(segmentation.overlay(PALETTE[nth % len(PALETTE)]))
-    files = []
-    for kind, image in (("mask", mask_image(segmentation)), ("overlay", overlay)):
-        files.append(folder / f"{stem}_{nth + 1}_{slug(segmentation.text)}_{kind}.png")
-        with whole_file(files[-1]) as part:
-            image.save(part, "PNG")
+    drawing = Drawing(segmentation.image)
+    add_segmentation(drawing, segmentation, nth)
+    images = {"mask": mask_image(segmentation), "overlay": Image.fromarray(drawing.finish())}
+    files = [folder / f"{stem}_{nth + 1}_{slug(segmentation.text)}_{kind}.png" for kind in images]
+    for file, image in zip(files, images.values(), strict=True):
+        _write_png(image, file)
     return files
+
+
+def _write_png(image: Image.Image, file: Path) -> None:
+    with whole_file(file) as part:
+        image.save(part, "PNG")
+
+
+def add_segmentation(drawing: Drawing, segmentation: Segmentation, nth: int) -> None:
+    """Draw the nth mask (from 0) of an image in its colour, with its sentence and score."""
+    drawing.add(segmentation.mask, PALETTE[nth % len(PALETTE)], label=segmentation.label(nth + 1))
+
+
+class LabelledOutput:
+    """Drawings of all sentences about an image, STEM_labelled.png, and videos of overlays, STEM_labelled.mp4.
+
+    Memory grows neither with the sentences nor with the frames: masks are drawn as they come, and a video is made of
+    the files of its frames.
+
+    Args:
+        sources: the inputs of the run.
+        names: their file names.
+        folder: see `output_folder`.
+    """
+
+    def __init__(self, sources: Sequence[Source], names: FileNames, folder: Path | None) -> None:
+        self._sources, self._names = sources, names
+        self._folder = None if folder == STDOUT else folder
+        self._frames: dict[int, int] = {}  # group -> number of its frames
+        self._failed: set[Path | bytes] = set()
+        self._drawing, self._stem, self._drawn = None, "", 0
+
+    def add(self, prediction: Prediction) -> None:
+        """Draw a prediction. After the last one of an image with several sentences, its drawing is written."""
+        if self._folder is None:
+            return
+        if self._drawing is None:
+            self._drawing = Drawing(prediction.segmentation.image, enlarge=True)
+            self._stem, self._drawn = self._names.stem(prediction.index, prediction.frame), 0
+        add_segmentation(self._drawing, prediction.segmentation, self._drawn)
+        self._drawn += 1
+        if prediction.last:
+            if self._drawn > 1:
+                _write_png(Image.fromarray(self._drawing.finish()), self._file(self._stem))
+            self._drawing = None
+            self._count(prediction.unit)
+
+    def fail(self, image: Path | bytes) -> None:
+        """Drop the drawing of an image that cannot be read completely; a video like that gets no MP4 file."""
+        self._failed.add(image)
+        self._drawing = None
+
+    def write_videos(self, done: Iterable[Unit]) -> None:
+        """Write the videos, after the last prediction.
+
+        Args:
+            done: units of an earlier run, whose files are in the folder.
+        """
+        for unit in done:
+            self._count(unit)
+        start = 0  # index of the first source of a group
+        for group, (video, members) in enumerate(groupby(self._sources, key=lambda source: source.image)):
+            texts = [source.texts for source in members]
+            if self._folder is not None and group in self._frames and is_video(video) and video not in self._failed:
+                frames = (self._overlay(start, frame, texts) for frame in range(1, self._frames[group] + 1))
+                target = self._file(self._names.stem(start, None)).with_suffix(".mp4")
+                write_video(target, map(read_image, frames), frame_rate(video))
+            start += len(texts)
+
+    def _count(self, unit: Unit) -> None:
+        group, frame = unit
+        if frame is not None:
+            self._frames[group] = max(frame, self._frames.get(group, 0))
+
+    def _overlay(self, index: int, frame: int, texts: Sequence[Sequence[str]]) -> Path:
+        """The file that shows all sentences about a frame."""
+        stem = self._names.stem(index, frame)
+        return self._file(stem) if sum(map(len, texts)) > 1 else self._file(stem, f"1_{slug(texts[0][0])}_overlay")
+
+    def _file(self, stem: str, kind: str = "labelled") -> Path:
+        assert self._folder is not None
+        return self._folder / f"{stem}_{kind}.png"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -76,7 +76,7 @@ def require_free(target: Path | None, resume: bool) -> None:
 @contextmanager
 def row_writer(
     target: Path | None, model: str, sources: Sequence[Source], *, resume: bool, **options: Any
-) -> Iterator[tuple[Container[Unit], RowWriter]]:
+) -> Iterator[tuple[Collection[Unit], RowWriter]]:
     """See `json_rows`; rows may also go to standard output (STDOUT) or nowhere (None).
 
     Args:

@@ -1,4 +1,4 @@
-"""Input of `cmmasksd predict`: images by file, folder, manifest or standard input, and the sentences about them."""
+"""Input of `cmmasksd predict`: images by file, folder, pattern, manifest or standard input, and their sentences."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
 from pathlib import Path
 
-from cmmasksd.data.images import read_bytes
+from cmmasksd.data.images import IMAGE_SUFFIXES, read_bytes
 from cmmasksd.data.readers.rows import SUFFIXES, read_rows
 from cmmasksd.data.samples import is_blank
 from cmmasksd.errors import UserError, shown
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-"""Suffixes of the files in a folder that are read as images."""
 
 STDOUT = Path("-")
 """Standard output in place of a file or folder, or standard input in place of an image."""
@@ -43,8 +41,9 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
     """Find the images that a path names, with their sentences.
 
     Args:
-        where: an image or video file; a folder, whose images are sorted by name; a manifest, which has sentences in
-            every row; or "-", an image on standard input.
+        where: an image or video file; a folder, whose images are sorted by name; a pattern such as "photos/*.jpg" or
+            "photos/**/*.jpg", whose files are sorted by path; a manifest, which has sentences in every row; or "-", an
+            image on standard input.
         texts: the sentences, unless `where` is a manifest.
 
     Raises:
@@ -67,7 +66,16 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
         files = sorted(file for file in where.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         if not files:
             raise UserError(f"{where} holds no image ({', '.join(IMAGE_SUFFIXES)}): check the path")
+    elif is_pattern(where):
+        files = sorted(file for file in map(Path, glob(str(where), recursive=True)) if file.is_file())
+        if not files:
+            raise UserError(f"no file matches {where}: check the pattern")
     return [Source(str(file), file, tuple(texts)) for file in files]
+
+
+def is_pattern(where: Path) -> bool:
+    """Whether a path is a pattern of files, and not the name of one."""
+    return has_magic(str(where)) and not where.exists()
 
 
 def refuse_url(where: Path) -> None:

@@ -68,7 +68,7 @@ def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tupl
     Args:
         name: see `is_checkpoint`.
         quick_gelu: the activation. None: that of the open_clip_config.json beside it; without such a file,
-            quick_gelu for OpenAI's archives and for names with "quickgelu" or "openai".
+            quick_gelu for OpenAI's archives and for names with "quickgelu", "openai" or "metaclip".
 
     Raises:
         UserError: the file is damaged, or holds no ViT CLIP.
@@ -80,7 +80,8 @@ def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tupl
     if quick_gelu is None and settings:
         quick_gelu = settings.get("quick_gelu") is True
     elif quick_gelu is None:
-        quick_gelu = archive or "input_resolution" in weights or bool(re.search("quickgelu|openai", file.name.lower()))
+        by_name = re.search("quickgelu|openai|metaclip", file.name, re.IGNORECASE)
+        quick_gelu = archive or "input_resolution" in weights or by_name is not None
     try:
         content, weights = to_transformers(weights, settings, quick_gelu=quick_gelu)
         return clip_config(content), weights

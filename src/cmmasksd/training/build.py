@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cmmasksd.config import Config
 from cmmasksd.errors import UserError
+from cmmasksd.model.locating import is_checkpoint
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training.log import say
@@ -29,6 +30,8 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
             head_width=settings.head_width,
             dropout=settings.dropout,
         )
+        if is_checkpoint(source):
+            say(f"{source} is converted to transformers' format, with {model.config.backbone.vision_config.hidden_act}")
         defaults = {"size": (128, 128), "resize": "warp", "max_tokens": 48}
     else:
         source = settings.weights

@@ -23,12 +23,12 @@ LEFT, RIGHT = (10, 40, 50, 80), (105, 40, 150, 80)
 
 def texts(scene: Sequence[Instance], target: int, image: np.ndarray | None = None, **more: float) -> set[str]:
     """All that is said of an object by many draws, without the article."""
-    found = set()
+    wordings = set()
     for seed in range(60):
         for description in describe(scene, random.Random(seed), image=image, keep=more.get("keep", 0)):
             if description.target == target:
-                found.add(description.text.removeprefix("the "))
-    return found
+                wordings.add(description.text.removeprefix("the "))
+    return wordings
 
 
 def claims(scene: Sequence[Instance], target: int, image: np.ndarray | None = None) -> set[tuple[str, str]]:
@@ -52,9 +52,9 @@ def test_person_words_are_true():
 
 
 def test_pronouns_take_no_adjective():
-    said = texts([instance("person", *LEFT), instance("person", *RIGHT)], 0)
-    assert {"left person", "somebody on the left"} <= said
-    assert not [text for text in said if text.endswith(("somebody", "someone")) and " " in text]
+    wordings = texts([instance("person", *LEFT), instance("person", *RIGHT)], 0)
+    assert {"left person", "somebody on the left"} <= wordings
+    assert not [text for text in wordings if text.endswith(("somebody", "someone")) and " " in text]
 
 
 def test_classes_that_people_mix_up_do_not_name_an_object_alone():
@@ -290,9 +290,9 @@ def test_garments_and_their_wearer():
     skirt, other = box_mask(25, 60, 55, 90), box_mask(105, 60, 135, 90)
     image[skirt], image[other] = COLOURS["red"], COLOURS["blue"]
     scene = [Instance("person", left), Instance("person", right), Instance("skirt", skirt), Instance("skirt", other)]
-    said = texts(scene, 0, image)
-    assert {"person in the red skirt", "somebody wearing a red skirt"} <= said
-    assert not any(text.endswith(("in a skirt", "in the skirt")) for text in said)
+    wordings = texts(scene, 0, image)
+    assert {"person in the red skirt", "somebody wearing a red skirt"} <= wordings
+    assert not any(text.endswith(("in a skirt", "in the skirt")) for text in wordings)
     assert texts(scene, 2, image) == {"red skirt"}
     alone = [scene[0], scene[2]]
     assert {"skirt", "red skirt", "skirt of the person"} <= texts(alone, 1, image, keep=0.7)

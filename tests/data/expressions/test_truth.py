@@ -54,12 +54,12 @@ class Reading:
             self.area.append(len(rows))
 
     def zone(self, words: str, objects: set[int]) -> set[int]:
-        found = set(objects)
+        remaining = set(objects)
         for part in words.split():
             axis, sign = FROM[part]
             half = (WIDTH, HEIGHT)[axis] / 2
-            found = {i for i in found if (self.centre[i][axis] - half) * sign < 0}
-        return found
+            remaining = {i for i in remaining if (self.centre[i][axis] - half) * sign < 0}
+        return remaining
 
     def middle(self, objects: set[int]) -> set[int]:
         return {
@@ -101,7 +101,7 @@ class Reading:
         match = re.fullmatch(rf"(.*?)\b({words})\b(.*)", text)
         assert match, text
         before, noun, after = match[1].split(), match[2], match[3].strip()
-        found = kind = self.noun(noun)
+        named = kind = self.noun(noun)
         if relation := re.search(
             rf"(?:(to the left of|left of|on the left of)|(to the right of|right of|on the right of)|(above)|(below)"
             rf"|(next to|beside)|(on)) the ({words})$",
@@ -111,47 +111,47 @@ class Reading:
                 next(n for n, group in enumerate(relation.groups()) if group)
             ]
             (anchor,) = self.noun(relation[7])
-            found = self.relation(value, anchor, found - {anchor})
+            named = self.relation(value, anchor, named - {anchor})
             after = after[: relation.start()].strip()
         if match := re.match(r"(?:in|dressed in) (red|green|blue|white)\b", after):
-            found, after = self.colour(match[1], found), after[match.end() :].strip()
+            named, after = self.colour(match[1], named), after[match.end() :].strip()
         for colour in COLOURS:
             if colour in before:
                 before.remove(colour)
-                found = self.colour(colour, found)
+                named = self.colour(colour, named)
         if match := re.fullmatch(r"(nearest|closest to) the (.*) corner", after):
             corner = [WIDTH * ("right" in match[2]), HEIGHT * ("bottom" in match[2])]
-            found = {min(found, key=lambda i: np.hypot(*np.subtract(self.centre[i], corner)))}
+            named = {min(named, key=lambda i: np.hypot(*np.subtract(self.centre[i], corner)))}
         elif match := re.fullmatch(r"in the (.* .*) corner", after):
-            found = self.zone(match[1], found)
+            named = self.zone(match[1], named)
         elif match := re.fullmatch(r"from the (left|right|top|bottom)", after):
             axis, sign = FROM[match[1]]
             place = ["first", "second", "third", "fourth"].index(before.pop(0))
-            found = {sorted(kind, key=lambda i: self.centre[i][axis] * sign)[place]}
+            named = {sorted(kind, key=lambda i: self.centre[i][axis] * sign)[place]}
         elif after == "in the middle of the three":
             assert len(kind) == 3
-            found = {sorted(kind, key=lambda i: self.centre[i][0])[1]}
+            named = {sorted(kind, key=lambda i: self.centre[i][0])[1]}
         elif after in ("in the middle", "in the center") or before == ["middle"]:
             ordered = sorted(kind, key=lambda i: self.centre[i][0])
-            by_zone = self.middle(found)
-            found = by_zone or ({ordered[1]} if len(ordered) == 3 else set())
+            by_zone = self.middle(named)
+            named = by_zone or ({ordered[1]} if len(ordered) == 3 else set())
             before = []
         elif match := re.fullmatch(
             r"(?:at|on|in)(?: the)? ((?:top |bottom )?(?:left|right)|top|bottom)(?: side| part)?", after
         ):
-            found = self.zone(match[1], found)
+            named = self.zone(match[1], named)
         else:
             assert not after, text
         place = " ".join(before)
         if place in ENDS:
-            found = self.end(found, *ENDS[place]) if found else found
+            named = self.end(named, *ENDS[place]) if named else named
         elif place in ("largest", "biggest", "smallest"):
-            found = {max(found, key=lambda i: self.area[i] * (-1 if place == "smallest" else 1))} if found else found
+            named = {max(named, key=lambda i: self.area[i] * (-1 if place == "smallest" else 1))} if named else named
         elif place in ("left", "right") and len(kind) == 2:
-            found = self.end(found, *FROM[place]) if found else found
+            named = self.end(named, *FROM[place]) if named else named
         elif place:
-            found = self.zone(place, found)
-        return found
+            named = self.zone(place, named)
+        return named
 
 
 @cache
@@ -224,11 +224,11 @@ def test_a_mirrored_image_swaps_left_and_right(seed: int):
             for claim in true_claims(meaning, index, meaning.nouns(index)[0])
         }
 
-    here, there = Meaning(scene, image), Meaning(mirrored, image[:, ::-1])
-    assert here.nameable == there.nameable
+    original, mirror = Meaning(scene, image), Meaning(mirrored, image[:, ::-1])
+    assert original.nameable == mirror.nameable
     for index in range(len(scene)):
-        if here.nameable >> index & 1:
-            assert claims(here, index, True) == claims(there, index, False)
+        if original.nameable >> index & 1:
+            assert claims(original, index, True) == claims(mirror, index, False)
 
 
 @settings(max_examples=30, deadline=None)
@@ -236,9 +236,9 @@ def test_a_mirrored_image_swaps_left_and_right(seed: int):
 def test_the_size_in_pixels_does_not_matter_to_positions(seed: int, scale: int):
     scene, _ = random_scene(random.Random(seed), ["dog", "gizmo"], certain=True)
     larger = [replace(x, mask=x.mask.repeat(scale, 0).repeat(scale, 1)) for x in scene]
-    here, there = Meaning(scene), Meaning(larger)
-    assert here.nameable == there.nameable
-    assert here.zones() == there.zones()
+    original, enlarged = Meaning(scene), Meaning(larger)
+    assert original.nameable == enlarged.nameable
+    assert original.zones() == enlarged.zones()
 
 
 def test_the_same_seed_says_the_same():

@@ -118,7 +118,12 @@ class Holder(torch.nn.Module):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("ViT-B-32-quickgelu-a.pt", "quick_gelu"), ("ViT-B-32-openai.bin", "quick_gelu"), ("b.pt", "gelu")],
+    [
+        ("ViT-B-32-quickgelu-a.pt", "quick_gelu"),
+        ("ViT-B-32-openai.bin", "quick_gelu"),
+        ("MetaCLIP-b.pt", "quick_gelu"),
+        ("b.pt", "gelu"),
+    ],
 )
 def test_names_say_the_activation(name, expected, folder, tiny_tokenizer):
     file = folder / name

@@ -16,10 +16,11 @@ import numpy as np
 
 from cmmasksd.config import ExpressionConfig
 from cmmasksd.data.expressions.generate import describe_all, describe_nothing, unnamed
-from cmmasksd.data.expressions.instances import AnnotatedImage, Annotation, InstanceFile
+from cmmasksd.data.expressions.instances import InstanceFile
 from cmmasksd.data.expressions.meaning import Meaning
 from cmmasksd.data.expressions.words import Vocabulary
 from cmmasksd.data.images import image_size, read_image
+from cmmasksd.data.readers.annotated import AnnotatedImage, Annotation
 from cmmasksd.data.samples import Expression, Reference, ReferenceList
 from cmmasksd.errors import UserError
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from cmmasksd.data.images import read_mask
-from cmmasksd.data.masks import decode_segmentation
+from cmmasksd.data.images import image_size, read_mask
+from cmmasksd.data.masks import decode_segmentation, mask_to_rle
 from cmmasksd.data.readers.fields import parse_json
+from cmmasksd.data.readers.records import Records
 from cmmasksd.data.readers.rows import Row, Shapes, read_expressions
 from cmmasksd.errors import UserError, shown
 from cmmasksd.files import safe_path
@@ -26,23 +27,9 @@ def labelme_rows(file: Path, root: Path) -> Iterator[Row]:
         file: the labelme file.
         root: folder that it must not lead out of.
     """
-    content = parse_json(file.read_bytes(), str(file), "save it again with labelme")
-    shapes = content.get("shapes") if isinstance(content, dict) else None
-    if not isinstance(shapes, list) or not isinstance(content.get("imagePath"), str):
-        raise UserError(f"{file} is not a labelme file (no 'shapes' or no 'imagePath'): move it out of {root}")
-    name = posixpath.join(file.parent.relative_to(root).as_posix(), content["imagePath"].replace("\\", "/"))
-    image = safe_path(root, name, f"{file}: imagePath")
-    objects: dict[object, list[tuple[int, dict[str, Any]]]] = {}
-    for number, shape in enumerate(shapes, start=1):
-        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
-            raise UserError(f"{file}, shape {number} has no label: give it a sentence")
-        group = shape.get("group_id")
-        if not isinstance(group, int | str | None) or len(str(group)) > 100:
-            raise UserError(f"{file}, shape {number} has the group_id {shown(group)}: expected a whole number or null")
-        objects.setdefault(("shape", number) if group is None else str(group), []).append((number, shape))
-    size = content.get("imageHeight"), content.get("imageWidth")
+    image, objects, size = _objects(file, root)
     shape_of: dict[str, int] = {}  # by sentence
-    for parts in objects.values():
+    for parts in objects:
         first = parts[0][0]
         where = f"{file}, shape {first}"
         texts = read_expressions([text for _, shape in parts for text in shape["label"].split("|")], where)
@@ -53,6 +40,31 @@ def labelme_rows(file: Path, root: Path) -> Iterator[Row]:
                     "they are parts of one object, else write sentences that tell them apart"
                 )
         yield Row(where, image, tuple(dict.fromkeys(texts)), Shapes([shape for _, shape in parts], size))
+
+
+def read_labelme(root: Path) -> Records:
+    """The objects of a folder of labelme files whose labels are classes.
+
+    Raises:
+        UserError: a file is damaged, or there is none.
+    """
+    files = sorted(root.rglob("*.json"))
+    if not files:
+        raise UserError(f"{root} has neither data.yaml nor labelme files (.json): give the annotations of another tool")
+    records = Records()
+    for file in files:
+        image, objects, stated = _objects(file, root)
+        size = image_size(image, exif=True)
+        image_id = records.add_image(image.relative_to(root).as_posix(), *size)
+        for parts in objects:
+            number, shape = parts[0]
+            where = f"{file}, shape {number}"
+            try:
+                mask = labelme_mask(Shapes([part for _, part in parts], stated), size)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            records.add_object(image_id, shape["label"], mask_to_rle(mask), where)
+    return records
 
 
 def labelme_mask(shapes: Shapes, size: tuple[int, int]) -> np.ndarray:
@@ -114,3 +126,22 @@ def _pasted(encoded: object, points: np.ndarray, size: tuple[int, int]) -> np.nd
         )
     rectangle |= part
     return whole
+
+
+def _objects(file: Path, root: Path) -> tuple[Path, list[list[tuple[int, dict[str, Any]]]], tuple[Any, Any]]:
+    """The image of a labelme file, the numbered shapes of each object, and the stated (height, width)."""
+    content = parse_json(file.read_bytes(), str(file), "save it again with labelme")
+    shapes = content.get("shapes") if isinstance(content, dict) else None
+    if not isinstance(shapes, list) or not isinstance(content.get("imagePath"), str):
+        raise UserError(f"{file} is not a labelme file (no 'shapes' or no 'imagePath'): move it out of {root}")
+    name = posixpath.join(file.parent.relative_to(root).as_posix(), content["imagePath"].replace("\\", "/"))
+    image = safe_path(root, name, f"{file}: imagePath")
+    objects: dict[object, list[tuple[int, dict[str, Any]]]] = {}
+    for number, shape in enumerate(shapes, start=1):
+        if not isinstance(shape, dict) or not isinstance(shape.get("label"), str):
+            raise UserError(f"{file}, shape {number} has no label: give it a sentence")
+        group = shape.get("group_id")
+        if not isinstance(group, int | str | None) or len(str(group)) > 100:
+            raise UserError(f"{file}, shape {number} has the group_id {shown(group)}: expected a whole number or null")
+        objects.setdefault(("shape", number) if group is None else str(group), []).append((number, shape))
+    return image, list(objects.values()), (content.get("imageHeight"), content.get("imageWidth"))

@@ -1,4 +1,4 @@
-"""Own data: a JSONL or CSV file with one row per object, or a folder of labelme files.
+"""Own data: a JSONL or CSV file with one row per object, a folder of labelme files, or a file of `annotated`.
 
     {"image": "photos/1.jpg", "expressions": ["the red cup", "cup on the left"], "mask": "masks/1.png"}
 
@@ -15,6 +15,8 @@ Keys of a row; a CSV file has them as its header:
 In a folder of labelme files, every shape is an object and its label the sentence ("|" separates several). Shapes of one
 image with the same group_id are one object. A sentence that names two objects of an image is refused, since the shapes
 may have been meant as one object; in a manifest, whose rows are objects, the log counts such sentences.
+
+Of a COCO, CVAT or Label Studio file, the objects that have sentences are rows.
 
 Splits: a file called train, val or test gives its rows this split. If some rows name splits, the others are for
 training. If none does, the content of the images decides: about 80 % train, 10 % val, 10 % test and at least one each;
@@ -38,6 +40,7 @@ import numpy as np
 
 from cmmasksd.data.images import image_size, read_image, read_mask
 from cmmasksd.data.masks import decode_segmentation, mask_to_rle
+from cmmasksd.data.readers.annotated import expression_rows
 from cmmasksd.data.readers.labelme import labelme_mask, labelme_rows
 from cmmasksd.data.readers.rows import ALL, SPLITS, SUFFIXES, Row, Shapes, read_rows
 from cmmasksd.data.readers.splits import with_splits
@@ -54,7 +57,8 @@ class ManifestDataset(ReferenceList):
     kept as RLE.
 
     Args:
-        root: a manifest, or a folder that holds manifests or labelme files (also in folders below).
+        root: a manifest, an annotation file with sentences, or a folder that holds manifests or labelme files (also
+            in folders below).
         split: "train", "val", "test" or "all".
 
     Raises:
@@ -132,7 +136,9 @@ def _located(where: str) -> Iterator[None]:
 
 def _all_rows(root: Path) -> list[Row]:
     """The rows of a file, or of all files of a folder."""
-    if root.is_file():
+    if root.is_file() and root.suffix.lower() in (".json", ".xml"):
+        rows = list(expression_rows(root))
+    elif root.is_file():
         rows = read_rows(root, masks=True)
     elif not root.is_dir():
         raise UserError(f"{root} does not exist: give a .jsonl or .csv file, or a folder of labelme files")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cmmasksd.errors import UserError, shown
 
-_HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104}
-"""Width of an image tower -> width of a head, where it is not 64: open_clip's ViT-H, ViT-g and ViT-bigG."""
+_HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
+"""Width of an image tower -> width of a head, where it is not 64: open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e."""
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",

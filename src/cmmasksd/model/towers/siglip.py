@@ -53,8 +53,9 @@ def siglip_config(content: object) -> SiglipConfig:
     )
     if (head := vision.get("vision_use_head", True)) is not True:
         raise UserError(f"vision_config.vision_use_head is {shown(head)}: expected true, patches need the pooling head")
+    no_ids = {"bos_token_id": None, "eos_token_id": None}  # SigLIP's are CLIP's and mean nothing
     config: Any = SiglipConfig(
-        text_config=bounded_tower(text, _TEXT, "text_config", SiglipTextConfig),  # pyright: ignore
+        text_config=bounded_tower(text, _TEXT, "text_config", SiglipTextConfig) | no_ids,  # pyright: ignore
         vision_config=bounded_tower(vision, VISION, "vision_config", SiglipVisionConfig),  # pyright: ignore
     )
     if config.text_config.projection_size != config.vision_config.hidden_size:
@@ -76,8 +77,7 @@ def dual_encoder(siglip: SiglipModel) -> DualEncoder:
 
 
 def encoder_sizes(config: SiglipConfig) -> EncoderSizes:
-    """What the rest of the package needs to know of a SigLIP's configuration. Its ids of start and end are CLIP's and
-    mean nothing."""
+    """What the rest of the package needs to know of a SigLIP's configuration."""
     siglip: Any = config
     vision, text = siglip.vision_config, siglip.text_config
     return EncoderSizes(
@@ -143,12 +143,13 @@ class SiglipTextTower(TextTower):
         the sentence is the last position."""
         tower = self.text_model
         length, longest = tokens.input_ids.shape[1], tower.config.max_position_embeddings
-        padding = tokens.input_ids.new_full((len(tokens), longest), tower.config.pad_token_id)
+        padding = tokens.input_ids.new_full((tokens.input_ids.shape[0], longest), tower.config.pad_token_id)
         ids = torch.where(tokens.attention_mask.bool(), tokens.input_ids, tower.config.pad_token_id)
         embedded = tower.embeddings.token_embedding(torch.cat([ids, padding], dim=1)[:, :longest])
         hidden = tower.encoder(tower.embeddings(inputs_embeds=embedded), attention_mask=None).last_hidden_state
         words = tower.head(tower.final_layer_norm(hidden))
-        return TextFeatures(words[:, :length], words[:, -1], tokens.word_ids >= 0, embedded[:, :length])
+        seen = torch.arange(length, device=words.device)  # export takes a slice of the whole length for a special case
+        return TextFeatures(words[:, seen], words[:, -1], tokens.word_ids >= 0, embedded[:, seen])
 
 
 SIGLIP = Family(

@@ -1,0 +1,217 @@
+"""What works on every family of backbones, from training to the exported graphs: inherit FamilyContract and give it a
+`backbone`, the folder of a tiny one in transformers' format."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig, ScoreConfig, TrainingConfig
+from cmmasksd.distillation.objective import MaskedSelfDistillation
+from cmmasksd.errors import UserError
+from cmmasksd.evaluation.score import score
+from cmmasksd.explain import write_figures
+from cmmasksd.inference.predictor import Segmenter
+from cmmasksd.model.modeling import CMMaskSDModel
+from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.training import loop
+from cmmasksd.training.loop import train
+from conftest import TINY_SIZES
+
+SENTENCES = ["the red square", "a Blue circle on the left", "right"]
+
+
+def image(height: int = 50, width: int = 70) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _cut_at(losses: Callable[..., object], call: int) -> Callable[..., object]:
+    """The same function, until a call (from 1) that interrupts the run."""
+    calls: list[None] = []
+
+    def until(*args: object) -> object:
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return losses(*args)
+
+    return until
+
+
+class FamilyContract:
+    """A network on a tiny backbone with patches of 8 pixels."""
+
+    prefix: str
+    """Of the backbone's weights."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backbone(cls) -> Path:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def model(self, backbone: Path) -> CMMaskSDModel:
+        torch.manual_seed(0)
+        return CMMaskSDModel.from_backbone(backbone, **TINY_SIZES).eval()
+
+    @pytest.fixture
+    def processor(self, backbone: Path) -> CMMaskSDProcessor:
+        return CMMaskSDProcessor.from_backbone(backbone, (32, 40), patch_size=8, resize="letterbox", max_tokens=20)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trained(cls, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """What an uninterrupted training leaves."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ACCELERATE_USE_CPU", "true")
+            out = tmp_path_factory.mktemp("run")
+            train(cls.settings(backbone, out))
+        return out
+
+    @staticmethod
+    def settings(backbone: Path, out: Path, **training: object) -> Config:
+        sizes = {"size": (32, 32), "max_tokens": 20, "dropout": 0.1} | TINY_SIZES
+        return Config(
+            DataConfig(train_references=8, val_references=4, scene_size=64, workers=0),
+            ModelConfig(str(backbone), **sizes),
+            DistillationConfig(start=0.0, vision_which="random", language_which="random"),
+            TrainingConfig(out=out, epochs=2, batch=4, batch_size=2, warmup_steps=1, log_every=1, **training),
+        )
+
+    def test_logits_at_several_sizes(self, model: CMMaskSDModel, processor: CMMaskSDProcessor):
+        tokens = processor.tokens(SENTENCES)
+        for height, width in ((32, 32), (40, 24), (8, 16)):
+            pixels = torch.randn(1, 3, height, width)
+            with torch.no_grad():
+                logits = model(pixels, tokens.input_ids, tokens.attention_mask, tokens.word_ids).logits
+            assert logits.shape == (3, height // 2, width // 2)
+            assert logits.isfinite().all()
+            assert logits[0].ne(logits[1]).any()
+
+    def test_every_trained_parameter_gets_a_gradient(self, model: CMMaskSDModel, processor: CMMaskSDProcessor):
+        model.train().freeze_unused()
+        pixels, tokens, _ = processor(image(), SENTENCES)
+        inputs = tokens.input_ids, tokens.attention_mask, tokens.word_ids
+        model(pixels, *inputs).logits.square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        assert any(name.startswith(f"{self.prefix}.vision_model.") for name in trained)
+        assert any(name.startswith(f"{self.prefix}.text_model.") for name in trained)
+
+    @pytest.mark.parametrize("vision_level", ["feature", "input", "blank"])
+    @pytest.mark.parametrize("language_level", ["feature", "input"])
+    @pytest.mark.parametrize("correlation", ["patches", "values"])
+    def test_a_training_step_at_every_level(
+        self, model: CMMaskSDModel, processor: CMMaskSDProcessor, vision_level, language_level, correlation
+    ):
+        settings = DistillationConfig(
+            start=0.0, vision_level=vision_level, language_level=language_level, correlation=correlation
+        )
+        objective = MaskedSelfDistillation(model.train(), settings, model.config.encoder.joint_width)
+        pixels, tokens, _ = processor(image(), SENTENCES)
+        views = objective.views(pixels, tokens, torch.zeros(3, dtype=torch.long))
+        logits = objective.decode(views)
+        assert logits.keys() == {"main", "lmvsd", "vmlsd"}
+        assert views.hidden_patches.any(dim=1).all()
+        assert views.hidden_words[:2].any(dim=1).all()
+        sum(branch.square().mean() for branch in logits.values()).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        assert any(gradient.any() for gradient in gradients)
+
+    def test_several_sentences_equal_one_by_one(self, model: CMMaskSDModel, processor: CMMaskSDProcessor):
+        segmenter = Segmenter(model, processor, device="cpu")
+        together = segmenter.segment(image(), SENTENCES)
+        for sentence, result in zip(SENTENCES, together, strict=True):
+            (alone,) = segmenter.segment(image(), [sentence])
+            np.testing.assert_allclose(result.probability, alone.probability, atol=1e-5)
+            assert result.mask.shape == (50, 70)
+
+    def test_save_and_load(self, model: CMMaskSDModel, processor: CMMaskSDProcessor, tmp_path: Path):
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        loaded, again = CMMaskSDModel.from_pretrained(tmp_path), CMMaskSDProcessor.from_pretrained(tmp_path)
+        assert (loaded.config.family, loaded.config.encoder) == (model.config.family, model.config.encoder)
+        (pixels, tokens, _), (same_pixels, same_tokens, _) = (each(image(), SENTENCES) for each in (processor, again))
+        assert torch.equal(pixels, same_pixels)
+        assert torch.equal(tokens.input_ids, same_tokens.input_ids)
+        names = {name.split(".")[0] for name in loaded.state_dict()}
+        assert names == {self.prefix, "decoder"}
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, loaded.state_dict()[name]), name
+
+    def test_evaluation(self, trained: Path):
+        config = ScoreConfig(data="scenes", split="val", references=4, scene_size=64, model=str(trained / "best"))
+        assert 0 <= score(config).scores["mIoU"] <= 1
+
+    def test_explanation(self, trained: Path, tmp_path: Path):
+        Image.fromarray(image()).save(tmp_path / "image.png")
+        figures = list(write_figures(trained / "best", tmp_path / "image.png", SENTENCES, tmp_path / "figures"))
+        assert [text for text, _ in figures] == SENTENCES
+        assert all(file.is_file() for _, file in figures)
+
+    def test_a_resumed_training_ends_with_the_same_weights(
+        self, backbone: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_losses", _cut_at(loop._losses, 6))
+            with pytest.raises(KeyboardInterrupt):
+                train(self.settings(backbone, tmp_path))
+        train(self.settings(backbone, tmp_path, resume=True))
+        before, after = (CMMaskSDModel.from_pretrained(out / "last") for out in (trained, tmp_path))
+        for name, value in before.state_dict().items():
+            assert torch.equal(value, after.state_dict()[name]), name
+
+    def test_onnx(self, trained: Path, tmp_path: Path):
+        """The export compares every graph with torch by itself; here the predictions."""
+        pytest.importorskip("onnxscript", reason="the extra export is not installed")
+        pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+        from cmmasksd.export.export import export
+        from cmmasksd.inference.onnx import OnnxSegmenter
+
+        export(trained / "best", tmp_path / "onnx")
+        exported = OnnxSegmenter.from_pretrained(tmp_path / "onnx")
+        torch_segmenter = Segmenter.from_pretrained(trained / "best", device="cpu")
+        for a, b in zip(torch_segmenter.segment(image(), SENTENCES), exported.segment(image(), SENTENCES), strict=True):
+            np.testing.assert_allclose(a.probability, b.probability, atol=1e-4)
+
+
+class TestCLIP(FamilyContract):
+    prefix = "clip"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backbone(cls, tiny_clip_folder: Path) -> Path:
+        return tiny_clip_folder
+
+
+class TestSigLIP(FamilyContract):
+    prefix = "siglip"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backbone(cls, tiny_siglip_folder: Path) -> Path:
+        return tiny_siglip_folder
+
+    def test_no_site(self, trained: Path, tmp_path: Path):
+        """The page's tokenizer is CLIP's."""
+        from cmmasksd.export import site
+
+        for name in site.ORT_FILES:
+            (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match="not CLIP's, which is the only one that the page reads"):
+            site.write_site(trained / "best", tmp_path / "out", ort=tmp_path)
