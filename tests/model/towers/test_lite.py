@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,16 +11,14 @@ import torch.nn.functional as F
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
-from cmmasksd.explain import explain
-from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.loading import save_float16
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import load_tokenizer, tokenize
 from cmmasksd.model.towers.efficientnet import EfficientNetLite, padding
 from cmmasksd.model.towers.families import FAMILIES
-from cmmasksd.model.towers.lite import LiteImageTower, LiteModel, LiteTextTower
-from conftest import TINY_SIZES
+from cmmasksd.model.towers.lite import LiteConfig, LiteImageTower, LiteModel, LiteTextTower
+from conftest import TINY_SIZES, randomise
 
 SIZES = [(32, 32), (64, 16), (48, 80), (16, 16)]
 SENTENCES = ["the red square", "A blue Circle left of zebra 7", "right"]
@@ -99,8 +96,8 @@ def by_hand(weights, image):
 @torch.no_grad()
 def test_network_equals_a_forward_by_hand(lite, size):
     image = pixels(2, *size)
-    joint, finer = lite.image(image)
-    expected, expected_finer = by_hand(lite.image.state_dict(), image)
+    joint, finer = lite.vision_model(image)
+    expected, expected_finer = by_hand(lite.vision_model.state_dict(), image)
     close(joint, expected)
     assert joint.std() > 0.1
     for feature, other, stride in zip(finer, expected_finer, (4, 8, 16), strict=True):
@@ -126,11 +123,11 @@ def test_batch_norm_never_moves(lite):
     image = pixels(2, 32, 32)
     before = {name: buffer.clone() for name, buffer in lite.named_buffers()}
     with torch.no_grad():
-        expected = lite.image(image)[0]
-    joint = lite.train().image(image)[0]
+        expected = lite.vision_model(image)[0]
+    joint = lite.train().vision_model(image)[0]
     close(joint, expected)
     joint.sum().backward()
-    assert all(parameter.grad is not None for parameter in lite.image.parameters())
+    assert all(parameter.grad is not None for parameter in lite.vision_model.parameters())
     assert all(torch.equal(buffer, before[name]) for name, buffer in lite.named_buffers())
 
 
@@ -138,7 +135,7 @@ def test_batch_norm_never_moves(lite):
 def test_patches_and_their_finer_features(lite):
     image = pixels(2, 32, 48)
     features, embedding = LiteImageTower(lite)(image, value_path=True)
-    joint, finer = lite.image(image)
+    joint, finer = lite.vision_model(image)
     assert features.grid == (2, 3)
     close(features.patches[:, 4], joint[:, :, 1, 1])
     assert features.dense is not None
@@ -177,9 +174,6 @@ def strip(changed):
 def test_a_masked_view_sees_no_further_than_the_overlap(tokenizer, beyond, tmp_path):
     """At feature level, patches from 32 on are hidden. Pixels beyond the reach of patch 31 change nothing in what the
     branch predicts, neither by the joint space nor by any finer scale; nearer ones do."""
-    from cmmasksd.model.towers.lite import LiteConfig
-    from conftest import randomise
-
     sizes = {"width_factor": 0.1, "joint_width": 24, "hidden_size": 16, "vocab_size": len(tokenizer)}
     torch.manual_seed(0)
     randomise(LiteModel(LiteConfig(**sizes))).save_pretrained(tmp_path)  # the depth of Lite0
@@ -214,7 +208,7 @@ def test_words_sentence_and_embeddings(lite, tokenizer):
     features = LiteTextTower(lite)(tokens)
     assert torch.equal(features.sentence, features.words[:, 0])
     assert tokens.input_ids[:, 0].tolist() == [2, 2, 2]
-    network = lite.text
+    network = lite.text_model
     expected = network.vector_in(network.vectors[tokens.input_ids]) + network.word_embedding(tokens.input_ids)
     assert features.embedded is not None
     close(features.embedded, expected)
@@ -245,7 +239,7 @@ def test_a_hidden_word_leaves_nothing(lite, tokenizer):
 
 
 def test_learned_vectors_are_dropped_in_training_only(lite, tokenizer):
-    tokens, network = tokenize(tokenizer, SENTENCES), lite.text
+    tokens, network = tokenize(tokenizer, SENTENCES), lite.text_model
     with torch.no_grad():
         fixed = network.vector_in(network.vectors[tokens.input_ids])
         learned = network.word_embedding(tokens.input_ids)
@@ -308,84 +302,3 @@ def test_settings_of_a_new_processor(processor):
     assert processor.max_tokens == 24
     with pytest.raises(UserError, match="patch size 16"):
         CMMaskSDProcessor(processor.tokenizer, (40, 40), patch_size=16)
-
-
-@pytest.mark.parametrize("language", ["input", "feature"])
-@pytest.mark.parametrize("vision", ["feature", "input", "blank"])
-def test_training_step_at_every_level(model, processor, vision, language):
-    settings = DistillationConfig(vision_level=vision, language_level=language, correlation="values")
-    objective = MaskedSelfDistillation(model.train(), settings, model.config.encoder.joint_width)
-    target = torch.rand(3, 16, 12)
-    losses = objective(pixels(2, 64, 48), processor.tokens(SENTENCES), target, torch.tensor([0, 0, 1]))
-    losses["loss"].backward()
-    assert {"seg", "lmvsd", "vmlsd"} <= losses.keys()
-    missing = [name for name, parameter in objective.named_parameters() if parameter.grad is None]
-    assert not missing
-    assert all(parameter.grad.isfinite().all() for parameter in objective.parameters())
-
-
-@torch.no_grad()
-def test_many_sentences_give_what_each_gives_alone(model, processor):
-    segmenter = Segmenter(model, processor)
-    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    together = segmenter(image, SENTENCES)
-    for segmentation, sentence in zip(together, SENTENCES, strict=True):
-        (alone,) = segmenter(image, [sentence])
-        np.testing.assert_allclose(segmentation.probability, alone.probability, atol=1e-5)
-
-
-def test_explained(model, processor):
-    objective = MaskedSelfDistillation(model, DistillationConfig(), model.config.encoder.joint_width).eval()
-    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    for explanation, sentence in zip(explain(objective, processor, image, SENTENCES), SENTENCES, strict=True):
-        assert explanation.text == sentence
-        assert explanation.correlation.shape == (4, 3)
-        assert explanation.hidden_patches.any()
-        assert explanation.figure().width > 0
-
-
-def test_a_run_is_resumed_to_the_bit(tiny_lite_folder, tmp_path, monkeypatch):
-    from cmmasksd.config import Config, DataConfig, ModelConfig, TrainingConfig
-    from cmmasksd.training.loop import train
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def settings(out, epochs, **more):
-        sizes = {"decoder_width": 32, "decoder_layers": 1, "decoder_heads": 2, "decoder_mlp": 32, "head_width": 16}
-        return Config(
-            DataConfig(train_references=8, val_references=4, scene_size=64, workers=0),
-            ModelConfig(str(tiny_lite_folder), size=(64, 64), max_tokens=24, **sizes),
-            DistillationConfig(start=0.0, warmup=0.5),
-            TrainingConfig(out=out, epochs=epochs, batch=4, batch_size=2, warmup_steps=1, **more),
-        )
-
-    train(settings(tmp_path / "straight", 2))
-    train(settings(tmp_path / "cut", 1))
-    train(settings(tmp_path / "cut", 2, resume=True))
-    for part in ("last", "best"):
-        models = [CMMaskSDModel.from_pretrained(tmp_path / run / part).state_dict() for run in ("straight", "cut")]
-        assert all(torch.equal(value, models[1][name]) for name, value in models[0].items()), part
-    start = LiteModel.from_pretrained(tiny_lite_folder).state_dict()
-    moved = {name for name, value in start.items() if not torch.equal(value, models[0][f"lite.{name}"])}
-    assert "image.head.conv.weight" in moved
-    assert not any(name.endswith((".mean", ".variance", "vectors")) for name in moved)
-
-
-def test_exported(model, processor, tmp_path):
-    pytest.importorskip("onnxruntime", reason="the extra export is not installed")
-    from cmmasksd.export.export import export
-    from cmmasksd.export.site import ORT_FILES, write_site
-    from cmmasksd.inference.onnx import OnnxSegmenter
-
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "onnx")
-    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    exported = OnnxSegmenter.from_pretrained(tmp_path / "onnx")
-    for left, right in zip(exported(image, SENTENCES), Segmenter(model, processor)(image, SENTENCES), strict=True):
-        np.testing.assert_allclose(left.probability, right.probability, atol=1e-4)
-    (tmp_path / "ort").mkdir()
-    for file in ORT_FILES:
-        (tmp_path / "ort" / file).touch()
-    with pytest.raises(UserError, match="not CLIP's, which is the only one that the page reads"):
-        write_site(tmp_path / "model", tmp_path / "site", ort=tmp_path / "ort")

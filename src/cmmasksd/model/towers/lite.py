@@ -140,10 +140,10 @@ class LiteModel(PreTrainedModel):
 
     def __init__(self, config: LiteConfig) -> None:
         super().__init__(config)
-        self.image = EfficientNetLite(
+        self.vision_model = EfficientNetLite(
             width_factor=config.width_factor, depth_factor=config.depth_factor, joint_width=config.joint_width
         )
-        self.text = TextNetwork(config)
+        self.text_model = TextNetwork(config)
         self.post_init()
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class LiteImageTower(ImageTower):
 
     def __init__(self, lite: LiteModel) -> None:
         super().__init__()
-        self.network = lite.image
+        self.network = lite.vision_model
 
     def forward(
         self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False
@@ -182,7 +182,7 @@ class LiteTextTower(TextTower):
 
     def __init__(self, lite: LiteModel) -> None:
         super().__init__()
-        self.network = lite.text
+        self.network = lite.text_model
 
     def forward(self, tokens: Tokens) -> TextFeatures:
         """See `TextTower`. The sentence is the output at [CLS], the first token."""
