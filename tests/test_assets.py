@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cmmasksd.assets import SHIPPED, located
+from cmmasksd.cli import build_parser
+from cmmasksd.cli.options import run_config
 from cmmasksd.model.modeling import CMMaskSDModel
 
 
@@ -71,6 +73,13 @@ def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, mo
     assert str(tmp_path) not in (out / "config.json").read_text()
     assert "weights: before" in (out / "config.yaml").read_text()
     assert card.count("| val | ") == card.count("| testB | ") == 1
+
+
+def test_the_settings_of_the_shipped_model_can_be_trained_with():
+    parser = build_parser()
+    settings = parser.parse_args(["train", "--config", str(Path(located("scenes")) / "config.yaml")])
+    config = run_config(parser.instantiate(settings).train)
+    assert (config.training.batch, config.data.scene_seed, config.training.lr) == (48, 8000, 4e-4)
 
 
 def test_the_mean_of_models(tiny_model_folder, tmp_path, monkeypatch):

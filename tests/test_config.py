@@ -89,6 +89,9 @@ def test_keys_win_over_the_file(tmp_path: Path):
         (["--training.resume=false"], False),
         (["--resume", "--config", "{training: {epochs: 3}}"], True),
         (["--config", "{training: {resume: true}}"], True),
+        (["--resume", "--config", "{training: {resume: false}}"], True),
+        (["--config", "{training: {resume: false}}", "--resume"], True),
+        (["--config", "{training: {resume: true}}", "--training.resume=false"], False),
     ],
 )
 def test_resume_is_one_setting_with_two_names(arguments: list[str], resume: bool):

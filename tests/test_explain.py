@@ -108,8 +108,8 @@ def test_folders_that_cannot_be_explained(folder, tiny_model, tmp_path):
     (unknown / "config.yaml").write_text("distillation: {visoin: false}")
     with pytest.raises(UserError, match="visoin"):
         load_objective(unknown, tiny_model)
-    for text in ("[", "other: 1", "7"):
-        (unknown / "config.yaml").write_text(text)
+    for text in ("[", "other: 1", "7", "\xff"):
+        (unknown / "config.yaml").write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match="cannot be read"):
             load_objective(unknown, tiny_model)
     missing = damaged("missing")

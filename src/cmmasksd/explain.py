@@ -92,7 +92,7 @@ def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistilla
         objective = MaskedSelfDistillation(model, DistillationConfig(**settings), model.config.encoder.joint_width)
         weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
         missing = objective.load_state_dict(weights, strict=False)
-    except (yaml.YAMLError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the masked branches in {folder} cannot be read ({reason}): train again") from error
     misfits = [key for key in missing.missing_keys if not key.startswith("model.")] + missing.unexpected_keys

@@ -48,6 +48,7 @@ def place(tmp_path: Path, run: Path, release: Path, monkeypatch: pytest.MonkeyPa
     Path("rows.jsonl").write_text('{"image": "good.png", "text": "x"}')
     Path("bad.csv").write_text("image,expressions\ngood.png,x|\n")
     Path("blank.txt").write_text("\n \n")
+    Path("latin1.yaml").write_text("training: {out: caf\xe9}\n", encoding="latin-1")
     Path("accumulate.yaml").write_text("training: {batch: 64, accumulate: 4}\n")
     Path("batch_size.yaml").write_text("training: {batch_size: 16}\n")
     Path("unknown.yaml").write_text("data: {nmae: refcoco}\n")

@@ -46,6 +46,7 @@ MISTAKES = [
         "train --training.accumulate 2",
         "--training.accumulate 2; it follows from training.batch, the references per update",
     ),
+    ("train --config latin1.yaml", "latin1.yaml is not UTF-8 text: save it as UTF-8"),
     ("train --config accumulate.yaml", "it follows from training.batch, the references per update over all processes"),
     ("train --config batch_size.yaml", "training.batch_size 16 only limits the references per step and process"),
     (
@@ -152,6 +153,7 @@ MISTAKES = [
     ("push --model {model} --to empty/name", "./empty/name"),
     ("push --model {model} --to ./pushed --results {run}", "cmmasksd evaluate"),
     ("push --model {model} --to ./pushed --card absent.md", "absent.md"),
+    ("push --model {model} --to ./pushed --card latin1.yaml", "latin1.yaml is not UTF-8 text: save it as UTF-8"),
     ("report --model {model} --results empty --out page.html", "cmmasksd evaluate"),
 ]
 

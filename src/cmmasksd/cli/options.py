@@ -25,7 +25,13 @@ class ConfigFile(ActionConfigFile):
     """A file of settings by its path, or a configuration in the package by its name."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        super().__call__(parser, cfg, _config_file(values), option_string)
+        resume = cfg.get("training.resume")
+        try:
+            super().__call__(parser, cfg, _config_file(values), option_string)
+        except UnicodeDecodeError:
+            raise UserError(f"{values} is not UTF-8 text: save it as UTF-8") from None
+        if resume:  # --resume before --config: config.yaml of earlier versions says `resume: false`
+            cfg["training.resume"] = True
 
 
 def config_names() -> list[str]:

@@ -226,7 +226,7 @@ class MaskedSelfDistillation(nn.Module):
         """What each branch sees; the encoders run once. Arguments as in `forward`.
 
         Args:
-            masked: with the masked branches' views, not the main branch's alone.
+            masked: include the views of the masked branches.
         """
         settings, model = self.settings, self._model
         if image_index is None:

@@ -48,8 +48,8 @@ def publish(
         The address of the repository, or the folder.
 
     Raises:
-        UserError: `to` may mean a folder or a hub id, the results are of other weights, the folder lacks a file that
-            loading needs, or its target refuses it.
+        UserError: `to` may mean a folder or a hub id, the results are of other weights, the card is not UTF-8, the
+            folder lacks a file that loading needs, or its target refuses it.
     """
     to_hub = is_hub_id(to)
     if to_hub and Path(to).parent.is_dir():
@@ -64,7 +64,10 @@ def publish(
     if card is None:
         text = model_card(folder, to if to_hub else Path(to).resolve().name, scores, licence=licence)
     else:
-        text = card.read_text(encoding="utf-8")
+        try:
+            text = card.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{card} is not UTF-8 text: save it as UTF-8") from None
     files = contents(folder, text)
     if to_hub:
         return upload(files, to, private=private, token=token)

@@ -54,7 +54,7 @@ def create_app(
         key: key that clients must send, see `Gate`; None: no key is required.
 
     Raises:
-        UserError: for a key that no client can send.
+        UserError: the key is one that no client can send.
     """
     settings, key = settings or ServeSettings(), checked_key(key)
     metrics = Metrics()

@@ -92,15 +92,15 @@ def sentences(fields: Mapping[str, Any], where: str) -> list[str]:
     Raises:
         UserError: a field for sentences holds anything else.
     """
-    found: list[str] = []
+    texts: list[str] = []
     for key in _SENTENCE_KEYS:
         value = fields.get(key)
         for item in value if isinstance(value, list) else [] if value is None else [value]:
             text = item.get("raw", item.get("sent")) if isinstance(item, dict) else item
             if not isinstance(text, str):
                 raise UserError(f"{where} has {key!r} {shown(value)}: expected text or a list of texts")
-            found += [part for part in text.split("|") if part.strip()]
-    return found
+            texts += [part for part in text.split("|") if part.strip()]
+    return texts
 
 
 def numbers(values: Sequence[object], where: str, what: str) -> np.ndarray:
