@@ -8,7 +8,7 @@ shows.
 import copy
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
+    from cmmasksd.model.towers.lite import LiteModel
 
 TINY_SIZES = {"decoder_width": 32, "decoder_layers": 2, "decoder_heads": 2, "decoder_mlp": 48, "head_width": 32}
 TINY_CONTEXT = 24
@@ -139,6 +140,53 @@ def make_siglip_tokenizer(version: int = 2) -> "PreTrainedTokenizerFast":
         single="$A <eos>", special_tokens=[("<eos>", 1)]
     )
     return tokenizer
+
+
+def make_lite(vocabulary: int, seed: int = 0) -> "LiteModel":
+    """An EfficientNet-Lite of one block a stage and its text tower, with random weights and statistics."""
+    import torch
+
+    from cmmasksd.model.towers.lite import LiteConfig, LiteModel
+
+    sizes = {"width_factor": 0.25, "depth_factor": 0.1, "joint_width": 40, "vector_width": 12, "vocab_size": vocabulary}
+    sizes |= {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    lite: Any = randomise(LiteModel(LiteConfig(**sizes, max_position_embeddings=TINY_CONTEXT)), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(lite.named_parameters()):
+            if parameter.ndim == 4:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
+        for name, buffer in sorted(lite.named_buffers()):
+            noise = torch.randn(buffer.shape, generator=generator)
+            buffer.copy_(1 + 0.3 * noise.abs() if name.endswith("variance") else 0.3 * noise)
+    return lite
+
+
+def make_wordpiece_tokenizer() -> "PreTrainedTokenizerFast":
+    """BERT's kind of tokenizer, lower-casing: each of TINY_WORDS is one piece, any other word falls into letters."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,."
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
+    pieces = dict.fromkeys([*special.values(), *TINY_WORDS, *letters, *("##" + letter for letter in letters)])
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=TINY_CONTEXT, **special)
+
+
+@pytest.fixture(scope="session")
+def tiny_lite_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny EfficientNet-Lite with its text tower and its tokenizer in transformers' format."""
+    folder, tokenizer = tmp_path_factory.mktemp("tiny-lite"), make_wordpiece_tokenizer()
+    make_lite(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

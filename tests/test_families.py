@@ -52,10 +52,11 @@ def _cut_at(losses: Callable[..., object], call: int) -> Callable[..., object]:
 
 
 class FamilyContract:
-    """A network on a tiny backbone with patches of 8 pixels."""
+    """A network on a tiny backbone."""
 
     prefix: str
     """Of the backbone's weights."""
+    patch_size = 8
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -69,7 +70,10 @@ class FamilyContract:
 
     @pytest.fixture
     def processor(self, backbone: Path) -> CMMaskSDProcessor:
-        return CMMaskSDProcessor.from_backbone(backbone, (32, 40), patch_size=8, resize="letterbox", max_tokens=20)
+        p = self.patch_size
+        return CMMaskSDProcessor.from_backbone(
+            backbone, (4 * p, 5 * p), patch_size=p, resize="letterbox", max_tokens=20
+        )
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -81,9 +85,9 @@ class FamilyContract:
             train(cls.settings(backbone, out))
         return out
 
-    @staticmethod
-    def settings(backbone: Path, out: Path, **training: object) -> Config:
-        sizes = {"size": (32, 32), "max_tokens": 20, "dropout": 0.1} | TINY_SIZES
+    @classmethod
+    def settings(cls, backbone: Path, out: Path, **training: object) -> Config:
+        sizes = {"size": (4 * cls.patch_size, 4 * cls.patch_size), "max_tokens": 20, "dropout": 0.1} | TINY_SIZES
         return Config(
             DataConfig(train_references=8, val_references=4, scene_size=64, workers=0),
             ModelConfig(str(backbone), **sizes),
@@ -93,11 +97,11 @@ class FamilyContract:
 
     def test_logits_at_several_sizes(self, model: CMMaskSDModel, processor: CMMaskSDProcessor):
         tokens = processor.tokens(SENTENCES)
-        for height, width in ((32, 32), (40, 24), (8, 16)):
-            pixels = torch.randn(1, 3, height, width)
+        for height, width in ((4, 4), (5, 3), (1, 2)):
+            pixels = torch.randn(1, 3, height * self.patch_size, width * self.patch_size)
             with torch.no_grad():
                 logits = model(pixels, tokens.input_ids, tokens.attention_mask, tokens.word_ids).logits
-            assert logits.shape == (3, height // 2, width // 2)
+            assert logits.shape == (3, 4 * height, 4 * width)
             assert logits.isfinite().all()
             assert logits[0].ne(logits[1]).any()
 
@@ -199,7 +203,19 @@ class TestCLIP(FamilyContract):
         return tiny_clip_folder
 
 
-class TestSigLIP(FamilyContract):
+class WithoutSite:
+    """Of a family whose tokenizer is not CLIP's."""
+
+    def test_no_site(self, trained: Path, tmp_path: Path):
+        from cmmasksd.export import site
+
+        for name in site.ORT_FILES:
+            (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match="not CLIP's, which is the only one that the page reads"):
+            site.write_site(trained / "best", tmp_path / "out", ort=tmp_path)
+
+
+class TestSigLIP(WithoutSite, FamilyContract):
     prefix = "siglip"
 
     @pytest.fixture(scope="class")
@@ -207,11 +223,12 @@ class TestSigLIP(FamilyContract):
     def backbone(cls, tiny_siglip_folder: Path) -> Path:
         return tiny_siglip_folder
 
-    def test_no_site(self, trained: Path, tmp_path: Path):
-        """The page's tokenizer is CLIP's."""
-        from cmmasksd.export import site
 
-        for name in site.ORT_FILES:
-            (tmp_path / name).write_text("")
-        with pytest.raises(UserError, match="not CLIP's, which is the only one that the page reads"):
-            site.write_site(trained / "best", tmp_path / "out", ort=tmp_path)
+class TestLite(WithoutSite, FamilyContract):
+    prefix = "lite"
+    patch_size = 16
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backbone(cls, tiny_lite_folder: Path) -> Path:
+        return tiny_lite_folder

@@ -21,6 +21,7 @@ from cmmasksd.model.locating import MODEL_TYPE, read_json
 from cmmasksd.model.towers.base import EncoderSizes
 from cmmasksd.model.towers.bounds import bounded
 from cmmasksd.model.towers.families import FAMILIES
+from cmmasksd.model.towers.lite import LiteConfig
 
 _OURS = {
     "decoder_width": (1, 8192),
@@ -36,7 +37,8 @@ class CMMaskSDConfig(PreTrainedConfig):
     """Sizes of a CMMaskSDModel.
 
     Args:
-        clip_config, siglip_config: configuration of the backbone, under the name of its family. All None: a CLIPConfig.
+        clip_config, siglip_config, lite_config: configuration of the backbone, under the name of its family. All None:
+            a CLIPConfig.
         decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see `ModelConfig`.
 
     Raises:
@@ -44,10 +46,11 @@ class CMMaskSDConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    sub_configs = {"clip_config": CLIPConfig, "siglip_config": SiglipConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
+    sub_configs = {"clip_config": CLIPConfig, "siglip_config": SiglipConfig, "lite_config": LiteConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
 
     clip_config: Any = None
     siglip_config: Any = None
+    lite_config: Any = None
     decoder_width: int = ModelConfig.decoder_width
     decoder_layers: int = ModelConfig.decoder_layers
     decoder_heads: int = ModelConfig.decoder_heads

@@ -218,6 +218,6 @@ def save_float16(model: PreTrainedModel, folder: Path) -> None:
 
 def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     for name in config.sub_configs:
-        nested = getattr(config, name)
-        yield nested
-        yield from _nested(nested)
+        if (nested := getattr(config, name)) is not None:
+            yield nested
+            yield from _nested(nested)

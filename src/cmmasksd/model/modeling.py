@@ -91,7 +91,7 @@ class CMMaskSDModel(PreTrainedModel):
                 mlp=config.decoder_mlp,
                 dropout=config.dropout,
             ),
-            MaskHead(sizes.joint_width, config.decoder_width, width=config.head_width),
+            MaskHead(sizes.joint_width, config.decoder_width, width=config.head_width, scales=sizes.scales),
         )
         self.post_init()
         init_decoder(self.decoder.fusion, self.decoder.head)

@@ -101,8 +101,9 @@ class ImageFeatures:
         dense: (B, N, D) patch features for the correlation where they differ from `patches`, else None.
         context: (B, …) what else the decoder of another network needs and no masking touches, such as a class token.
             Ours needs none.
-        pixels: (B, N, 192) each patch's own pixels, 8 x 8 of them whatever its size: what outlines are made from. None:
-            a network whose decoder does not use them.
+        pixels: (B, N, P) each patch's own pixels, 8 x 8 of them whatever its size: what outlines are made from; then
+            its finer features, if the family has any (`EncoderSizes.scales`). None: a network whose decoder does not
+            use them.
         hidden: (B, N) bool, patches that a masked view replaced by its mask token. None: no patch is hidden.
         whole: (B, N, D) `patches` of the same images before any was hidden, where `hidden` is given: a decoder that
             compares a patch with all others takes their mean and deviation from here.
@@ -232,6 +233,9 @@ class EncoderSizes(NamedTuple):
     """First token of every sentence; None: the family has none."""
     end_token: int | None
     """Last token of every sentence; None: the tower reads the sentence elsewhere, and any end will do."""
+    scales: tuple[tuple[int, int], ...] = ()
+    """Finer features that `ImageFeatures.pixels` holds after the 8 x 8 pixels: channels, and cells per side of a patch
+    (4, 2 or 1). Each is a patch's (channels, cells, cells), flattened."""
 
 
 class Family(NamedTuple):
