@@ -45,7 +45,7 @@ def whole(name: str, value: object, low: int, high: int) -> int:
     """A whole number within bounds.
 
     Raises:
-        UserError: for anything else.
+        UserError: it is anything else.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise UserError(f"{name} is {shown(value)}: expected a whole number from {low} to {high}")
@@ -56,7 +56,7 @@ def per_channel(name: str, value: object, low: float, high: float) -> tuple[floa
     """A mean or a standard deviation of red, green and blue.
 
     Raises:
-        UserError: for anything but three numbers within bounds.
+        UserError: they are not three numbers within bounds.
     """
     if isinstance(value, list | tuple) and len(value) == 3:
         red, green, blue = value
@@ -114,7 +114,7 @@ def threshold_to_logit(threshold: float) -> float:
     """The logit of a threshold in (0, 1).
 
     Raises:
-        UserError: for another threshold.
+        UserError: the threshold is not between 0 and 1.
     """
     if not 0 < threshold < 1:
         raise UserError(f"threshold must be between 0 and 1, got {threshold}")

@@ -59,7 +59,7 @@ class Engine:
     """The model behind a queue.
 
     Args:
-        segmenter: from now on used by the thread of the engine only.
+        segmenter: the model; only the thread of the engine uses it from now on.
         settings: sizes of batch and queue, maximum number of pixels.
         observe: called with (requests, sentences, seconds) of every batch.
     """

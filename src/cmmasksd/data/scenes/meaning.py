@@ -45,7 +45,7 @@ class Meaning:
     its loose set has them all.
 
     Args:
-        objects: from back to front.
+        objects: the objects, from back to front.
         hidden: fraction of back that front hides, by (back, front) indices.
         scene_size: side of the scene in pixels.
     """

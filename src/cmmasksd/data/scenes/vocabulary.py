@@ -79,7 +79,7 @@ class Scene:
 
     Attributes:
         scene_size: side of the square image in pixels.
-        objects: from back to front.
+        objects: the objects, from back to front.
         references: index of an object, and the expressions that name it.
         look: seed of what the objects do not determine: background, noise, shades.
     """

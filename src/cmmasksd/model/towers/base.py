@@ -193,7 +193,7 @@ class ImageTower(nn.Module, ABC):
             value_path: also return patch features for the correlation as `ImageFeatures.dense`.
 
         Returns:
-            features: of the n kept patches; `grid` is that of the whole image.
+            features: the n kept patches; `grid` is that of the whole image.
             embedding: (B, D), the family's own embedding of the whole image.
         """
 

@@ -51,7 +51,7 @@ def bounded_tower(
     Args:
         content: its section of config.json.
         bounds: known keys.
-        name: of the section, for messages.
+        name: name of the section, for messages.
         kind: class of its configuration, which has the defaults.
 
     Raises:

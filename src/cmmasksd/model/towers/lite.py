@@ -58,7 +58,7 @@ class LiteConfig(PreTrainedConfig):
     Args:
         width_factor, depth_factor, joint_width: see `EfficientNetLite`.
         image_size: side in pixels of the images that it was trained on.
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: of the text tower.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: sizes of the text tower.
         vocab_size: number of token ids.
         vector_width: numbers of the fixed vector of a token.
         word_dropout: fraction of the tokens that lose their learned vector in training.

@@ -60,7 +60,7 @@ def to_transformers(
         quick_gelu: the activation, else gelu.
 
     Returns:
-        content: of a CLIP's config.json; not checked against bounds.
+        content: content of a CLIP's config.json, not checked against bounds.
         converted: the weights by transformers' names.
 
     Raises:
