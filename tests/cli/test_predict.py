@@ -1,11 +1,13 @@
 """`cmmasksd predict`: files, folders, manifests, videos, standard input, and runs that are killed and resumed."""
 
+import gc
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -417,3 +419,32 @@ def test_coco_of_many_images(run: Path, tmp_path: Path):
     labels = [json.loads(file.read_text()) for file in (tmp_path / "l").glob("*.json")]
     assert len({label["imagePath"] for label in labels}) == 3
     assert len(ManifestDataset(tmp_path / "l", "all")) == 6
+
+
+def test_probabilities_are_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Many sentences about a large image would need four bytes for each of its pixels and sentences."""
+    photo(tmp_path / "a.png")
+    segment, alive = predict._segment, []
+
+    def watched(*arguments):
+        for prediction in segment(*arguments):
+            alive.append(weakref.ref(prediction.segmentation.probability))
+            yield prediction
+            del prediction
+            gc.collect()
+            assert sum(probability() is not None for probability in alive) <= 1
+
+    monkeypatch.setattr(predict, "_segment", watched)
+    texts = [part for nth in range(5) for part in ("--text", f"{nth}")]
+    outputs = [
+        "--out",
+        tmp_path / "out",
+        "--json",
+        tmp_path / "j",
+        "--coco",
+        tmp_path / "c",
+        "--labelme",
+        tmp_path / "l",
+    ]
+    assert main("predict", "--model", run / "best", "--image", tmp_path / "a.png", *texts, *outputs) == 0
+    assert len(alive) == 5

@@ -69,25 +69,26 @@ def run(settings: Namespace) -> None:
     require_free(settings.json, settings.resume)
     segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
     options = {"threshold": settings.threshold, "out": folder and str(folder)}
-    names, failures, unit = FileNames(sources), [], []
+    names, failures, rows = FileNames(sources), [], []
     labelled = LabelledOutput(sources, names, folder)
     with row_writer(settings.json, settings.model, sources, resume=settings.resume, **options) as (done, write_rows):
         for result in predict(segmenter, sources, done=done, progress=True):
             if isinstance(result, Failure):
                 failures.append(result.reason)
                 labelled.fail(result.image)
-                unit = []
+                annotations.fail()
+                rows = []
                 continue
             stem = names.stem(result.index, result.frame)
             files = write_images(result, stem, folder)
             labelled.add(result)
+            annotations.add(result)
             if STDOUT not in (settings.out, settings.json):
                 _print_line(result, "" if len(sources) == 1 and result.frame is None else f"{stem}: ", files)
-            unit.append(result)
+            rows.append(json_row(result))
             if result.last:
-                annotations.write(unit)
-                write_rows(result.unit, [json_row(prediction) for prediction in unit])  # last: a row implies its files
-                unit = []
+                write_rows(result.unit, rows)  # last: a row implies its files
+                rows = []
         labelled.write_videos(done)
     annotations.close()
     if failures:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ class AnnotationWriter:
     ) -> None:
         self._labelme, self._coco = labelme, coco
         self._names = FileNames(sources)
+        self._stem, self._unit = "", list[Segmentation]()
         self._parts: list[dict[str, Any]] = []
         if STDOUT in (labelme, coco):
             raise UserError("--labelme and --coco do not write to standard output: name a folder or file")
@@ -158,28 +160,41 @@ class AnnotationWriter:
         inside = all(file.is_relative_to(folder) for file in files)
         self._root = folder if inside else Path(os.path.commonpath([file.parent for file in files]))
 
-    def write(self, predictions: Sequence[Prediction]) -> None:
-        """Take the predictions of one image, or of one frame."""
-        first = predictions[0]
-        image, stem = first.source.image, self._names.stem(first.index, first.frame)
-        segmentations = [prediction.segmentation for prediction in predictions]
+    def add(self, prediction: Prediction) -> None:
+        """Take a prediction. After the last one of an image, or of one frame, their annotations are made."""
+        if self._labelme is None and self._coco is None:
+            return
+        if not self._unit:
+            self._stem = self._names.stem(prediction.index, prediction.frame)
+        # annotations are made of masks; the probabilities of all sentences would take four times their memory
+        self._unit.append(replace(prediction.segmentation, probability=np.empty((0, 0), np.float32)))
+        if prediction.last:
+            segmentations, self._unit = self._unit, []
+            self._annotate(prediction, segmentations)
+
+    def fail(self) -> None:
+        """Drop the predictions of an image that cannot be read completely."""
+        self._unit = []
+
+    def _annotate(self, last: Prediction, segmentations: Sequence[Segmentation]) -> None:
+        image = last.source.image
         if self._coco is not None:
-            if first.frame is not None or isinstance(image, bytes):
-                raise UserError(f"{first.source.name} has several frames, which COCO cannot name: use --labelme DIR")
+            if last.frame is not None or isinstance(image, bytes):
+                raise UserError(f"{last.source.name} has several frames, which COCO cannot name: use --labelme DIR")
             file_name = image.resolve().relative_to(self._root).as_posix()
             self._parts.append(to_coco(segmentations, file_name=file_name))
         if self._labelme is not None:
             self._labelme.mkdir(parents=True, exist_ok=True)
-            if first.frame is not None or isinstance(image, bytes):
-                file_name = f"{stem}.png"
-                Image.fromarray(first.segmentation.image).save(self._labelme / file_name)
+            if last.frame is not None or isinstance(image, bytes):
+                file_name = f"{self._stem}.png"
+                Image.fromarray(last.segmentation.image).save(self._labelme / file_name)
             elif image.parent.samefile(self._labelme):
                 file_name = image.name
             else:
-                file_name = f"{stem}{image.suffix}"
+                file_name = f"{self._stem}{image.suffix}"
                 shutil.copyfile(image, self._labelme / file_name)
             content = to_labelme(segmentations, file_name=file_name)
-            write_text(self._labelme / f"{stem}.json", json.dumps(content, ensure_ascii=False, indent=1))
+            write_text(self._labelme / f"{self._stem}.json", json.dumps(content, ensure_ascii=False, indent=1))
 
     def close(self) -> None:
         """Write the COCO file."""
