@@ -90,6 +90,15 @@ def test_sentence_equals_transformers(siglip, tokenizer):
     close(features.embedded, siglip.text_model.embeddings.token_embedding(padded)[:, :length])
 
 
+def test_a_sentence_does_not_depend_on_those_beside_it(siglip, tokenizer):
+    tower = SiglipTextTower(siglip)
+    together = tower(tokenize(tokenizer, SENTENCES))
+    for nth, sentence in enumerate(SENTENCES):
+        alone = tower(tokenize(tokenizer, [sentence]))
+        close(together.sentence[nth], alone.sentence[0])
+        close(together.words[nth][together.word_mask[nth]], alone.words[0][alone.word_mask[0]])
+
+
 def test_a_hidden_word_leaves_nothing(siglip, tokenizer):
     tower = SiglipTextTower(siglip)
     first, second = (tokenize(tokenizer, [f"the {colour} square"]) for colour in ("red", "blue"))
