@@ -145,6 +145,15 @@ class FamilyContract:
             np.testing.assert_allclose(result.probability, alone.probability, atol=1e-5)
             assert result.mask.shape == (50, 70)
 
+    @torch.no_grad()
+    def test_a_sentence_does_not_depend_on_those_beside_it(self, model: CMMaskSDModel, processor: CMMaskSDProcessor):
+        together = model.encode_text(processor.tokens(SENTENCES))
+        for nth, sentence in enumerate(SENTENCES):
+            alone = model.encode_text(processor.tokens([sentence]))
+            torch.testing.assert_close(together.sentence[nth], alone.sentence[0], rtol=1e-5, atol=1e-5)
+            words = together.words[nth][together.word_mask[nth]]
+            torch.testing.assert_close(words, alone.words[0][alone.word_mask[0]], rtol=1e-5, atol=1e-5)
+
     def test_save_and_load(self, model: CMMaskSDModel, processor: CMMaskSDProcessor, tmp_path: Path):
         model.save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ The files are read back and compared with the torch model on images of several s
 sentences; an export whose logits differ by more than PARITY is not written. Weights are stored as float16 where that
 loses nothing (the shipped models are saved so), and computed in float32.
 
-    image.onnx    pixel_values (B, 3, H, W) -> patches (B, h, w, D), pixels (B, h, w, 192)
+    image.onnx    pixel_values (B, 3, H, W) -> patches (B, h, w, D), pixels (B, h, w, P), P = 192 and finer features
     text.onnx     input_ids, attention_mask (K, L) -> words (K, L, D), sentence (K, D), embedded (K, L, E)
     decoder.onnx  patches, pixels, words, sentence, embedded, word_mask (K, L) bool -> logits (K, 4h, 4w)
     restore.onnx  logits (K, 4h, 4w), original (H, W), canvas (H, W), content (top, left, height, width)

@@ -218,16 +218,6 @@ def test_words_sentence_and_embeddings(lite, tokenizer):
 
 
 @torch.no_grad()
-def test_a_sentence_does_not_depend_on_those_beside_it(lite, tokenizer):
-    tower = LiteTextTower(lite)
-    together = tower(tokenize(tokenizer, SENTENCES))
-    for nth, sentence in enumerate(SENTENCES):
-        alone = tower(tokenize(tokenizer, [sentence]))
-        close(together.sentence[nth], alone.sentence[0])
-        close(together.words[nth][together.word_mask[nth]], alone.words[0][alone.word_mask[0]])
-
-
-@torch.no_grad()
 def test_a_hidden_word_leaves_nothing(lite, tokenizer):
     tower = LiteTextTower(lite)
     first, second = (tokenize(tokenizer, [f"the {colour} square"]) for colour in ("red", "blue"))
