@@ -164,8 +164,8 @@ def _intervals(
 
 
 def compare_results(
-    a: Path,
-    b: Path,
+    a: str | Path,
+    b: str | Path,
     *,
     metrics: Sequence[str] = METRIC_NAMES[:3],
     resamples: int = 10_000,
@@ -182,6 +182,7 @@ def compare_results(
     Raises:
         UserError: a file is not as scoring writes it, the protocols differ, or the expressions differ.
     """
+    a, b = Path(a), Path(b)
     protocol = _protocol(a)
     if _protocol(b) != protocol:
         raise UserError(f"{a} and {b} were scored by different protocols: score both by the same")

@@ -43,7 +43,12 @@ MAX_SIDE = 640
 
 
 def report(
-    model: str, folders: Sequence[Path], out: Path, *, root: Path | None = None, metrics: Path | None = None
+    model: str | Path,
+    folders: Sequence[str | Path],
+    out: str | Path,
+    *,
+    root: str | Path | None = None,
+    metrics: str | Path | None = None,
 ) -> Path:
     """Write the page of a scored model.
 
@@ -62,24 +67,25 @@ def report(
     """
     from cmmasksd.inference.predictor import Segmenter
 
+    folders = [Path(folder) for folder in folders]
     results = [read_results(folder) for folder in folders]
     first = results[0]
     if "data" not in first:
         raise UserError(f"{folders[0]} does not say which data set was scored: score it with `cmmasksd evaluate`")
     if first.get("weights", digest := weights_digest(model_folder(model))) != digest:
         raise UserError(f"{folders[0]} holds the scores of another model: score {model} with `cmmasksd evaluate`")
-    curves = read_log(metrics) if metrics is not None else []
+    curves = read_log(Path(metrics)) if metrics is not None else []
     scenes = {key: first[key] for key in ("references", "scene_seed", "scene_size") if key in first}
-    data = open_dataset(SplitConfig(first["data"], first["split"], root, **scenes))
+    data = open_dataset(SplitConfig(first["data"], first["split"], None if root is None else Path(root), **scenes))
     segmenter = Segmenter.from_pretrained(model, threshold=first["protocol"]["threshold"])
     chosen = choose_examples(read_expressions(folders[0]), EXAMPLES)
     return write_report(
-        out,
+        Path(out),
         title=f"CM-MaskSD on {first['data']} {first['split']}",
         results=results,
         examples=collect_examples(data, segmenter, chosen),
         curves=curves,
-        facts={"model": model},
+        facts={"model": str(model)},
     )
 
 

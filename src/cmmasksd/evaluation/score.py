@@ -16,7 +16,7 @@ from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 
 
-def score(config: ScoreConfig, out: Path | None = None) -> SplitScores:
+def score(config: ScoreConfig, out: str | Path | None = None) -> SplitScores:
     """Score a model on a split.
 
     Every process of a launch must call it: they share the work, and each gets the scores of the whole split.
@@ -37,11 +37,12 @@ def score(config: ScoreConfig, out: Path | None = None) -> SplitScores:
     model = CMMaskSDModel.from_pretrained(config.model).to(accelerator.device)
     processor = CMMaskSDProcessor.from_pretrained(config.model)
     if out is not None:
+        out = Path(out)
         out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores
     result = evaluate(model, processor, data, protocol=protocol, accelerator=accelerator, workers=config.workers)
     result.provenance = _provenance(config, len(data), result.provenance)
     if out is not None and accelerator.is_main_process:
-        write_results(out, result)
+        write_results(Path(out), result)
     return result
 
 

@@ -37,7 +37,7 @@ class Source:
     id: str | None = None
 
 
-def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
+def find_sources(where: str | Path, texts: Sequence[str]) -> list[Source]:
     """Find the images that a path names, with their sentences.
 
     Args:
@@ -49,6 +49,7 @@ def find_sources(where: Path, texts: Sequence[str]) -> list[Source]:
     Raises:
         UserError: no image or no sentence is given, `texts` are given beside a manifest, or `where` is a URL.
     """
+    where = Path(where)
     refuse_url(where)
     if where.suffix.lower() in SUFFIXES:
         if texts:

@@ -27,9 +27,9 @@ def publish(
     model: str | Path,
     to: str,
     *,
-    results: Sequence[Path] = (),
+    results: Sequence[str | Path] = (),
     licence: str = "mit",
-    card: Path | None = None,
+    card: str | Path | None = None,
     private: bool = False,
     token: str | bool | None = None,
 ) -> str:
@@ -56,7 +56,7 @@ def publish(
         raise UserError(f"{to} may be a folder or a hub id: write ./{to} for the folder")
     folder = model_folder(model)
     check_folder(folder)
-    scores = [read_results(path) for path in results]
+    scores = [read_results(Path(path)) for path in results]
     digest = weights_digest(folder)
     for path, result in zip(results, scores, strict=True):
         if result.get("weights") != digest:
@@ -65,7 +65,7 @@ def publish(
         text = model_card(folder, to if to_hub else Path(to).resolve().name, scores, licence=licence)
     else:
         try:
-            text = card.read_text(encoding="utf-8")
+            text = Path(card).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{card} is not UTF-8 text: save it as UTF-8") from None
     files = contents(folder, text)

@@ -117,6 +117,7 @@ def _run(config: Config, stop: Sigterm) -> dict[str, Any]:
 
     log = None
     if main:
+        out.mkdir(parents=True, exist_ok=True)  # before the trackers, which would be blamed
         trackers = start_trackers(accelerator, progress.config, progress.update)
         log = Log(out, config_yaml, progress.update, progress.validated * per_epoch, trackers)
     total, health = progress.total, torch.zeros(2)
