@@ -65,11 +65,12 @@ def run(settings: Namespace) -> None:
     sources = _sources(settings)
     annotated = settings.labelme is not None or settings.coco is not None
     folder = output_folder(settings.out, settings.json, settings.image, sources, annotations=annotated)
-    annotations = AnnotationWriter(settings.labelme, settings.coco, sources, resume=settings.resume)
+    names = FileNames(sources)
+    annotations = AnnotationWriter(settings.labelme, settings.coco, sources, names, resume=settings.resume)
     require_free(settings.json, settings.resume)
     segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
     options = {"threshold": settings.threshold, "out": folder and str(folder)}
-    names, failures, rows = FileNames(sources), [], []
+    failures, rows = [], []
     labelled = LabelledOutput(sources, names, folder)
     with row_writer(settings.json, settings.model, sources, resume=settings.resume, **options) as (done, write_rows):
         for result in predict(segmenter, sources, done=done, progress=True):

@@ -31,18 +31,18 @@ def score(config: ScoreConfig, out: str | Path | None = None) -> SplitScores:
     Raises:
         UserError: the model, the data set or the split cannot be opened, or a threshold is not a probability.
     """
+    folder = None if out is None else Path(out)
     protocol = replace(ORIGINAL, threshold=config.threshold)
     data = open_dataset(config)
     accelerator = make_accelerator()
     model = CMMaskSDModel.from_pretrained(config.model).to(accelerator.device)
     processor = CMMaskSDProcessor.from_pretrained(config.model)
-    if out is not None:
-        out = Path(out)
-        out.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores
     result = evaluate(model, processor, data, protocol=protocol, accelerator=accelerator, workers=config.workers)
     result.provenance = _provenance(config, len(data), result.provenance)
-    if out is not None and accelerator.is_main_process:
-        write_results(Path(out), result)
+    if folder is not None and accelerator.is_main_process:
+        write_results(folder, result)
     return result
 
 

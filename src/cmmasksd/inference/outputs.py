@@ -130,6 +130,7 @@ class AnnotationWriter:
         coco: COCO file, written by `close`; its images are named relative to its folder, or to their common folder
             where they lie elsewhere.
         sources: the images.
+        names: their file names.
         resume: whether a run is resumed, so that `labelme` holds files.
 
     Raises:
@@ -137,10 +138,15 @@ class AnnotationWriter:
     """
 
     def __init__(
-        self, labelme: Path | None, coco: Path | None, sources: Sequence[Source], *, resume: bool = False
+        self,
+        labelme: Path | None,
+        coco: Path | None,
+        sources: Sequence[Source],
+        names: FileNames,
+        *,
+        resume: bool = False,
     ) -> None:
-        self._labelme, self._coco = labelme, coco
-        self._names = FileNames(sources)
+        self._labelme, self._coco, self._names = labelme, coco, names
         self._stem, self._unit = "", list[Segmentation]()
         self._parts: list[dict[str, Any]] = []
         if STDOUT in (labelme, coco):

@@ -238,6 +238,21 @@ class EncoderSizes(NamedTuple):
     (4, 2 or 1). Each is a patch's (channels, cells, cells), flattened."""
 
 
+def transformer_sizes(config: Any, *, joint_width: int, start_token: int | None, end_token: int | None) -> EncoderSizes:
+    """The sizes of two transformers, from a configuration that nests theirs as transformers names them."""
+    vision, text = config.vision_config, config.text_config
+    return EncoderSizes(
+        joint_width=joint_width,
+        embedding_width=text.hidden_size,
+        patch_size=vision.patch_size,
+        image_size=vision.image_size,
+        max_tokens=text.max_position_embeddings,
+        vocabulary=text.vocab_size,
+        start_token=start_token,
+        end_token=end_token,
+    )
+
+
 class Family(NamedTuple):
     """What a family of encoders consists of."""
 

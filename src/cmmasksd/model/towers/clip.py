@@ -31,6 +31,7 @@ from cmmasksd.model.towers.base import (
     cell_pixels,
     gather,
     on_grid,
+    transformer_sizes,
 )
 from cmmasksd.model.towers.bounds import TEXT, TOKEN_ID, VISION, bounded, bounded_tower, section
 
@@ -65,16 +66,9 @@ def dual_encoder(clip: CLIPModel) -> DualEncoder:
 def encoder_sizes(config: CLIPConfig) -> EncoderSizes:
     """What the rest of the package needs to know of a CLIP's configuration."""
     clip: Any = config
-    vision, text = clip.vision_config, clip.text_config
-    return EncoderSizes(
-        joint_width=clip.projection_dim,
-        embedding_width=text.hidden_size,
-        patch_size=vision.patch_size,
-        image_size=vision.image_size,
-        max_tokens=text.max_position_embeddings,
-        vocabulary=text.vocab_size,
-        start_token=text.bos_token_id,
-        end_token=text.eos_token_id,
+    text = clip.text_config
+    return transformer_sizes(
+        clip, joint_width=clip.projection_dim, start_token=text.bos_token_id, end_token=text.eos_token_id
     )
 
 

@@ -34,6 +34,7 @@ from cmmasksd.model.towers.base import (
     cell_pixels,
     gather,
     on_grid,
+    transformer_sizes,
 )
 from cmmasksd.model.towers.bounds import TEXT, TOKEN_ID, VISION, bounded_tower, section
 
@@ -79,17 +80,7 @@ def dual_encoder(siglip: SiglipModel) -> DualEncoder:
 def encoder_sizes(config: SiglipConfig) -> EncoderSizes:
     """What the rest of the package needs to know of a SigLIP's configuration."""
     siglip: Any = config
-    vision, text = siglip.vision_config, siglip.text_config
-    return EncoderSizes(
-        joint_width=vision.hidden_size,
-        embedding_width=text.hidden_size,
-        patch_size=vision.patch_size,
-        image_size=vision.image_size,
-        max_tokens=text.max_position_embeddings,
-        vocabulary=text.vocab_size,
-        start_token=None,
-        end_token=None,
-    )
+    return transformer_sizes(siglip, joint_width=siglip.vision_config.hidden_size, start_token=None, end_token=None)
 
 
 class SiglipImageTower(ImageTower):
