@@ -15,7 +15,8 @@ def test_mean_of_the_most_probable_cells_by_hand(size, scale):
     expected = [np.mean(sorted(torch.sigmoid(cells.double()).flatten().tolist())[-count:]) for cells in logits]
     with np.errstate(all="raise", under="ignore"):
         values = presence_numpy(logits.numpy())
-    assert presence(logits).dtype == torch.float32 and values.dtype == np.float32
+    assert presence(logits).dtype == torch.float32
+    assert values.dtype == np.float32
     assert presence(logits).tolist() == pytest.approx(expected, abs=1e-6)
     assert values.tolist() == pytest.approx(expected, abs=1e-6)
 
