@@ -33,7 +33,7 @@ _TRIES = 6
 
 
 class Drawn(NamedTuple):
-    """A photograph, (H, W, 3) uint8 RGB, and sentences with their masks, (H, W) bool; an empty one: nothing is named."""
+    """A photograph, (H, W, 3) uint8 RGB, and sentences with their masks, (H, W) bool; empty where nothing is named."""
 
     image: np.ndarray
     expressions: list[tuple[str, np.ndarray]]
