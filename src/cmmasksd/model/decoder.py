@@ -36,7 +36,7 @@ def grid_positions(grid: tuple[int, int], width: int, device: torch.device) -> T
 
 
 _MOST_AT_ONCE = 1024
-"""Tokens up to which training on a CPU spells attention out: the backward pass of torch's fused kernel takes two to
+"""Keys up to which training on a CPU spells attention out: the backward pass of torch's fused kernel takes two to
 three times as long there (24 x 6 heads x 576 tokens of 32, bfloat16: 147 against 59 ms)."""
 
 
@@ -57,8 +57,9 @@ class Attention(nn.Module):
         q = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, C / heads)
         k, v = self.key_value(keys).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mask = None if key_mask is None else key_mask[:, None, None]
-        if mask is None and q.requires_grad and q.device.type == "cpu" and q.shape[2] <= _MOST_AT_ONCE:
-            mixed = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        if q.requires_grad and q.device.type == "cpu" and k.shape[2] <= _MOST_AT_ONCE:
+            scores = q * q.shape[-1] ** -0.5 @ k.mT
+            mixed = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
