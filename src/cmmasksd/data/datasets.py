@@ -29,10 +29,9 @@ def open_dataset(config: SplitConfig) -> ReferringDataset:
     if name == "instances":
         from cmmasksd.data.expressions.dataset import generate, instance_files
 
-        generated = generate(instance_files(_annotations(root)), _SENTENCES, only=split).splits
-        if not generated:
-            raise UserError(f"instances has no split {shown(split)}: choose train or val, a tenth of the images")
-        return generated[0]
+        if split not in ("train", "val"):
+            raise UserError(f"instances has no split {shown(split)}: choose train, or val, a tenth of the images")
+        return generate(instance_files(_annotations(root)), _SENTENCES, only=split).splits[0]
     if name == "manifest":
         if root is None:
             raise UserError(
