@@ -1,6 +1,6 @@
 """How well a model finds objects in photographs that its training has not seen, by kind of photograph.
 
-    python benchmarks/photos.py --model photos --root data/photos
+    python tools/photos_scores.py --model photos --root data/photos
 
 The held-out tenth of every set below `root` (folders with instances.json and images) is described anew, as
 `--data instances --split val` does it, and every sentence is segmented. Presence is measured against sentences that
@@ -22,6 +22,11 @@ from cmmasksd.data.expressions.dataset import ExpressionDataset, Source, generat
 from cmmasksd.data.samples import Reference
 
 
+def held_out(root: Path) -> ExpressionDataset:
+    """The images of the split val with their sentences, almost a third of which name nothing."""
+    return generate(instance_files(root), ExpressionConfig(no_target=0.3), only="val").splits[0]
+
+
 def kind(source: Source) -> str:
     """The row of the table that an object belongs to."""
     name = source.file.path.parent.name
@@ -39,7 +44,7 @@ def auroc(named: list[float], unnamed: list[float]) -> float:
     return float(((higher > 0) + 0.5 * (higher == 0)).mean())
 
 
-def measure(segmenter: Segmenter, data: ExpressionDataset, limit: int) -> dict[str, dict[str, float]]:
+def measure(segmenter: Segmenter, data: ExpressionDataset, limit: int = 0) -> dict[str, dict[str, float]]:
     """Scores by kind of photograph."""
     from tqdm import tqdm
 
@@ -74,9 +79,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder with one folder per set of photographs")
     parser.add_argument("--limit", type=int, default=0, help="about how many images to measure; 0: all")
     options = parser.parse_args()
-    settings = ExpressionConfig(no_target=0.3)
-    data = generate(instance_files(options.root), settings, only="val").splits[0]
-    rows = measure(Segmenter.from_pretrained(options.model), data, options.limit)
+    rows = measure(Segmenter.from_pretrained(options.model), held_out(options.root), options.limit)
     for name, row in rows.items():
         print(f"{name:24}", "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
     print(json.dumps(rows))
