@@ -20,7 +20,7 @@ from PIL import Image
 
 from cmmasksd import cli
 from cmmasksd.assets import located
-from cmmasksd.data.scenes.examples import write_examples
+from cmmasksd.data.examples import write_examples
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -50,7 +50,7 @@ class ScoreConfig(SplitConfig):
     """A model and the split that it is scored on."""
 
     model: str
-    """folder of a trained model, hub id, or scenes, the shipped model"""
+    """folder of a trained model, hub id, or a shipped model: photos or scenes"""
     threshold: float = 0.5
     """probability above which a pixel is in the mask"""
     workers: int = 0
@@ -172,8 +172,8 @@ class ModelConfig:
     """CLIP or SigLIP: folder or hub id in transformers' format; CLIP of OpenAI or open_clip as a file or
     hf-hub:USER/NAME; or tiny, the shipped one"""
     weights: str | None = None
-    """trained model to start from: folder, hub id, or scenes, the shipped one. It brings its own backbone and decoder,
-    so that the keys of both are ignored"""
+    """trained model to start from: folder, hub id, or a shipped one, photos or scenes. It brings its own backbone and
+    decoder, so that the keys of both are ignored"""
 
     # input; None: that of `weights`, or the default for a new model
     size: tuple[int, int] | None = None

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cmmasksd.cli import main
-from cmmasksd.data.scenes.examples import write_examples
+from cmmasksd.data.examples import write_examples
 from cmmasksd.errors import UserError
 from cmmasksd.inference.predictor import Segmenter
 
