@@ -26,7 +26,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--trained",
         type=str | None,
-        help="trained model to score instead, such as scenes, the shipped model",
+        help="trained model to score instead, such as scenes, a shipped one",
     )
     add_config(parser)
 
