@@ -91,7 +91,8 @@ def test_evaluate_report_and_compare(tiny_clipseg_folder: Path, run: Path, tmp_p
         assert main("evaluate", "--data", "scenes", "--model", model, "--split", "val", *SCENES, "--out", out) == 0
         assert 0 <= json.loads((out / "results.json").read_text())["mIoU"] <= 1
     assert main("compare", before, after) == 0
-    assert main("report", before, "--model", tiny_clipseg_folder, "--out", tmp_path / "page.html") == 0
+    arguments = ["--results", before, "--out", tmp_path / "page.html"]
+    assert main("report", "--model", tiny_clipseg_folder, *arguments) == 0
 
 
 def test_serve(tiny_clipseg_folder: Path, image: Path):
@@ -100,7 +101,7 @@ def test_serve(tiny_clipseg_folder: Path, image: Path):
         response = client.post(
             "/v1/segment",
             files={"image": image.read_bytes()},
-            data={"sentence": SENTENCES, "want": ["rle", "words"]},
+            data={"sentences": SENTENCES, "want": ["rle", "words"]},
         )
     assert response.status_code == 200, response.text
     first = response.json()["results"][0]
