@@ -68,7 +68,7 @@ class Segmenter(BaseSegmenter):
         """
         from cmmasksd.model.trained import load_trained
 
-        model, processor = CMMaskSDModel.from_pretrained(name), CMMaskSDProcessor.from_pretrained(name)
+        model, processor = load_trained(name)
         return cls(model, processor, device=device, threshold=threshold, min_score=min_score)
 
     # -- the hooks of BaseSegmenter
