@@ -151,8 +151,8 @@ class ModelConfig:
     """CLIP or SigLIP: folder or hub id in transformers' format; CLIP of OpenAI or open_clip as a file or
     hf-hub:USER/NAME; or tiny, the shipped one"""
     weights: str | None = None
-    """trained model to start from: folder, hub id, or scenes, the shipped one. It brings its own backbone and decoder,
-    so that the keys of both are ignored"""
+    """trained model to start from: folder, hub id, or scenes, the shipped one; or a CLIPSeg of transformers, whose CLIP
+    stays frozen. It brings its own backbone and decoder, so that the keys of both are ignored"""
 
     # input; None: that of `weights`, or the default for a new model
     size: tuple[int, int] | None = None
