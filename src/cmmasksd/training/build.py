@@ -54,6 +54,8 @@ def build(config: Config) -> tuple[TrainedModel, CMMaskSDProcessor]:
             "sentence alone: use input"
         )
     model.freeze_unused()
+    if config.training.freeze_image:
+        model.towers.image.requires_grad_(False)
     if config.training.freeze_text:
         model.towers.text.requires_grad_(False)
     patch_size, longest = model.config.encoder.patch_size, model.config.encoder.max_tokens
