@@ -233,6 +233,16 @@ class TestSigLIP(WithoutSite, FamilyContract):
         return tiny_siglip_folder
 
 
+class TestCLIPResNet(FamilyContract):
+    prefix = "clip_resnet"
+    patch_size = 16
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backbone(cls, tiny_clip_resnet_folder: Path) -> Path:
+        return tiny_clip_resnet_folder
+
+
 class TestLite(WithoutSite, FamilyContract):
     prefix = "lite"
     patch_size = 16

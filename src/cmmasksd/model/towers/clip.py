@@ -61,14 +61,23 @@ def clip_sizes(clip: Mapping[str, Any], text_kind: Any, vision_kind: Any) -> dic
     Raises:
         UserError: a size is out of bounds.
     """
-    sections = (("text_config", text_kind, TEXT | _IDS), ("vision_config", vision_kind, VISION))
-    towers: dict[str, Any] = {}
-    for name, kind, bounds in sections:
-        # the first CLIPs in transformers' format have a second section, which takes precedence
-        tower = section(clip.get(name), name) | section(clip.get(f"{name}_dict"), f"{name}_dict")
-        tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
-        towers[name] = bounded_tower(tower, bounds | _TOWER, name, kind)
+    towers = {
+        "text_config": _tower(clip, "text_config", text_kind, TEXT | _IDS),
+        "vision_config": _tower(clip, "vision_config", vision_kind, VISION),
+    }
     return bounded(clip, _CLIP) | towers
+
+
+def text_section(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the text tower, from the content of a config.json."""
+    return _tower(clip, "text_config", CLIPTextConfig, TEXT | _IDS)
+
+
+def _tower(clip: Mapping[str, Any], name: str, kind: Any, bounds: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    # the first CLIPs in transformers' format have a second section, which takes precedence
+    tower = section(clip.get(name), name) | section(clip.get(f"{name}_dict"), f"{name}_dict")
+    tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
+    return bounded_tower(tower, {**bounds, **_TOWER}, name, kind)
 
 
 def dual_encoder(clip: CLIPModel) -> DualEncoder:
@@ -90,7 +99,7 @@ class CLIPImageTower(ImageTower):
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
-        self.vision_model = clip.vision_model
+        self.vision_model: Any = clip.vision_model
         self.visual_projection = clip.visual_projection
 
     def forward(
@@ -148,7 +157,7 @@ class CLIPTextTower(TextTower):
 
     def __init__(self, clip: Any) -> None:
         super().__init__()
-        self.text_model = clip.text_model
+        self.text_model: Any = clip.text_model
         self.text_projection = clip.text_projection
 
     def forward(self, tokens: Tokens) -> TextFeatures:
