@@ -149,7 +149,7 @@ class ModelConfig:
 
     backbone: str = "tiny"
     """CLIP or SigLIP: folder or hub id in transformers' format; CLIP of OpenAI or open_clip as a file or
-    hf-hub:USER/NAME; or tiny, the shipped one"""
+    hf-hub:USER/NAME; EfficientNet-Lite with its text tower (model_type lite): folder; or tiny, the shipped CLIP"""
     weights: str | None = None
     """trained model to start from: folder, hub id, or scenes, the shipped one. It brings its own backbone and decoder,
     so that the keys of both are ignored"""
