@@ -25,10 +25,10 @@ def test_any_other_name_stays_as_it_is(name):
     assert located(name) == name
 
 
-def test_no_shipped_file_is_larger_than_15_mb():
+def test_no_shipped_model_is_larger_than_20_mb():
     for name in SHIPPED:
         folder = Path(located(name))
-        assert sum(file.stat().st_size for file in folder.glob("*")) < 15e6
+        assert sum(file.stat().st_size for file in folder.glob("*")) < 20e6
 
 
 def test_the_card_of_a_shipped_model_names_its_weights():
@@ -40,7 +40,10 @@ def test_the_card_of_a_shipped_model_names_its_weights():
 
 def tool(name):
     """A module of tools/."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
+    folder = Path(__file__).parents[1] / "tools"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # as for a script there
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +61,9 @@ def test_a_trained_model_is_made_the_shipped_one(tiny_model_folder, tmp_path, mo
     branches.mkdir()
     (branches / "distillation.safetensors").write_bytes(b"mask token")
     monkeypatch.setattr(ship, "located", lambda name: str(out))
-    monkeypatch.setattr(sys, "argv", ["ship.py", str(trained), "--branches", str(branches), "--references", "6"])
+    monkeypatch.setattr(
+        sys, "argv", ["ship.py", "scenes", str(trained), "--branches", str(branches), "--references", "6"]
+    )
     ship.main()
     assert not (out / "state.pt").exists()
     assert (out / "distillation.safetensors").read_bytes() == b"mask token"

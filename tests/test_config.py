@@ -24,7 +24,7 @@ def parse(*arguments: str) -> Config:
 
 def test_there_is_a_config_for_every_benchmark():
     names = {parse("--config", str(path)).data.name for path in CONFIGS}
-    assert names == {"scenes", "refcoco", "refcoco+", "refcocog-umd"}
+    assert names == {"scenes", "refcoco", "refcoco+", "refcocog-umd", "instances"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -3,13 +3,16 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from cmmasksd.data.expressions import Instance
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from conftest import TINY_SIZES, make_lite
+from data.expressions.layouts import instance, write_instances
 
 SYNSETS = {  # WordNet id -> words, id of the more general noun
     "00000001": (["entity"], None),
@@ -18,9 +21,12 @@ SYNSETS = {  # WordNet id -> words, id of the more general noun
     "00000004": (["beagle"], "00000002"),
     "00000005": (["teapot"], "00000001"),
     "00000006": (["mug"], "00000001"),
+    "00007846": (["person", "somebody"], "00000001"),
+    "00000008": (["lady", "mug"], "00007846"),
 }
 CLASSES = ["00000003", "00000004", "00000005", "00000006"]
-WORDS = ["dog", "domestic", "husky", "beagle", "teapot", "mug", "entity", "the", "a", "left", "##s", "on"]
+WORDS = ["dog", "domestic", "husky", "beagle", "teapot", "mug", "entity", "the", "a", "left", "##s", "person", "lady"]
+WORDS += ["on"]
 
 
 @pytest.fixture
@@ -79,12 +85,35 @@ def encoder(folder: Path) -> None:
     BertTokenizerFast(vocab=vocab).save_pretrained(folder)
 
 
+def photographs() -> list[tuple[np.ndarray, list[Instance]]]:
+    """White persons on black, and a photograph without any."""
+    pixels = np.zeros((120, 160, 3), np.uint8)
+    pixels[20:120, 40:100] = 255
+    scene = [instance("person", 40, 20, 100, 120), instance("dog", 0, 0, 20, 20)]
+    return [(pixels, scene), (pixels, scene[1:])]
+
+
+def test_the_row_of_persons_is_where_their_pixels_are(tool, tmp_path):
+    lite = make_lite(9).eval()
+    file = write_instances(tmp_path, photographs())
+    row = tool.person_row(lite, [file], 5)
+    pixels = torch.from_numpy(photographs()[0][0]).permute(2, 0, 1)[None] / 255
+    size = (lite.config.image_size,) * 2
+    with torch.no_grad():
+        joint = lite.vision_model(F.interpolate((pixels - 0.498) / 0.502, size, mode="bilinear"))[0][0]
+    match = torch.einsum("dhw,d->hw", joint, row)
+    rows, columns = match.shape
+    inside = match[rows // 4 : -1, columns * 5 // 16 : columns * 9 // 16]
+    assert inside.mean() > match.mean()
+
+
 def test_names_of_classes_and_of_what_they_are_kinds_of(tool, wordnet):
-    names = {name.text: name.classes for name in tool.read_names(wordnet, wordnet / "synsets.txt")}
+    words = {"person", "lady", "mug"}  # without "somebody"
+    names = {name.text: name.classes for name in tool.read_names(wordnet, wordnet / "synsets.txt", words)}
     dogs = [0, 1]
     assert names == {
         "entity": [0, 1, 2, 3], "dog": dogs, "domestic dog": dogs, "husky": [0], "beagle": [1], "teapot": [2],
-        "mug": [3],
+        "mug": [3], "person": [4], "lady": [4],
     }  # fmt: skip
 
 
@@ -97,7 +126,8 @@ def test_a_backbone_is_written(tool, wordnet, tmp_path):
     options = {
         "weights": tmp_path / "lite.pth", "language": tmp_path / "encoder", "wordnet": wordnet,
         "synsets": wordnet / "synsets.txt", "out": tmp_path / "out", "width_factor": 0.25, "depth_factor": 0.1,
-        "words": 11, "vector_width": 8, "steps": 60,
+        "words": 13, "vector_width": 8, "steps": 60,
+        "persons": write_instances(tmp_path / "photographs", photographs()),
     }  # fmt: skip
     tool.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
 
@@ -108,7 +138,7 @@ def test_a_backbone_is_written(tool, wordnet, tmp_path):
     for name, value in lite.vision_model.state_dict().items():
         assert torch.equal(model.backbone.vision_model.state_dict()[name], value.half().float()), name
     vectors = model.backbone.text_model.vectors
-    assert vectors.shape == (4 + 11, 8)  # "été" and, beyond --words, "on" are left out
+    assert vectors.shape == (4 + 13, 8)  # "été" and, beyond --words, "on" are left out
     assert not vectors[:4].any()
     assert vectors[4:].std() == pytest.approx(1.0, abs=0.05)
     tokens = processor.tokens(["the Teapot on", "a husky"])

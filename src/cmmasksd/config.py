@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from cmmasksd.errors import UserError, require_between
 
 DatasetName = Literal[
-    "scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "manifest"
+    "scenes", "scenes+", "scenesg", "refcoco", "refcoco+", "refcocog-umd", "refcocog-google", "manifest", "instances"
 ]
 DATASETS: tuple[str, ...] = get_args(DatasetName)
 MAX_REFERENCES, MAX_SCENE_SIZE, MAX_WORKERS = 10_000_000, 4096, 256
@@ -90,6 +90,26 @@ class ExpressionConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """Changes of photographs in training (data.name instances only); sentences are made after them."""
+
+    flip: float = 0.5
+    """probability that left and right are exchanged"""
+    crop: float = 0.5
+    """probability that a part of at least 0.6 of each side is cut out"""
+    paste: float = 0.3
+    """probability that an object of another photograph is pasted in"""
+    light: float = 0.2
+    """largest relative change of brightness and contrast"""
+    no_target: float = 0.4
+    """probability that one of the sentences names nothing"""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "crop", "paste", "light", "no_target"):
+            require_between(f"data.augment.{name}", getattr(self, name), 0, 1)
+
+
+@dataclass
 class DataConfig:
     """Data to train on and to validate on."""
 
@@ -122,6 +142,7 @@ class DataConfig:
     greyscale: float = 0.0
     """probability that a training image loses its colours, wholly or partly, where none of its drawn sentences names a
     colour (in English): shapes are learnt apart from colours"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
         for name, least in (("per_image", 1), ("val_references", 0), ("train_references", 1)):
@@ -221,6 +242,9 @@ class DistillationConfig:
     # loss
     segmentation: Literal["bce_dice", "bce"] = "bce_dice"
     """loss of the main branch: BCE + Dice, or BCE alone [I]"""
+    presence: float = 0.0
+    """weight of the loss of presence: whether the image holds what the sentence names. Needs sentences that name
+    nothing"""
     loss: Literal["kl", "mse", "soft_bce"] = "kl"
     """distillation loss: Bernoulli KL per pixel, mean squared error of probabilities, or soft-target BCE [I]"""
     temperature: float = 1.0
@@ -250,7 +274,7 @@ class DistillationConfig:
             require_between(f"distillation.{name}", getattr(self, name), 0, 1, exclusive=True)
         for name in ("start", "warmup"):
             require_between(f"distillation.{name}", getattr(self, name), 0, 1)
-        for name in ("vision_weight", "language_weight", "ground_truth"):
+        for name in ("vision_weight", "language_weight", "ground_truth", "presence"):
             require_between(f"distillation.{name}", getattr(self, name), 0)
         require_between("distillation.temperature", self.temperature, 0, exclusive=True)
         if self.joint and not (self.vision and self.language):
@@ -282,6 +306,8 @@ class TrainingConfig:
     """peak learning rate of the new layers [I, from related methods]"""
     clip_lr_scale: float = 0.1
     """learning rate of CLIP as a fraction of `lr`"""
+    freeze_image: bool = False
+    """keep the weights of the image tower, which saves the backward pass through it"""
     freeze_text: bool = False
     """keep the weights of CLIP's text tower. In long trainings with few kinds of sentences it memorises word
     co-occurrences, which hurts unseen pairs (scenes, 190,000 references: testB mIoU 0.38, with the text tower of the

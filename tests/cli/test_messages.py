@@ -124,6 +124,8 @@ MISTAKES = [
     (PREDICT + " --image good.png --text x --threshold 0", "between 0 and 1"),
     (PREDICT + " --image good.png --text x --threshold .nan", "between 0 and 1"),
     (PREDICT + " --image good.png --text x --threshold nan", "--threshold"),
+    (PREDICT + " --image good.png --text x --min_score 1.5", "min_score must be between 0 and 1, got 1.5"),
+    (PREDICT + " --image good.png --text x --min_score .nan", "min_score must be between 0 and 1"),
     (PREDICT + " --image good.png --text x --device toaster", "device 'toaster'"),
     (PREDICT + " --image good.png --text x --device gpu", "device 'gpu' does not exist: use one of cpu"),
     (PREDICT + " --image good.png --text x --device meta", "device 'meta' does not exist: use one of cpu"),

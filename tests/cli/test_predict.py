@@ -17,6 +17,7 @@ from PIL import Image
 from cli.commands import lines, main, photo
 from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.readers.manifest import ManifestDataset
+from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.inference import predict
 from cmmasksd.inference.predictor import Segmenter
 
@@ -302,6 +303,7 @@ def test_a_killed_prediction_resumes_without_a_row_lost_or_doubled(
     before = Path("rows.jsonl").read_bytes()
     for changed, name in (
         (["--threshold", "0.6"], "--threshold"),
+        (["--min_score", "0.6"], "--min_score"),
         (["--out", "elsewhere"], "--out"),
         (["--model", "scenes"], "model"),
     ):
@@ -329,6 +331,35 @@ def test_an_interrupt_keeps_what_was_predicted(run: Path, tmp_path: Path, monkey
     given = ["--image", tmp_path, "--text", "x", "--json", tmp_path / "rows.jsonl"]
     assert main("predict", "--model", run / "best", *given) == 130
     assert [Path(row["image"]).name for row in lines(tmp_path / "rows.jsonl")] == ["a.png", "b.png"]
+
+
+def test_min_score_empties_the_masks_of_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = SceneDataset("scenes", "val", 1)
+    Image.fromarray(data.image(data[0])).save(tmp_path / "scene.png")
+    text, frames = data[0].expressions[0].text, [Image.open(tmp_path / "scene.png")] * 2
+    frames[0].save(tmp_path / "scene.gif", save_all=True, append_images=[frames[1].transpose(0)])
+    given = ["--model", "scenes", "--text", text, "--text", "elephant", "--threshold", 0.01]
+    json_file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    assert main("predict", *given, "--image", tmp_path / "scene.png", "--json", json_file) == 0
+    here, absent = lines(json_file)
+    assert 0 <= absent["presence"] < here["presence"] <= 1
+    assert [here["present"], absent["present"]] == [True, True]
+    assert min(here["area"], absent["area"]) > 0
+    capsys.readouterr()
+    given += ["--min_score", (here["presence"] + absent["presence"]) / 2, "--out", out]
+    json_file.unlink()
+    assert main("predict", *given, "--image", tmp_path / "scene.png", "--json", json_file) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"{text!r}: {100 * here['area'] / 128**2:.1f} % of the image, score {here['score']:.2f} -> " in first
+    assert f"'elephant': not found (presence {absent['presence']:.2f}) -> " in second
+    found, empty = lines(json_file)
+    assert found == here
+    assert empty == absent | {"present": False, "area": 0, "score": 0.0, "box": None, "rle": empty["rle"]}
+    assert not decode_segmentation(empty["rle"], *empty["size"]).any()
+    with Image.open(out / "scene_2_elephant_mask.png") as mask:
+        assert mask.getextrema() == (0, 0)
+    assert main("predict", *given, "--image", tmp_path / "scene.gif") == 0
+    assert capsys.readouterr().out.count("'elephant': not found (presence 0.") == 2
 
 
 def test_predict_on_a_real_photograph(real_data: Path, run: Path, tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cmmasksd.distillation.losses import distillation_loss, segmentation_loss
+from cmmasksd.distillation.losses import distillation_loss, presence_loss, segmentation_loss
 
 KINDS = ["kl", "mse", "soft_bce"]
 
@@ -132,8 +132,44 @@ def test_losses_of_fixed_logits():
         "kl at 2": distillation_loss(student, teacher, "kl", 2.0),
         "mse": distillation_loss(student, teacher, "mse"),
         "soft_bce": distillation_loss(student, teacher, "soft_bce"),
+        "presence": presence_loss(student, target),
     }
     assert {name: value.item() for name, value in numbers.items()} == pytest.approx(
-        {"bce": 0.29632, "bce_dice": 0.80867, "kl": 0.08285, "kl at 2": 0.21854, "mse": 0.02361, "soft_bce": 0.42759},
+        {
+            "bce": 0.29632,
+            "bce_dice": 0.44845,
+            "kl": 0.08285,
+            "kl at 2": 0.21854,
+            "mse": 0.02361,
+            "soft_bce": 0.42759,
+            "presence": 0.38529,
+        },
         abs=1e-4,
     )
+
+
+# ------------------------------------------------------------------------------------------- sentences without a target
+
+
+def test_a_sentence_that_names_nothing_has_no_dice():
+    grid = torch.linspace(-3, 3, 2 * 16).reshape(2, 4, 4)
+    target = torch.zeros(2, 4, 4)
+    target[1, :2] = 1
+    both, named = (segmentation_loss(grid[part], target[part]) for part in (slice(0, 2), slice(1, 2)))
+    bce = [segmentation_loss(grid[part], target[part], "bce") for part in (slice(0, 2), slice(1, 2))]
+    assert (both - bce[0]).item() == pytest.approx((named - bce[1]).item(), abs=1e-6)
+    nothing = segmentation_loss(grid[:1], target[:1])
+    assert nothing.item() == pytest.approx(segmentation_loss(grid[:1], target[:1], "bce").item())
+
+
+def test_presence_is_learnt_from_both_kinds():
+    """Its gradient raises the surest cells where there is an object and lowers them where there is none."""
+    grid = torch.zeros(2, 32, 32, requires_grad=True)
+    target = torch.zeros(2, 32, 32)
+    target[1, :8] = 1
+    loss = presence_loss(grid, target)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-4)
+    loss.backward()
+    assert grid.grad is not None
+    assert grid.grad[0].sum() > 0 > grid.grad[1].sum()
+    assert (grid.grad != 0).sum() == 2 * (32 * 32 // 256)

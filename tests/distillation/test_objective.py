@@ -90,6 +90,7 @@ SWITCHES = [
     {"share_weights": False, "vision": False, "vision_level": "input", "language_level": "feature"},
     {"ground_truth": 0.7},
     {"segmentation": "bce"},
+    {"presence": 0.5},
 ]
 
 
@@ -105,10 +106,11 @@ def test_every_switch_trains_and_the_parts_sum_to_the_loss(tiny_model, tokens, s
     losses = run(objective, tokens, ramp=ramp)
     branches = {"joint"} if how.joint else {name for name in ("lmvsd", "vmlsd") if name in objective.branches}
     expected = {"loss", "seg"} | branches | ({f"{name}_seg" for name in branches} if how.ground_truth else set())
+    expected |= {"presence"} if how.presence else set()
     assert losses.keys() == expected
     assert all(value.ndim == 0 and value.isfinite() and value > 0 for value in losses.values())
     weights = {"seg": 1.0, "lmvsd": ramp * how.vision_weight, "vmlsd": ramp * how.language_weight}
-    weights |= {"joint": ramp * how.vision_weight}
+    weights |= {"joint": ramp * how.vision_weight, "presence": how.presence}
     weights |= dict.fromkeys(("lmvsd_seg", "vmlsd_seg", "joint_seg"), ramp * how.ground_truth)
     total = sum(weights[name] * value.item() for name, value in losses.items() if name != "loss")
     assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
@@ -585,12 +587,13 @@ def imports(folder: Path) -> set[tuple[str, str]]:
 
 
 def test_the_objective_imports_nothing_of_our_network():
-    """Plug-in: of `cmmasksd.model` it may know the three data classes that pass between the parts, and their
-    correlation, and no more."""
+    """Plug-in: of `cmmasksd.model` it may know the three data classes that pass between the parts, their correlation
+    and the presence of logits, and no more."""
     package = Path(objective_module.__file__).parent
     of_model = {pair for pair in imports(package) if pair[0].startswith("cmmasksd.model") or pair[0] == "cmmasksd"}
     expected = {("cmmasksd.model.towers.base", name) for name in ("ImageFeatures", "TextFeatures", "Tokens")}
     expected |= {("cmmasksd.model.correlation", name) for name in ("correlation", "sentence_correlation")}
+    expected |= {("cmmasksd.model.presence", "presence")}
     assert of_model == expected
 
 

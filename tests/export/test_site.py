@@ -20,6 +20,7 @@ from unicodedata import category, combining, ucd_3_2_0
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tokenizers import normalizers
 
@@ -32,6 +33,7 @@ from cmmasksd.inference.bicubic import resize_bicubic
 from cmmasksd.inference.export_settings import ExportSettings
 from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.model.placement import place
+from cmmasksd.model.presence import presence
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import load_tokenizer, tokenize
 from cmmasksd.serving.results import word_maps
@@ -183,6 +185,17 @@ def test_the_javascript_pixels_equal_pythons(height: int, width: int, resize: st
     np.testing.assert_allclose(np.array(found["values"]), processor.pixel_values(canvas).numpy().ravel(), atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(3, 5), (16, 16), (17, 31), (56, 56)])
+def test_the_javascript_presence_equals_pythons(size: tuple[int, int]):
+    logits = np.random.default_rng(0).normal(scale=20, size=(3, *size)).astype(np.float32)
+    values = node(
+        "console.log(JSON.stringify(logits.map((values) => pixels.presence(Float32Array.from(values)))));",
+        "pixels",
+        logits=logits.reshape(3, -1).tolist(),
+    )
+    assert values == pytest.approx(presence(torch.from_numpy(logits)).tolist(), abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The site in a browser
 
@@ -270,6 +283,7 @@ def test_the_page_finds_the_masks_that_python_finds(page, address: str, images, 
             runs = one["segmentation"]["counts"]
             mask = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
             assert mask.shape == expected.mask.shape
+            assert one["presence"] == pytest.approx(expected.presence, abs=1e-3)
             union = (mask | expected.mask).sum()
             assert union == 0 or (mask & expected.mask).sum() / union >= 0.99
             if expected.box and one["box"]:
@@ -306,6 +320,7 @@ def test_words_have_maps_and_mistakes_are_said(page, images):
     encoded = segmenter.encode([(file, texts)])
     for nth, (one, expected) in enumerate(zip(answer["results"], segmenter.segment(file, texts), strict=True)):
         assert one["score"] == pytest.approx(expected.score, abs=1e-3)
+        assert one["presence"] == pytest.approx(expected.presence, abs=1e-4)
         probability = np.array(one["probability"]["data"]).reshape(128, 128)
         assert np.abs(probability - 255 * expected.probability).max() < 1
         assert " ".join(word["text"] for word in one["words"]) == one["text"]

@@ -26,6 +26,8 @@ def assert_close(left: Segmentation, right: Segmentation) -> None:
     np.testing.assert_allclose(left.probability, right.probability, atol=1e-4)
     assert (left.mask != right.mask).mean() < 0.002
     assert left.score == pytest.approx(right.score, abs=2e-3)
+    assert left.presence == pytest.approx(right.presence, abs=1e-4)
+    assert left.present == right.present
 
 
 class SegmenterContract:
@@ -45,6 +47,8 @@ class SegmenterContract:
                 assert (type(result.mask), type(result.probability)) == (np.ndarray, np.ndarray)
                 assert (result.mask.dtype, result.probability.dtype) == (np.bool_, np.float32)
                 assert 0 <= result.probability.min() <= result.probability.max() <= 1
+                assert 0 <= result.presence <= 1
+                assert (type(result.presence), result.present) == (float, True)
                 np.testing.assert_array_equal(result.image, image)
         assert len({result.mask.tobytes() for row in batch for result in row}) > 3  # images and sentences matter
 
@@ -73,7 +77,7 @@ class SegmenterContract:
         image, texts = scenes()[0]
         for left, right in zip(segmenter.segment(image, texts), segmenter.segment(image, texts), strict=True):
             np.testing.assert_array_equal(left.probability, right.probability)
-            assert left.score == right.score
+            assert (left.score, left.presence) == (right.score, right.presence)
 
     def test_thresholds_and_scores(self, segmenter: BaseSegmenter):
         image, texts = scenes()[0]
@@ -88,6 +92,27 @@ class SegmenterContract:
         segmenter.threshold = 1 - 1e-7
         (nothing,) = segmenter.segment(image, texts[0])
         assert (nothing.area, nothing.score, nothing.box) == (0, 0, None)
+
+    def test_the_mask_of_a_sentence_of_low_presence_is_empty(self, segmenter: BaseSegmenter):
+        image, texts = scenes()[0]
+        plain = segmenter.segment(image, texts)
+        low, high = sorted({result.presence for result in plain})[:: len(texts) - 1]
+        segmenter.min_score = high  # a presence equal to it is enough
+        for result, expected in zip(segmenter.segment(image, texts), plain, strict=True):
+            assert result.presence == expected.presence
+            np.testing.assert_array_equal(result.probability, expected.probability)
+            assert result.present == (result.presence == high)
+            np.testing.assert_array_equal(result.mask, expected.mask & result.present)
+            assert result.score == (expected.score if result.present else 0)
+            assert result.present or result.label().endswith("not\xa0found")
+        encoded = segmenter.encode([(image, texts[0]), (image, texts[0])])
+        assert [result.present for result in segmenter.decode(encoded, None, [1.0, low])] == [False, True]
+
+    @pytest.mark.parametrize("min_score", [-0.1, 1.1, float("nan")])
+    def test_min_score_is_between_0_and_1(self, segmenter: BaseSegmenter, min_score: float):
+        encoded = segmenter.encode([(np.zeros((9, 9, 3), np.uint8), "a star")])
+        with pytest.raises(UserError, match="min_score must be between 0 and 1"):
+            list(segmenter.decode(encoded, None, [min_score]))
 
     @pytest.mark.parametrize("texts", ["", "  ", [], ["a star", "\t"]])
     def test_no_sentence_is_a_mistake(self, segmenter: BaseSegmenter, texts: str | list[str]):

@@ -28,7 +28,7 @@ HEIGHT, WIDTH = 24, 40
 
 def segmentation(mask: np.ndarray, text: str = "a thing", score: float = 0.75) -> Segmentation:
     image, probability = np.full((*mask.shape, 3), 90, np.uint8), mask.astype(np.float32)
-    return Segmentation(text=text, mask=mask, score=score, image=image, probability=probability)
+    return Segmentation(text, mask, score, presence=0.5, present=True, image=image, probability=probability)
 
 
 def ring() -> np.ndarray:
@@ -100,7 +100,7 @@ def test_coco_is_read_by_pycocotools(tmp_path_factory: pytest.TempPathFactory, g
     for annotation, one in zip(annotations, wanted, strict=True):
         np.testing.assert_array_equal(read.annToMask(annotation).astype(bool), one.mask)
         assert read.loadCats(annotation["category_id"])[0]["name"] == one.text
-        assert (annotation["area"], annotation["score"]) == (one.area, one.score)
+        assert (annotation["area"], annotation["score"], annotation["presence"]) == (one.area, one.score, 0.5)
         x, y, width, height = annotation["bbox"]
         assert one.box == (x, y, x + width, y + height)
 

@@ -13,6 +13,8 @@ from cmmasksd.inference.rows import json_row
 from cmmasksd.inference.sources import Source
 from cmmasksd.model.placement import Placement, place
 
+VALUES = ["text", "score", "presence", "present", "area", "box", "size", "rle"]
+
 
 class Counting(BaseSegmenter):
     """Takes the whole image for every sentence, and counts how often it encodes one."""
@@ -30,10 +32,10 @@ class Counting(BaseSegmenter):
     def encode_texts(self, texts: list[str]) -> tuple[None, None]:
         return None, None
 
-    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
         for owner in encoded.owner[part]:
             ones = np.ones(encoded.placements[owner].original, "float32")
-            yield ones, ones
+            yield ones, ones, 1.0
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_units_of_an_earlier_run_are_left_out(sources: list[Source], done: set[U
 
 def test_a_row_holds_what_the_source_has(sources: list[Source]):
     first, *_, last = (json_row(result) for result in predict(Counting(), sources) if isinstance(result, Prediction))
-    assert list(first) == ["image", "id", "text", "score", "area", "box", "size", "rle"]
+    assert list(first) == ["image", "id", *VALUES]
     assert first["area"] == 12
-    assert list(last) == ["image", "id", "frame", "text", "score", "area", "box", "size", "rle"]
+    assert list(last) == ["image", "id", "frame", *VALUES]
     assert last["frame"] == 3

@@ -218,7 +218,9 @@ def test_a_call_is_segment_for_each_image(segmenter: Segmenter):
 
 def test_a_segmentation_shows_itself(segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (result,) = segmenter(image_of(20, 30), "left")
-    assert re.fullmatch(r"Segmentation\('left', score=0\.\d{3}, box=(None|\(.+\)), image=30x20\)", repr(result))
+    assert re.fullmatch(
+        r"Segmentation\('left', score=0\.\d{3}, presence=[01]\.\d{3}, box=(None|\(.+\)), image=30x20\)", repr(result)
+    )
     with Image.open(io.BytesIO(result._repr_png_())) as drawn:
         assert (drawn.format, drawn.size) == ("PNG", (360, 240))
     for name in ("a.png", "a.JPG", "a.webp"):

@@ -159,6 +159,7 @@ def test_the_answer_is_the_segmenter_s(serve, segmenter: Segmenter, kind):
         np.testing.assert_array_equal(mask, expected.mask)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(result["png"])))) > 0, mask)
         assert result["score"] == pytest.approx(expected.score)
+        assert (result["presence"], result["present"]) == (pytest.approx(expected.presence), True)
         assert result["area"] == mask.sum()
         areas.append(result["area"])
         if result["area"]:
@@ -179,9 +180,34 @@ def unpack(encoded_map: dict) -> np.ndarray:
     )
 
 
+@pytest.mark.parametrize("kind", [as_json, as_form])
+def test_the_mask_of_a_sentence_of_low_presence_is_empty(serve, segmenter: Segmenter, kind):
+    pixels = noise(60, 90)
+    low, high = sorted(segmenter.segment(pixels, SENTENCES), key=lambda segmentation: segmentation.presence)
+    between = (low.presence + high.presence) / 2
+    app = serve(min_score=between)
+    [health] = ask(app, {}, path="/v1/health", method="GET")
+    assert health.json()["min_score"] == between
+    by_default, asked, none = ask(
+        app,
+        kind(png(pixels), SENTENCES, threshold=0.01),
+        kind(png(pixels), SENTENCES, threshold=0.01, min_score=1),
+        kind(png(pixels), SENTENCES, threshold=0.01, min_score=0),
+    )
+    for answer, min_score in ((by_default, between), (asked, 1), (none, 0)):
+        assert answer.json()["min_score"] == min_score
+        for result in answer.json()["results"]:
+            assert result["present"] == (result["presence"] >= min_score)
+            assert bool(result["area"]) == bool(result["box"]) == bool(result["score"]) == result["present"]
+            assert decode_segmentation(result["rle"], 60, 90).any() == result["present"]
+    present = [result["text"] for result in by_default.json()["results"] if result["present"]]
+    assert present == [high.text]
+
+
 def test_what_is_not_wanted_is_left_out(serve):
     [answer] = ask(serve(), as_json(png(noise()), ["a"]))
-    assert set(answer.json()["results"][0]) == {"text", "score", "area", "box", "truncated", "rle"}
+    fields = {"text", "score", "presence", "present", "area", "box", "truncated", "rle"}
+    assert set(answer.json()["results"][0]) == fields
 
 
 def test_words_are_spans_with_their_correlation(serve, segmenter: Segmenter):
@@ -331,6 +357,8 @@ GOOD = base64.b64encode(b"GIF89a").decode()
         (as_json(b"", ["\ud800"]), 422, "invalid"),
         (as_json(b"", ["a"], threshold=1), 422, "invalid"),
         (as_json(b"", ["a"], threshold="0.5"), 422, "invalid"),
+        (as_json(b"", ["a"], min_score=1.1), 422, "invalid"),
+        (as_form(b"", ["a"], min_score="nan"), 422, "invalid"),
         (as_json(b"", ["a"], want=["all"]), 422, "invalid"),
         (as_json(b"", ["a"], more=1), 422, "invalid"),
         (as_form(b"", ["a"], threshold="nan"), 422, "invalid"),

@@ -69,10 +69,11 @@ def test_the_server_does_what_openapi_says(schema, path: str, mode: schemathesis
         answer = case.call_and_validate(headers={"X-API-Key": "key"}, excluded_checks=[negative_data_rejection])
         seen.append(answer.status_code)
         if mode is NEGATIVE and answer.status_code == 200 and path == "/v1/segment":
-            assert case.body.keys() <= {"image", "sentences", "threshold", "want"}
+            assert case.body.keys() <= {"image", "sentences", "threshold", "min_score", "want"}
             assert case.body["sentences"]
             assert not any(is_blank(str(sentence)) for sentence in case.body["sentences"])
             assert 0 < float(case.body.get("threshold", 0.5)) < 1
+            assert 0 <= float(case.body.get("min_score", 0)) <= 1
 
     check()
     if path == "/v1/segment":  # a broken second header beside the right key is no mistake, so NEGATIVE may see a 200

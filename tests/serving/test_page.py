@@ -113,7 +113,7 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
     assert changed(plain, drawn) == pytest.approx(share, rel=0.3, abs=0.02)  # and the numbers
     text = page.inner_text("#legend")
     for nth, segmentation in enumerate(expected):
-        assert f"score {segmentation.score:.2f}" in text
+        assert f"score {segmentation.score:.2f}, presence {segmentation.presence:.2f}" in text
         assert page.get_by_role("img", name=f"Mask {nth + 1}").count() == 1
     assert "2 masks" in (page.get_attribute("#view", "aria-label") or "")
     assert "score" in page.inner_text("#status")
@@ -127,6 +127,11 @@ def test_upload_threshold_words_and_downloads(page: Page, scene, segmenter: Segm
         assert page.inner_text("#threshold-shown") == value
     assert areas[0] > changed(plain, drawn) > areas[1]
     page.fill("#threshold", "0.5")
+    assert changed(drawn, canvas(page)) == 0
+    page.fill("#min-score", "1")
+    assert changed(plain, canvas(page)) == 0
+    assert f"not found, presence {expected[0].presence:.2f}" in page.inner_text("#legend")
+    page.fill("#min-score", "0")
     assert changed(drawn, canvas(page)) == 0
 
     page.hover(".word >> nth=0")

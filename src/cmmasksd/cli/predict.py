@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from cmmasksd.cli.options import DEVICE, MODEL, require_words
 from cmmasksd.errors import UserError
+from cmmasksd.model.presence import MIN_SCORE
 
 if TYPE_CHECKING:
     from cmmasksd.inference.predict import Prediction
@@ -52,6 +53,13 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="resume an interrupted run that wrote --json")
     parser.add_argument("--threshold", type=float, default=0.5, help="probability above which a pixel is in the mask")
+    parser.add_argument(
+        "--min_score",
+        type=float,
+        default=MIN_SCORE,
+        help="presence, from 0 to 1, below which the mask of a sentence is empty: how sure the model must be that the "
+        "image holds what the sentence names",
+    )
     parser.add_argument("--device", type=str | None, help=DEVICE)
 
 
@@ -68,8 +76,9 @@ def run(settings: Namespace) -> None:
     names = FileNames(sources)
     annotations = AnnotationWriter(settings.labelme, settings.coco, sources, names, resume=settings.resume)
     require_free(settings.json, settings.resume)
-    segmenter = load_segmenter(settings.model, device=settings.device, threshold=settings.threshold)
-    options = {"threshold": settings.threshold, "out": folder and str(folder)}
+    limits = {"threshold": settings.threshold, "min_score": settings.min_score}
+    segmenter = load_segmenter(settings.model, device=settings.device, **limits)
+    options = limits | {"out": folder and str(folder)}
     failures, rows = [], []
     labelled = LabelledOutput(sources, names, folder)
     with row_writer(settings.json, settings.model, sources, resume=settings.resume, **options) as (done, write_rows):
@@ -115,6 +124,8 @@ def _print_line(prediction: Prediction, prefix: str, files: list[Path]) -> None:
     from tqdm import tqdm
 
     segmentation = prediction.segmentation
-    share = 100 * float(segmentation.mask.mean())
+    outcome = f"{100 * float(segmentation.mask.mean()):.1f} % of the image, score {segmentation.score:.2f}"
+    if not segmentation.present:
+        outcome = f"not found (presence {segmentation.presence:.2f})"
     written = f" -> {', '.join(map(str, files))}" if files else ""
-    tqdm.write(f"{prefix}{segmentation.text!r}: {share:.1f} % of the image, score {segmentation.score:.2f}{written}")
+    tqdm.write(f"{prefix}{segmentation.text!r}: {outcome}{written}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from cmmasksd.config import DATASETS, SplitConfig
+from pathlib import Path
+
+from cmmasksd.config import DATASETS, DataConfig, ExpressionConfig, SplitConfig
+from cmmasksd.data.expressions.drawing import DrawnDataset
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.scenes import STYLES, SceneDataset
 from cmmasksd.errors import UserError, shown
@@ -23,6 +26,12 @@ def open_dataset(config: SplitConfig) -> ReferringDataset:
         if split == "pretrain":
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
         return SceneDataset(name, split, config.references, seed=config.scene_seed, scene_size=config.scene_size)
+    if name == "instances":
+        from cmmasksd.data.expressions.dataset import generate, instance_files
+
+        if split not in ("train", "val"):
+            raise UserError(f"instances has no split {shown(split)}: choose train, or val, a tenth of the images")
+        return generate(instance_files(_annotations(root)), _SENTENCES, only=split).splits[0]
     if name == "manifest":
         if root is None:
             raise UserError(
@@ -40,3 +49,29 @@ def open_dataset(config: SplitConfig) -> ReferringDataset:
     from cmmasksd.data.readers.refer import ReferDataset
 
     return ReferDataset(name, root, split)
+
+
+_SENTENCES = ExpressionConfig()
+
+
+def open_training_dataset(config: DataConfig) -> ReferringDataset | DrawnDataset:
+    """Open the split to train on.
+
+    Raises:
+        UserError: as `open_dataset`.
+    """
+    if config.name != "instances":
+        return open_dataset(config.training)
+    from cmmasksd.data.expressions.dataset import instance_files, split_photographs
+
+    photographs = split_photographs(instance_files(_annotations(config.root)), config.train_split, _SENTENCES)
+    return DrawnDataset(config.train_split, photographs, config.augment)
+
+
+def _annotations(root: Path | None) -> Path:
+    if root is None:
+        raise UserError(
+            "instances is your own data: say with --root (when training: --data.root) which annotation file it is, or "
+            "which folder of a labelling tool"
+        )
+    return root

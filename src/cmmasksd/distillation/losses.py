@@ -7,13 +7,16 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmmasksd.model.presence import presence
+
 
 def segmentation_loss(logits: Tensor, target: Tensor, kind: Literal["bce_dice", "bce"] = "bce_dice") -> Tensor:
     """Ground-truth loss, a scalar.
 
     Args:
         logits: (B, h, w). target: (B, h, w) in [0, 1], the fraction of each cell that the object covers.
-        kind: mean binary cross-entropy, alone or plus the mean Dice loss (Milletari et al. 2016, per expression).
+        kind: mean binary cross-entropy, alone or plus the mean Dice loss (Milletari et al. 2016, per expression that
+            names something).
     """
     logits = logits.float()
     bce = F.binary_cross_entropy_with_logits(logits, target)
@@ -21,8 +24,19 @@ def segmentation_loss(logits: Tensor, target: Tensor, kind: Literal["bce_dice", 
         return bce
     probability = logits.sigmoid()
     overlap = (probability * target).sum((1, 2))
-    dice = 1 - (2 * overlap + 1) / (probability.sum((1, 2)) + target.sum((1, 2)) + 1)
-    return bce + dice.mean()
+    area = target.sum((1, 2))
+    dice, named = 1 - (2 * overlap + 1) / (probability.sum((1, 2)) + area + 1), area > 0
+    return bce + (dice * named).sum() / named.sum().clamp(min=1)
+
+
+def presence_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of `presence` and whether the image holds what the sentence names, a scalar.
+
+    Args:
+        logits: (B, h, w). target: (B, h, w) in [0, 1]; empty where the sentence names nothing.
+    """
+    probability = presence(logits).clamp(1e-4, 1 - 1e-4)
+    return F.binary_cross_entropy(probability, (target.flatten(1).amax(1) > 0).float())
 
 
 def distillation_loss(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cmmasksd.config import DistillationConfig
-from cmmasksd.distillation.losses import distillation_loss, segmentation_loss
+from cmmasksd.distillation.losses import distillation_loss, presence_loss, segmentation_loss
 from cmmasksd.distillation.masking import choose_patches, choose_words, masked_patches, patch_scores
 from cmmasksd.errors import UserError
 from cmmasksd.model.correlation import correlation, sentence_correlation
@@ -187,7 +187,7 @@ class MaskedSelfDistillation(nn.Module):
 
         Returns:
             "loss", and its parts before weighting: "seg", "lmvsd" and "vmlsd", or "joint" (and "lmvsd_seg", … with
-            ground truth on the masked branches). Scalars.
+            ground truth on the masked branches), and "presence". Scalars.
         """
         settings = self.settings
         distils = bool(self.branches) and ramp > 0
@@ -196,6 +196,9 @@ class MaskedSelfDistillation(nn.Module):
 
         losses = {"seg": segmentation_loss(main, target, settings.segmentation)}  # L_seg(z, y)
         loss = losses["seg"]
+        if settings.presence:
+            losses["presence"] = presence_loss(main, target)
+            loss = loss + settings.presence * losses["presence"]
         weights = {  # lambda_v, lambda_l
             "lmvsd": settings.vision_weight,
             "vmlsd": settings.language_weight,

@@ -6,6 +6,7 @@ A segmenter implements four hooks: `canvas`, `encode_images`, `encode_texts` and
 from __future__ import annotations
 
 import io
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from cmmasksd.errors import UserError, shown
 from cmmasksd.files import whole_file
 from cmmasksd.inference.visualize import FILL, PALETTE, Color, Drawing, label_text
 from cmmasksd.model.placement import Placement, threshold_to_logit
+from cmmasksd.model.presence import MIN_SCORE, check_min_score
 
 DECODE_TOGETHER = 32
 """Sentences per call of the decoder; bounds the memory."""
@@ -37,8 +39,10 @@ class Segmentation:
 
     Attributes:
         text: the sentence.
-        mask: (H, W) bool at the image's own size.
+        mask: (H, W) bool at the image's own size; empty if not `present`.
         score: mean probability over the mask, 0 for an empty mask.
+        presence: how sure the model is that the image holds what the sentence names, in [0, 1]; see `presence`.
+        present: whether `presence` is at least the segmenter's `min_score`.
         image: (H, W, 3) uint8, the image.
         probability: (H, W) float32 in [0, 1] at the image's own size; the mask is where it exceeds the threshold.
     """
@@ -46,12 +50,15 @@ class Segmentation:
     text: str
     mask: np.ndarray
     score: float
+    presence: float
+    present: bool
     image: np.ndarray
     probability: np.ndarray
 
     def __repr__(self) -> str:
         height, width = self.mask.shape
-        return f"Segmentation({self.text!r}, score={self.score:.3f}, box={self.box}, image={width}x{height})"
+        scores = f"score={self.score:.3f}, presence={self.presence:.3f}"
+        return f"Segmentation({self.text!r}, {scores}, box={self.box}, image={width}x{height})"
 
     def overlay(self, color: Color = PALETTE[0], alpha: float = FILL) -> np.ndarray:
         """The image with mask, sentence and score drawn in, and the rest dimmed, (H, W, 3) uint8."""
@@ -140,14 +147,15 @@ class BaseSegmenter(ABC):
 
     Args:
         threshold: a pixel belongs to the mask when its probability is above it.
+        min_score: the mask of a sentence whose `Segmentation.presence` is below it is empty.
 
     Raises:
-        UserError: the threshold is not between 0 and 1.
+        UserError: the threshold or `min_score` is not between 0 and 1.
     """
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, threshold: float, min_score: float = MIN_SCORE) -> None:
         threshold_to_logit(threshold)  # a wrong one is refused here, not at the first image
-        self.threshold = threshold
+        self.threshold, self.min_score = threshold, check_min_score(min_score)
 
     @overload
     def __call__(self, image: list[ImageInput], texts: Sequence[str] | str) -> list[list[Segmentation]]: ...
@@ -215,22 +223,30 @@ class BaseSegmenter(ABC):
         tokens, sentences = self.encode_texts(texts)
         return Encoded(images, texts, owner, placements, tokens, self.encode_images(canvases), sentences)
 
-    def decode(self, encoded: Encoded, thresholds: Sequence[float] | None = None) -> Iterator[Segmentation]:
+    def decode(
+        self,
+        encoded: Encoded,
+        thresholds: Sequence[float] | None = None,
+        min_scores: Sequence[float] | None = None,
+    ) -> Iterator[Segmentation]:
         """The second half, sentence by sentence, so that the maps of a large image need not all be held at once.
 
         Args:
             encoded: the result of `encode`; its `owner` says which image each sentence is about.
-            thresholds: one per image; None: the segmenter's.
+            thresholds, min_scores: one per image; None: the segmenter's.
         """
         levels = [threshold_to_logit(value) for value in thresholds or [self.threshold] * len(encoded.images)]
+        minimums = [check_min_score(value) for value in min_scores or [self.min_score] * len(encoded.images)]
         for part in slices(len(encoded.texts), DECODE_TOGETHER):
             owners = encoded.owner[part]
-            for text, owner, (logits, probability) in zip(
+            for text, owner, (logits, probability, presence) in zip(
                 encoded.texts[part], owners, self.restored(encoded, part), strict=True
             ):
-                mask = logits > levels[owner]
+                present = presence >= minimums[owner]
+                mask = logits > (levels[owner] if present else math.inf)
                 score = float(probability[mask].mean()) if mask.any() else 0.0
-                yield Segmentation(text, np.asarray(mask), score, encoded.images[owner], np.asarray(probability))
+                image, probability = encoded.images[owner], np.asarray(probability)
+                yield Segmentation(text, np.asarray(mask), score, presence, present, image, probability)
 
     # -- the hooks
 
@@ -251,12 +267,12 @@ class BaseSegmenter(ABC):
         """Tokens and features of K sentences, none of them empty."""
 
     @abstractmethod
-    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[Any, Any]]:
+    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[Any, Any, float]]:
         """Decode some of the K sentences, at most DECODE_TOGETHER.
 
         Yields:
             For each sentence its logits and its probabilities, both (H, W) float32 at the image's own size: numpy
-            arrays, or tensors in the CPU's memory.
+            arrays, or tensors in the CPU's memory; and its presence, see `presence`.
         """
 
 

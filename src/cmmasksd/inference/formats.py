@@ -31,8 +31,8 @@ def to_coco(segmentations: Sequence[Segmentation], *, file_name: str = "image", 
         image_id: id of the image in the data set.
 
     Returns:
-        A dict ready for JSON: the image, annotations with polygons, area, bbox, our score and the sentence, and one
-        category per distinct sentence.
+        A dict ready for JSON: the image, annotations with polygons, area, bbox, our score and presence, and the
+        sentence, and one category per distinct sentence.
 
     Raises:
         UserError: the list is empty, or has segmentations of several images.
@@ -54,6 +54,7 @@ def to_coco(segmentations: Sequence[Segmentation], *, file_name: str = "image", 
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "iscrowd": 0,
                 "score": segmentation.score,
+                "presence": segmentation.presence,
                 "expression": segmentation.text,
             }
         )

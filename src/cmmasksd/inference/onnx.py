@@ -18,6 +18,7 @@ from cmmasksd.inference.bicubic import resize_bicubic
 from cmmasksd.inference.export_settings import EXPORT_FILE, GRAPHS, TOKENIZER_FILE, ExportSettings
 from cmmasksd.model.locating import TOKENIZER_BYTES, no_panic, small
 from cmmasksd.model.placement import Placement, place
+from cmmasksd.model.presence import MIN_SCORE, presence_numpy
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -31,10 +32,10 @@ class OnnxSegmenter(BaseSegmenter):
         settings: content of `export.json`.
         tokenizer: its tokenizer.
         sessions: the graphs by name, see GRAPHS.
-        threshold: a pixel belongs to the mask when its probability is above it.
+        threshold, min_score: see `BaseSegmenter`.
 
     Raises:
-        UserError: the threshold is not between 0 and 1.
+        UserError: the threshold or `min_score` is not between 0 and 1.
     """
 
     def __init__(
@@ -44,15 +45,18 @@ class OnnxSegmenter(BaseSegmenter):
         sessions: dict[str, InferenceSession],
         *,
         threshold: float = 0.5,
+        min_score: float = MIN_SCORE,
     ) -> None:
-        super().__init__(threshold)
+        super().__init__(threshold, min_score)
         self.settings, self.tokenizer, self.sessions = settings, tokenizer, sessions
         tokenizer.enable_truncation(settings.max_tokens)
         tokenizer.enable_padding(pad_id=settings.pad_token)
         tokenizer.encode_special_tokens = True  # a user who types "<|endoftext|>" does not end the sentence
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | None = None, threshold: float = 0.5) -> OnnxSegmenter:
+    def from_pretrained(
+        cls, name: str | Path, *, device: str | None = None, threshold: float = 0.5, min_score: float = MIN_SCORE
+    ) -> OnnxSegmenter:
         """Load a folder that `cmmasksd export --format onnx` wrote.
 
         Raises:
@@ -74,7 +78,7 @@ class OnnxSegmenter(BaseSegmenter):
                 tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{file} cannot be read ({reason(error)}): export again") from None
-        segmenter = cls(settings, tokenizer, open_sessions(folder), threshold=threshold)
+        segmenter = cls(settings, tokenizer, open_sessions(folder), threshold=threshold, min_score=min_score)
         start = [] if settings.start_token is None else [settings.start_token]
         ids = segmenter.tokens(["a"])["input_ids"][0].tolist()
         try:
@@ -112,16 +116,17 @@ class OnnxSegmenter(BaseSegmenter):
         features = {name: np.concatenate([outputs[name] for outputs in parts]) for name in parts[0]}
         return tokens, features | {"word_mask": tokens["word_mask"]}
 
-    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Logits and probabilities (H, W) of the sentences of a part."""
+    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+        """Logits and probabilities (H, W) of the sentences of a part, and their presence."""
         owners = encoded.owner[part]
         images = {name: values[owners] for name, values in encoded.features.items()}
         sentences = {name: values[part] for name, values in encoded.sentences.items()}
-        for owner, logits in zip(owners, self._run("decoder", **images, **sentences)["logits"], strict=True):
+        all_logits = self._run("decoder", **images, **sentences)["logits"]
+        for owner, logits, present in zip(owners, all_logits, presence_numpy(all_logits).tolist(), strict=True):
             placement = encoded.placements[owner]
             sides = {name: np.array(getattr(placement, name), np.int64) for name in ("original", "canvas", "content")}
             restored = self._run("restore", logits=logits[None], **sides)
-            yield restored["restored"][0], restored["probability"][0]
+            yield restored["restored"][0], restored["probability"][0], present
 
     def _run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
         session = self.sessions[graph]

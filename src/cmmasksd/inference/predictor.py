@@ -18,6 +18,7 @@ from cmmasksd.inference.base import ENCODE_TOGETHER, BaseSegmenter, Encoded, sli
 from cmmasksd.inference.export_settings import EXPORT_FILE
 from cmmasksd.inference.onnx import OnnxSegmenter
 from cmmasksd.model.placement import Placement
+from cmmasksd.model.presence import MIN_SCORE, presence
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +36,10 @@ class Segmenter(BaseSegmenter):
         model: moved to the device and put into evaluation mode.
         processor: the processor that the model was trained with.
         device: such as "cpu" or "cuda"; None: a GPU where there is one.
-        threshold: a pixel belongs to the mask when its probability is above it.
+        threshold, min_score: see `BaseSegmenter`.
 
     Raises:
-        UserError: the threshold is not between 0 and 1, or the device does not exist.
+        UserError: the threshold or `min_score` is not between 0 and 1, or the device does not exist.
     """
 
     def __init__(
@@ -48,15 +49,18 @@ class Segmenter(BaseSegmenter):
         *,
         device: str | None = None,
         threshold: float = 0.5,
+        min_score: float = MIN_SCORE,
     ) -> None:
-        super().__init__(threshold)
+        super().__init__(threshold, min_score)
         self.device = _device(device)
         self.model = model.eval()
         self.model.to(self.device)  # pyright: ignore (its decorator hides the method)
         self.processor = processor
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, device: str | None = None, threshold: float = 0.5) -> Segmenter:
+    def from_pretrained(
+        cls, name: str | Path, *, device: str | None = None, threshold: float = 0.5, min_score: float = MIN_SCORE
+    ) -> Segmenter:
         """Load a model that `cmmasksd train` wrote, by folder or hub id.
 
         Raises:
@@ -66,7 +70,7 @@ class Segmenter(BaseSegmenter):
         from cmmasksd.model.processing import CMMaskSDProcessor
 
         model, processor = CMMaskSDModel.from_pretrained(name), CMMaskSDProcessor.from_pretrained(name)
-        return cls(model, processor, device=device, threshold=threshold)
+        return cls(model, processor, device=device, threshold=threshold, min_score=min_score)
 
     # -- the hooks of BaseSegmenter
 
@@ -94,19 +98,19 @@ class Segmenter(BaseSegmenter):
             ]
             return tokens, type(parts[0]).cat(parts)
 
-    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits and probabilities (H, W) of the sentences of a part."""
+    def restored(self, encoded: Encoded, part: slice) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Logits and probabilities (H, W) of the sentences of a part, and their presence."""
         import torch
 
         owners = encoded.owner[part]
         with torch.inference_mode():
             images = encoded.features.select(torch.tensor(owners, device=self.device))
             all_logits = self.model.decode(images, encoded.sentences.select(part))
-        for owner, logits in zip(owners, all_logits, strict=True):
+        for owner, logits, present in zip(owners, all_logits, presence(all_logits).tolist(), strict=True):
             with torch.inference_mode():
                 logits = self.processor.restore(logits[None], encoded.placements[owner])[0]
                 probability = logits.sigmoid()
-            yield logits.cpu(), probability.cpu()
+            yield logits.cpu(), probability.cpu(), present
 
 
 def _device(name: str | None) -> torch.device:
@@ -127,7 +131,9 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def load_segmenter(name: str | Path, *, device: str | None = None, threshold: float = 0.5) -> Segmenter | OnnxSegmenter:
+def load_segmenter(
+    name: str | Path, *, device: str | None = None, threshold: float = 0.5, min_score: float = MIN_SCORE
+) -> Segmenter | OnnxSegmenter:
     """The segmenter of a trained model, or of a folder that `cmmasksd export` wrote (works without torch)."""
     kind = OnnxSegmenter if (Path(name) / EXPORT_FILE).is_file() else Segmenter
-    return kind.from_pretrained(name, device=device, threshold=threshold)
+    return kind.from_pretrained(name, device=device, threshold=threshold, min_score=min_score)

@@ -22,7 +22,7 @@ RowWriter = Callable[[Unit, list[dict[str, Any]]], None]
 
 
 def json_row(prediction: Prediction) -> dict[str, Any]:
-    """A prediction as JSON values: image (and id, frame), text, score, area, box, size, rle.
+    """A prediction as JSON values: image (and id, frame), text, score, presence, present, area, box, size, rle.
 
     `box` is (x0, y0, x1, y1) in pixels, half-open; null for an empty mask.
     """
@@ -35,6 +35,8 @@ def json_row(prediction: Prediction) -> dict[str, Any]:
     return row | {
         "text": segmentation.text,
         "score": round(segmentation.score, 6),
+        "presence": round(segmentation.presence, 6),
+        "present": segmentation.present,
         "area": segmentation.area,
         "box": segmentation.box,
         "size": list(segmentation.mask.shape),

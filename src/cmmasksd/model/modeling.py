@@ -25,7 +25,7 @@ from cmmasksd.model.loading import WEIGHTS, build, load_backbone, read_weights
 from cmmasksd.model.locating import model_folder, require
 from cmmasksd.model.mask_head import MaskHead
 from cmmasksd.model.tokenizing import load_tokenizer
-from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.towers.base import EncoderSizes, ImageFeatures, TextFeatures, Tokens
 from cmmasksd.model.towers.families import FAMILIES
 
 
@@ -39,9 +39,20 @@ class CMMaskSDOutput(ModelOutput):
 class Decoder(nn.Module):
     """Fusion decoder and mask head: all of the network that is not the dual encoder."""
 
-    def __init__(self, fusion: FusionDecoder, head: MaskHead) -> None:
+    def __init__(self, sizes: EncoderSizes, config: CMMaskSDConfig) -> None:
         super().__init__()
-        self.fusion, self.head = fusion, head
+        self.local = sum(channels for channels, cells in sizes.scales if cells == 1)  # the last of `pixels`
+        self.fusion = FusionDecoder(
+            sizes.joint_width,
+            sizes.embedding_width,
+            width=config.decoder_width,
+            layers=config.decoder_layers,
+            heads=config.decoder_heads,
+            mlp=config.decoder_mlp,
+            dropout=config.dropout,
+            local=self.local,
+        )
+        self.head = MaskHead(sizes.joint_width, config.decoder_width, width=config.head_width, scales=sizes.scales)
 
     def forward(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
         """Features of K images and K sentences to logits (K, 4h, 4w)."""
@@ -54,6 +65,7 @@ class Decoder(nn.Module):
             sentence=text.sentence,
             word_mask=text.word_mask,
             grid=image.grid,
+            local=image.pixels[..., -self.local :] if self.local else None,
             hidden=image.hidden,
             whole=image.whole,
         )
@@ -80,19 +92,7 @@ class CMMaskSDModel(PreTrainedModel):
         network: Any = family.network
         self.add_module(config.family, network._from_config(config.backbone))
         self.towers = family.towers(self.backbone)  # shares its modules; no entry of its own in the state_dict
-        sizes = config.encoder
-        self.decoder = Decoder(
-            FusionDecoder(
-                sizes.joint_width,
-                sizes.embedding_width,
-                width=config.decoder_width,
-                layers=config.decoder_layers,
-                heads=config.decoder_heads,
-                mlp=config.decoder_mlp,
-                dropout=config.dropout,
-            ),
-            MaskHead(sizes.joint_width, config.decoder_width, width=config.head_width, scales=sizes.scales),
-        )
+        self.decoder = Decoder(config.encoder, config)
         self.post_init()
         init_decoder(self.decoder.fusion, self.decoder.head)
 

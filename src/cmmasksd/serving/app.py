@@ -148,7 +148,8 @@ def create_app(
             limit: getattr(settings, limit)
             for limit in ("max_bytes", "max_pixels", "max_sentences", "max_characters", "timeout")
         }
-        return {"status": "ok", "model": name, "version": __version__, "waiting": engine.waiting, "limits": limits}
+        state = {"status": "ok", "model": name, "version": __version__, "waiting": engine.waiting}
+        return state | {"min_score": settings.min_score, "limits": limits}
 
     @app.get(
         "/metrics",

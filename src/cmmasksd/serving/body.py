@@ -56,7 +56,7 @@ async def read_job(
             image = base64.b64decode(valid.image, validate=True)
         except (binascii.Error, ValueError):
             raise Refusal(400, "bad_base64", "image is not base64: encode the bytes of the file") from None
-    return Job(image, valid.sentences, valid.threshold, frozenset(valid.want))
+    return Job(image, valid.sentences, valid.threshold, valid.min_score, frozenset(valid.want))
 
 
 def _bounded(request: Request, max_bytes: int, hold: Callable[[int], None]) -> Request:

@@ -44,6 +44,7 @@ class Job:
         image: content of an image file.
         sentences: K sentences.
         threshold: a pixel above this probability is in the mask.
+        min_score: the mask of a sentence whose presence is below it is empty.
         want: optional fields of the results: "rle", "png", "probability", "words".
         answer: future of the response; cancelled if nobody waits for it.
     """
@@ -51,6 +52,7 @@ class Job:
     image: bytes
     sentences: list[str]
     threshold: float
+    min_score: float
     want: frozenset[str]
     answer: Future[dict[str, Any]] = field(default_factory=Future)
 
@@ -173,7 +175,9 @@ class Engine:
     def _answer(self, batch: Sequence[tuple[Job, np.ndarray]]) -> None:
         started = time.monotonic()
         encoded = self.segmenter.encode([(pixels, job.sentences) for job, pixels in batch])
-        segmentations = self.segmenter.decode(encoded, [job.threshold for job, _ in batch])
+        segmentations = self.segmenter.decode(
+            encoded, [job.threshold for job, _ in batch], [job.min_score for job, _ in batch]
+        )
         results: list[list[dict[str, Any]]] = [[] for _ in batch]
         for index, owner in enumerate(encoded.owner):
             if all(job.answer.cancelled() for job, _ in batch):
@@ -188,7 +192,8 @@ class Engine:
         self.observe(len(batch), len(encoded.texts), time.monotonic() - started)
         for (job, pixels), of_job in zip(batch, results, strict=True):
             height, width = pixels.shape[:2]
-            _settle(job, {"width": width, "height": height, "threshold": job.threshold, "results": of_job})
+            limits = {"threshold": job.threshold, "min_score": job.min_score}
+            _settle(job, {"width": width, "height": height, **limits, "results": of_job})
 
 
 def _settle(job: Job, answer: dict[str, Any] | Exception) -> None:

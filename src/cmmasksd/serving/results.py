@@ -20,10 +20,12 @@ MAP_SIDE, WORD_SIDE = 512, 64
 
 
 def sentence_result(segmentation: Segmentation, want: frozenset[str]) -> dict[str, Any]:
-    """Text, score, area and box of a segmentation, and what `want` names of rle, png and probability."""
+    """Text, score, presence, area and box of a segmentation, and what `want` names of rle, png and probability."""
     result: dict[str, Any] = {
         "text": segmentation.text,
         "score": segmentation.score,
+        "presence": segmentation.presence,
+        "present": segmentation.present,
         "area": segmentation.area,
         "box": segmentation.box,
     }

@@ -47,6 +47,10 @@ class SentenceResult(BaseModel):
 
     text: str
     score: Annotated[float, Field(ge=0, le=1, description="mean probability over the mask; 0 if the mask is empty")]
+    presence: Annotated[
+        float, Field(ge=0, le=1, description="how sure the model is that the image holds what the sentence names")
+    ]
+    present: Annotated[bool, Field(description="whether presence is at least min_score; if not, the mask is empty")]
     area: Annotated[int, Field(ge=0, description="number of pixels in the mask")]
     box: Annotated[
         list[int] | None,
@@ -72,6 +76,7 @@ class SegmentResponse(BaseModel):
     width: int
     height: int
     threshold: float
+    min_score: float
     results: list[SentenceResult]
 
 
@@ -82,6 +87,7 @@ class Health(BaseModel):
     model: str
     version: str
     waiting: Annotated[int, Field(description="number of requests in the queue")]
+    min_score: Annotated[float, Field(description="min_score of requests that do not give it")]
     limits: dict[str, float]
 
 
@@ -113,6 +119,9 @@ def request_model(settings: ServeSettings) -> type[BaseModel]:
         threshold: Annotated[float, Field(gt=0, lt=1, description="a pixel above this probability is in the mask")] = (
             0.5
         )
+        min_score: Annotated[
+            float, Field(ge=0, le=1, description="the mask of a sentence whose presence is below it is empty")
+        ] = settings.min_score
         want: Annotated[
             list[Literal["rle", "png", "probability", "words"]],
             Field(max_length=4, description="optional fields of the results"),

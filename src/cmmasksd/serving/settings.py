@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from cmmasksd.errors import UserError
+from cmmasksd.model.presence import MIN_SCORE, check_min_score
 
 KEY_VARIABLE = "CMMASKSD_API_KEY"
 """Environment variable of the key; an option would show it to everybody who lists processes."""
@@ -56,6 +57,8 @@ class ServeSettings:
     """seconds until a request that is not answered is dropped (504)"""
     body_timeout: float = 20.0
     """seconds in which a client must send its request (408)"""
+    min_score: float = MIN_SCORE
+    """presence, from 0 to 1, below which the mask of a sentence is empty, unless the request says otherwise"""
     connections: int = 100
     """maximum number of requests under way (503), and of idle connections. One client address gets half of these, and
     of `max_held`"""
@@ -86,6 +89,7 @@ class ServeSettings:
         for name in ("timeout", "body_timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be above 0 seconds, got {getattr(self, name)}")
+        check_min_score(self.min_score)
         if not 0 <= self.max_wait <= 1:
             raise UserError(f"--max_wait must be between 0 and 1 second, got {self.max_wait}")
         if not 0 <= self.port < 65536:

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cmmasksd.config import TrainingConfig
+from cmmasksd.data.expressions.drawing import DrawnDataset
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.workers import outlive_sigterm
 from cmmasksd.errors import UserError
@@ -165,7 +167,7 @@ class TrainingItems(Dataset):
 
     def __init__(
         self,
-        data: ReferringDataset,
+        data: ReferringDataset | DrawnDataset,
         processor: CMMaskSDProcessor,
         *,
         stride: float,
@@ -175,20 +177,26 @@ class TrainingItems(Dataset):
         self.data, self.processor, self.stride, self.seed, self.greyscale = data, processor, stride, seed, greyscale
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, list[str], list[Tensor]]:
-        image, placement, texts, targets = None, None, [], []
-        for index in draw.references:
-            reference = self.data[index]
-            if image is None or placement is None:
-                image, placement = self.processor.image(self.data.image(reference))
-            chance = random.Random(f"{self.seed}/sentence/{draw.epoch}/{index}")
-            texts.append(chance.choice(reference.expressions).text)
-            targets.append(self.processor.target(self.data.mask(reference), placement, self.stride))
-        assert image is not None  # a draw is never empty
+        pixels, expressions = self._drawn(draw)
+        image, placement = self.processor.image(pixels)
+        texts = [text for text, _ in expressions]
+        targets = [self.processor.target(mask, placement, self.stride) for _, mask in expressions]
         if self.greyscale and not any(COLOUR_WORDS.search(text) for text in texts):
             chance = random.Random(f"{self.seed}/grey/{draw.epoch}/{draw.references}")
             if chance.random() < self.greyscale:
                 image = fade(image, max(0.0, chance.uniform(-1, 1)))
         return image, texts, targets
+
+    def _drawn(self, draw: Draw) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
+        """An image, and a sentence and a mask for each of its references."""
+        if isinstance(self.data, DrawnDataset):
+            return self.data.draw(draw.references, random.Random(f"{self.seed}/draw/{draw.epoch}/{draw.references}"))
+        expressions = []
+        for index in draw.references:
+            reference = self.data[index]
+            chance = random.Random(f"{self.seed}/sentence/{draw.epoch}/{index}")
+            expressions.append((chance.choice(reference.expressions).text, self.data.mask(reference)))
+        return self.data.image(self.data[draw.references[0]]), expressions
 
     def collate(self, items: list[tuple[Tensor, list[str], list[Tensor]]]) -> Batch:
         """Items to a batch."""

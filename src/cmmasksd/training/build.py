@@ -47,6 +47,8 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     assert settings.resize is not None
     assert settings.max_tokens is not None
     model.freeze_unused()
+    if config.training.freeze_image:
+        model.towers.image.requires_grad_(False)
     if config.training.freeze_text:
         model.towers.text.requires_grad_(False)
     patch_size, longest = model.config.encoder.patch_size, model.config.encoder.max_tokens

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cmmasksd.config import Config, TrainingConfig
-from cmmasksd.data.datasets import open_dataset
+from cmmasksd.data.datasets import open_dataset, open_training_dataset
 from cmmasksd.data.workers import loaded
 from cmmasksd.distillation.objective import MaskedSelfDistillation
 from cmmasksd.errors import UserError
@@ -79,7 +79,7 @@ def _run(config: Config, stop: Sigterm) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, lr=training.lr, betas=(0.9, 0.98))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     set_seed(training.seed + accelerator.process_index)  # but different masks
-    train_data, val_data = open_dataset(config.data.training), open_dataset(config.data.validation)
+    train_data, val_data = open_training_dataset(config.data), open_dataset(config.data.validation)
     items = TrainingItems(
         train_data, processor, stride=model.stride, seed=training.seed, greyscale=config.data.greyscale
     )

@@ -164,6 +164,10 @@ def _require_same(config: Config, new: dict[str, Any], old: dict[str, Any], out:
 def _is_fixed(key: str) -> bool:
     """Whether a setting decides which weights there are, or which of them are trained."""
     sizes = ("decoder_width", "decoder_layers", "decoder_heads", "decoder_mlp", "head_width")
-    fixed = {"training.freeze_text", *(f"model.{name}" for name in ("backbone", "weights", *sizes))}
+    fixed = {
+        "training.freeze_image",
+        "training.freeze_text",
+        *(f"model.{name}" for name in ("backbone", "weights", *sizes)),
+    }
     fixed |= {f"distillation.{name}" for name in ("vision", "vision_level", "joint", "share_weights")}
     return key in fixed

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -71,10 +72,38 @@ class Generated:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
+def instance_files(root: Path) -> list[InstanceFile]:
+    """The annotation files of a data set.
+
+    Args:
+        root: a file or folder as `InstanceFile` takes it, or a folder with several folders that hold an instances.json.
+    """
+    inside = sorted(root.glob("*/instances.json")) if root.is_dir() else []
+    return [InstanceFile(path) for path in inside or [root]]
+
+
+def split_photographs(
+    files: Sequence[InstanceFile], split: str, settings: ExpressionConfig
+) -> list[tuple[InstanceFile, AnnotatedImage]]:
+    """The images of a split, as `generate` deals them out."""
+    split_of = _deal([image.file_name for file in files for image in file.images], settings.val, settings.test)
+    return [(file, image) for file in files for image in file.images if split_of[image.file_name] == split]
+
+
 def generate(
-    files: Sequence[InstanceFile], settings: ExpressionConfig, vocabulary: Vocabulary | None = None
+    files: Sequence[InstanceFile],
+    settings: ExpressionConfig,
+    vocabulary: Vocabulary | None = None,
+    *,
+    only: str | None = None,
 ) -> Generated:
     """Make the sentences of all images of some files.
+
+    Args:
+        files: the annotations.
+        settings: kinds and shares of the sentences.
+        vocabulary: the nouns.
+        only: the one split to make; None: all.
 
     Raises:
         UserError: an annotation or image is damaged, or no object can be named.
@@ -105,6 +134,8 @@ def generate(
             for image in file.images:
                 progress.update()
                 image_id += 1
+                if only is not None and split_of[image.file_name] != only:
+                    continue
                 if image.path is not None and not image.path.is_file():
                     left_out["images without a file"] += 1
                     continue

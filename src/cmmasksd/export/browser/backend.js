@@ -2,7 +2,7 @@
 // Takes the place of serving/page/backend.js, which documents the two functions.
 
 import * as ort from "./ort/ort.wasm.min.mjs";
-import { fitted, place, pixelValues } from "./pixels.js";
+import { fitted, place, pixelValues, presence } from "./pixels.js";
 import { isBlank, progressOf } from "./sentences.js";
 import { makeTokenizer } from "./tokenizer.js";
 
@@ -19,7 +19,7 @@ export async function load(onProgress = () => {}) {
   model ??= read(onProgress).catch((error) => { model = null; throw error; });
   const { settings } = await model;
   onProgress(1, "Ready");
-  return { model: settings.source };
+  return { model: settings.source, minScore: 0 };
 }
 
 async function read(onProgress) {
@@ -83,6 +83,7 @@ export async function segment(blob, sentences, onProgress = () => {}, signal = u
     results.push({
       text,
       score: inMask.length ? inMask.reduce((a, b) => a + b) / inMask.length : 0,
+      presence: presence(logits.data),
       probability: bytes(probability, mapSize),
       words: maps,
     });

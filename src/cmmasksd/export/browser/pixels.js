@@ -1,5 +1,5 @@
 // Preprocessing of pixels, equal to Python's (inference/bicubic.py) pixel by pixel. A canvas scales
-// differently from what the model was trained on.
+// differently from what the model was trained on. And the presence score of the logits.
 
 /** Placement of an image on the model's canvas: {original, canvas, content: [top, left, height, width]}. */
 export function place(height, width, { size: canvas, resize }) {
@@ -75,6 +75,12 @@ function bicubicWeights(source, target) {
 }
 
 const cubic = (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((x - 5) * x + 8) * x * -0.5 + 2 : 0);
+
+/** How sure the model is that the image holds what a sentence names, from the logits of the whole canvas; see model/presence.py. */
+export function presence(logits) {
+  const top = Float32Array.from(logits).sort().slice(-Math.max(1, Math.floor(logits.length / 256)));
+  return top.reduce((sum, logit) => sum + 1 / (1 + Math.exp(-logit)), 0) / top.length;
+}
 
 /** A size shrunk until its longer side fits. */
 export function fitted([height, width], side) {

@@ -49,7 +49,7 @@ _BOUNDS |= {
     "joint_width": (1, 16_384),
     "image_size": (16, 4096),
 }
-_BOUNDS |= {"vector_width": (1, 16_384), "word_dropout": (0.0, 1.0)}
+_BOUNDS |= {"vector_width": (1, 16_384), "learned_width": (1, 16_384), "word_dropout": (0.0, 1.0)}
 
 
 class LiteConfig(PreTrainedConfig):
@@ -60,7 +60,7 @@ class LiteConfig(PreTrainedConfig):
         image_size: side in pixels of the images that it was trained on.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: sizes of the text tower.
         vocab_size: number of token ids.
-        vector_width: numbers of the fixed vector of a token.
+        vector_width, learned_width: numbers of the fixed and of the learned vector of a token.
         word_dropout: fraction of the tokens that lose their learned vector in training.
         max_position_embeddings: longest sentence, start and end included.
         bos_token_id, eos_token_id, pad_token_id: [CLS], [SEP] and [PAD].
@@ -76,8 +76,9 @@ class LiteConfig(PreTrainedConfig):
     intermediate_size: int = 384
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    vocab_size: int = 20_004
-    vector_width: int = 128
+    vocab_size: int = 15_004
+    vector_width: int = 96
+    learned_width: int = 32
     word_dropout: float = 0.5
     max_position_embeddings: int = 40
     bos_token_id: int = 2
@@ -110,7 +111,8 @@ class TextNetwork(nn.Module):
         width = config.hidden_size
         self.register_buffer("vectors", torch.zeros(config.vocab_size, config.vector_width))
         self.vector_in = nn.Linear(config.vector_width, width)
-        self.word_embedding = nn.Embedding(config.vocab_size, width)
+        self.word_embedding = nn.Embedding(config.vocab_size, config.learned_width)
+        self.learned_in = nn.Linear(config.learned_width, width, bias=False)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, width)
         self.layers = nn.ModuleList(
             TextLayer(width, config.num_attention_heads, config.intermediate_size)
@@ -125,7 +127,7 @@ class TextNetwork(nn.Module):
         learned = self.word_embedding(input_ids)
         if self.training:
             learned = learned * (torch.rand(learned.shape[:2], device=learned.device)[..., None] >= self.word_dropout)
-        embedded = self.vector_in(self.vectors[input_ids]) + learned
+        embedded = self.vector_in(self.vectors[input_ids]) + self.learned_in(learned)
         hidden, mask = embedded + self.position_embedding.weight[: input_ids.shape[1]], attention_mask.bool()
         for layer in self.layers:
             hidden = layer(hidden, mask)

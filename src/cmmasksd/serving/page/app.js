@@ -1,9 +1,9 @@
-// The page: an image and sentences in, masks drawn over the image. Masks come from backend.js; the threshold is applied
-// here, to the probability maps. Everything drawn is also announced in words.
+// The page: an image and sentences in, masks drawn over the image. Masks come from backend.js; threshold and minimum
+// presence are applied here. Everything drawn is also announced in words.
 
 import * as backend from "./backend.js";
 import { canvasOf, enlarge, paintHeat, paintMasks, swatch } from "./drawing.js";
-import { annotate, maskOf, measure, strongestPlace } from "./masks.js";
+import { annotate, isPresent, maskOf, measure, strongestPlace } from "./masks.js";
 import { isBlank } from "./sentences.js";
 
 const $ = (id) => document.getElementById(id);
@@ -11,7 +11,7 @@ const SIDE = 960; // longer side of the drawn image, in pixels
 const TYPES = ["image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/avif"];
 
 let image = null; // {blob, name, bitmap}
-let results = []; // {text, score, probability, words, values: probability at the drawn size, visible, summary: element}
+let results = []; // {text, score, presence, probability, words, values: probability at the drawn size, visible, summary: element}
 let hoveredWord = null, pinnedWord = null; // words whose map is drawn, the hovered one first
 let job = null; // AbortController of the running job
 let frame = 0; // requested animation frame
@@ -108,7 +108,7 @@ async function find() {
     results = response.results.map((result) => ({ ...result, values: enlarge(result.probability, $("view")), visible: true }));
     showLegend();
     draw();
-    announce("status", results.map((result, index) => `${index + 1}: ${result.text}, ${measure(result, threshold()).words}`).join(". "));
+    announce("status", results.map((result, index) => `${index + 1}: ${result.text}, ${measure(result, limits()).words}`).join(". "));
   } catch (error) {
     if (thisJob === job && error.name !== "AbortError") announce("error", error.message);
   } finally {
@@ -199,21 +199,25 @@ document.addEventListener("keydown", (event) => { if (event.key === "Escape") un
 
 function showMeasures() {
   for (const result of results) {
-    const { score, words } = measure(result, threshold());
+    const { score, words } = measure(result, limits());
     const bar = element("i", {});
     bar.style.width = `${100 * score}%`;
     result.summary.replaceChildren(element("span", { className: "meter", ariaHidden: "true" }, bar), words);
   }
 }
 
-const threshold = () => Number($("threshold").value);
+const limits = () => ({ threshold: Number($("threshold").value), minScore: Number($("min-score").value) });
 
-$("threshold").addEventListener("input", () => {
-  $("threshold-shown").textContent = threshold().toFixed(2);
+function showLimits() {
+  for (const id of ["threshold", "min-score"]) $(`${id}-shown`).textContent = Number($(id).value).toFixed(2);
   showMeasures();
   draw();
-});
-$("threshold").addEventListener("change", () => announce("status", results.map((result, index) => `${index + 1}: ${measure(result, threshold()).words}`).join(". ")));
+}
+
+for (const id of ["threshold", "min-score"]) {
+  $(id).addEventListener("input", showLimits);
+  $(id).addEventListener("change", () => announce("status", results.map((result, index) => `${index + 1}: ${measure(result, limits()).words}`).join(". ")));
+}
 
 // ---- drawing
 
@@ -228,9 +232,9 @@ function paint() {
   const { width, height, clientWidth } = $("view"), word = hoveredWord ?? pinnedWord;
   context.clearRect(0, 0, width, height);
   context.drawImage(image.bitmap, 0, 0, width, height);
-  const masks = results.map(({ values, visible }, index) => ({ index, values, visible })).filter(({ visible }) => visible);
+  const masks = results.map((result, index) => ({ ...result, index })).filter((result) => result.visible && isPresent(result, limits()));
   if (word) paintHeat(context, word.map);
-  else if (masks.length) paintMasks(context, masks, 255 * threshold(), (13 * width) / (clientWidth || width)); // numbers as large on a phone
+  else if (masks.length) paintMasks(context, masks, 255 * limits().threshold, (13 * width) / (clientWidth || width)); // numbers as large on a phone
   const count = masks.length === 1 ? "1 mask" : `${masks.length} masks`;
   $("view").ariaLabel = word ? `Image with the map of the word ${word.text}` : `Image ${image.name}${masks.length ? ` with ${count}` : ""}`;
 }
@@ -248,7 +252,7 @@ function download(blob, name) {
 
 function saveMask(result, index) {
   const { width, height } = image.bitmap, layer = new ImageData(width, height);
-  for (const [at, value] of maskOf(result, threshold(), image.bitmap).entries()) layer.data.set([value, value, value, 255], 4 * at);
+  for (const [at, value] of maskOf(result, limits(), image.bitmap).entries()) layer.data.set([value, value, value, 255], 4 * at);
   canvasOf(layer).toBlob((blob) => download(blob, `${stem()}_${index + 1}_mask.png`));
 }
 
@@ -261,10 +265,12 @@ $("save-image").addEventListener("click", () => {
 $("save-rle").addEventListener("click", () => {
   const { width, height } = image.bitmap;
   const annotations = results.map((result) => {
-    const score = Number(measure(result, threshold()).score.toFixed(4));
-    return { text: result.text, score, ...annotate(maskOf(result, threshold(), image.bitmap), image.bitmap) };
+    const score = Number(measure(result, limits()).score.toFixed(4));
+    const presence = Number(result.presence.toFixed(4));
+    return { text: result.text, score, presence, ...annotate(maskOf(result, limits(), image.bitmap), image.bitmap) };
   });
-  const content = { image: { file_name: image.name, width, height }, threshold: threshold(), annotations };
+  const { threshold, minScore } = limits();
+  const content = { image: { file_name: image.name, width, height }, threshold, min_score: minScore, annotations };
   download(new Blob([JSON.stringify(content)], { type: "application/json" }), `${stem()}_masks.json`);
 });
 
@@ -285,7 +291,9 @@ function announce(id, words) {
 try {
   setBusy(true);
   $("stop").hidden = true;
-  const { model } = await backend.load(showProgress);
+  const { model, minScore } = await backend.load(showProgress);
+  $("min-score").value = minScore;
+  showLimits();
   const isScenes = !model || model === "scenes";
   $("note").hidden = !isScenes;
   if (isScenes) await showExamples();

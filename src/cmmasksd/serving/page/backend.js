@@ -1,7 +1,9 @@
 // Masks from the HTTP API of `cmmasksd serve`. A backend is a file with these two functions:
 //
-//   load(onProgress)                              returns {model}, the name of the model, once it is ready
-//   segment(blob, sentences, onProgress, signal)  returns {width, height, results: [{text, score, probability, words}]}
+//   load(onProgress)                              returns {model, minScore} once the model is ready: its name, and the
+//                                                 presence below which a sentence is not found, before the user moves it
+//   segment(blob, sentences, onProgress, signal)  returns {width, height, results: [{text, score, presence, probability,
+//                                                 words}]}
 //
 // probability is {width, height, data: Uint8Array}, 0 to 255 over the whole image. words are spans of the sentence,
 // [{text, start, end, map}], map like probability or null. onProgress gets (fraction, words). Errors are one line.
@@ -15,7 +17,7 @@ export async function load(onProgress) {
   onProgress(0, "Asking the server");
   const health = await call("health", {});
   onProgress(1, "Ready");
-  return { model: health.model };
+  return { model: health.model, minScore: health.min_score };
 }
 
 export async function segment(blob, sentences, onProgress, signal) {
@@ -31,9 +33,10 @@ export async function segment(blob, sentences, onProgress, signal) {
   }
   onProgress(1, "Done");
   const { width, height } = responses[0];
-  const results = responses.flatMap((response) => response.results).map(({ text, score, probability, words }) => ({
+  const results = responses.flatMap((response) => response.results).map(({ text, score, presence, probability, words }) => ({
     text,
     score,
+    presence,
     probability: decoded(probability),
     words: words.map((word) => ({ ...word, map: decoded(word.map) })),
   }));

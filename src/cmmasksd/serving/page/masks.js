@@ -1,21 +1,28 @@
-// Masks from probability maps: scores at any threshold, positions in words, COCO's run lengths.
+// Masks from probability maps: scores at any threshold, positions in words, COCO's run lengths. `limits` are {threshold,
+// minScore}: a pixel above the threshold is in the mask, which is empty if the presence of the sentence is below minScore.
 
 import { enlarge } from "./drawing.js";
 
-/** Score of a result (mean probability over the mask), and score and area in words. */
-export function measure({ probability, score }, threshold) {
-  const limit = 255 * threshold;
+/** Whether the image holds what the sentence of a result names. */
+export const isPresent = ({ presence }, { minScore }) => presence >= minScore;
+
+/** Score of a result (mean probability over the mask), and score, presence and area in words. */
+export function measure(result, limits) {
+  const { probability, score } = result, { threshold } = limits, limit = 255 * threshold;
+  const presence = `presence ${result.presence.toFixed(2)}`;
+  if (!isPresent(result, limits)) return { score: 0, words: `not found, ${presence}` };
   let sum = 0, count = 0;
   for (const value of probability.data) if (value > limit) { sum += value; count++; }
-  if (!count) return { score: 0, words: "nothing above the threshold" };
+  if (!count) return { score: 0, words: `nothing above the threshold, ${presence}` };
   const mean = threshold === 0.5 && score ? score : sum / count / 255; // the model's own score is exact
   const percent = (100 * count) / probability.data.length;
-  return { score: mean, words: `score ${mean.toFixed(2)}, ${percent.toFixed(1)} % of the image` };
+  return { score: mean, words: `score ${mean.toFixed(2)}, ${presence}, ${percent.toFixed(1)} % of the image` };
 }
 
 /** The mask of a result at a size, one byte per pixel: 255 or 0. */
-export function maskOf({ probability }, threshold, size) {
-  return enlarge(probability, size).map((value) => (value > 255 * threshold ? 255 : 0));
+export function maskOf(result, limits, size) {
+  const limit = isPresent(result, limits) ? 255 * limits.threshold : 255;
+  return enlarge(result.probability, size).map((value) => (value > limit ? 255 : 0));
 }
 
 /** Area, box ([x0, y0, x1, y1], half-open; null if empty) and COCO's uncompressed run lengths of a mask. */
