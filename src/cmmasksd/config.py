@@ -31,8 +31,8 @@ class SplitConfig:
     split: str
     """split, such as val, testA, testB or test"""
     root: Path | None = None
-    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file or a folder of labelme
-    files; not for scenes"""
+    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
+    Studio file with sentences, or a folder of labelme files; not for scenes"""
     references: int = 1500
     """number of references (scenes only)"""
     scene_seed: int = 0
@@ -116,8 +116,8 @@ class DataConfig:
     name: DatasetName = "scenes"
     """data set"""
     root: Path | None = None
-    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file or a folder of labelme
-    files (see cmmasksd/data/readers/manifest.py); not for scenes"""
+    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
+    Studio file with sentences, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); not for scenes"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "val"
