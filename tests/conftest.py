@@ -192,6 +192,22 @@ def tiny_lite_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip_resnet_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "CLIPTokenizer") -> Path:
+    """A tiny CLIP with a ResNet and its tokenizer in transformers' format."""
+    from cmmasksd.model.loading import build_backbone
+    from cmmasksd.model.towers.families import FAMILIES
+    from cmmasksd.model.towers.openai import to_transformers
+    from model.towers.openai_clip import OpenAIClip
+
+    folder = tmp_path_factory.mktemp("tiny-clip-resnet")
+    clip = OpenAIClip(len(tiny_tokenizer), TINY_CONTEXT, quick_gelu=True, resnet=True)
+    content, weights = to_transformers(clip.weights(), {}, quick_gelu=True)
+    build_backbone(FAMILIES["clip_resnet"].config(content), weights, folder).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SigLIP 2 and its tokenizer in transformers' format."""
     folder, tokenizer = tmp_path_factory.mktemp("tiny-siglip"), make_siglip_tokenizer()

@@ -230,6 +230,16 @@ class TestSigLIP(FamilyContract):
             site.write_site(trained / "best", tmp_path / "out", ort=tmp_path)
 
 
+class TestCLIPResNet(FamilyContract):
+    prefix = "clip_resnet"
+    patch_size = 16
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backbone(cls, tiny_clip_resnet_folder: Path) -> Path:
+        return tiny_clip_resnet_folder
+
+
 class TestLite(FamilyContract):
     prefix = "lite"
     patch_size = 16

@@ -22,6 +22,7 @@ from cmmasksd.model.towers.base import EncoderSizes
 from cmmasksd.model.towers.bounds import bounded
 from cmmasksd.model.towers.families import FAMILIES
 from cmmasksd.model.towers.lite import LiteConfig
+from cmmasksd.model.towers.resnet import CLIPResNetConfig
 
 _OURS = {
     "decoder_width": (1, 8192),
@@ -37,8 +38,8 @@ class CMMaskSDConfig(PreTrainedConfig):
     """Sizes of a CMMaskSDModel.
 
     Args:
-        clip_config, siglip_config, lite_config: configuration of the backbone, under the name of its family. All None:
-            a CLIPConfig.
+        clip_config, siglip_config, lite_config, clip_resnet_config: configuration of the backbone, under the name of
+            its family. All None: a CLIPConfig.
         decoder_width, decoder_layers, decoder_heads, decoder_mlp, head_width, dropout: see `ModelConfig`.
 
     Raises:
@@ -46,11 +47,17 @@ class CMMaskSDConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    sub_configs = {"clip_config": CLIPConfig, "siglip_config": SiglipConfig, "lite_config": LiteConfig}  # noqa: RUF012 (transformers' convention)  # pyright: ignore
+    sub_configs = {  # noqa: RUF012 (transformers' convention)  # pyright: ignore
+        "clip_config": CLIPConfig,
+        "siglip_config": SiglipConfig,
+        "lite_config": LiteConfig,
+        "clip_resnet_config": CLIPResNetConfig,
+    }
 
     clip_config: Any = None
     siglip_config: Any = None
     lite_config: Any = None
+    clip_resnet_config: Any = None
     decoder_width: int = ModelConfig.decoder_width
     decoder_layers: int = ModelConfig.decoder_layers
     decoder_heads: int = ModelConfig.decoder_heads

@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from transformers import CLIPConfig, CLIPModel
+from transformers import PreTrainedConfig
 
 from cmmasksd.errors import UserError
 from cmmasksd.files import whole_folder
-from cmmasksd.model.loading import build, read_checkpoint
+from cmmasksd.model.loading import build_backbone, read_checkpoint
 from cmmasksd.model.locating import OPEN_CLIP_CONFIG, TOKENIZER_FILES, backbone_folder, is_checkpoint
 from cmmasksd.model.processing import checkpoint_mean_and_std
 from cmmasksd.model.tokenizing import check_tokenizer, load_tokenizer
-from cmmasksd.model.towers.clip import encoder_sizes
+from cmmasksd.model.towers.families import FAMILIES
 
 
 def convert(
     source: str | Path, out: Path, *, tokenizer: str | Path | None = None, quick_gelu: bool | None = None
-) -> CLIPConfig:
-    """Convert a ViT CLIP to config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
+) -> PreTrainedConfig:
+    """Convert a CLIP to config.json, model.safetensors, preprocessor_config.json and the tokenizer's files.
 
     Args:
         source: a file of weights, or hf-hub:USER/NAME.
@@ -32,7 +31,7 @@ def convert(
         The configuration of the CLIP.
 
     Raises:
-        UserError: the source cannot be read or is no ViT CLIP, the tokenizer is missing or does not fit, or `out` is in
+        UserError: the source cannot be read or is not a CLIP, the tokenizer is missing or does not fit, or `out` is in
             use.
     """
     if not is_checkpoint(source):
@@ -44,11 +43,11 @@ def convert(
     folder = backbone_folder(source, (*TOKENIZER_FILES, OPEN_CLIP_CONFIG))
     words = load_tokenizer(folder if tokenizer is None else tokenizer)
     config, weights = read_checkpoint(source, quick_gelu=quick_gelu)
-    sizes = encoder_sizes(config)
+    sizes = FAMILIES[config.model_type].sizes(config)
     check_tokenizer(words, sizes, folder if tokenizer is None else Path(tokenizer))
     words.model_max_length = min(words.model_max_length, sizes.max_tokens)
     mean, std = checkpoint_mean_and_std(folder)
-    clip = build(CLIPModel, CLIPModel.from_pretrained, config, weights, Path(source), dtype=torch.float32)
+    clip = build_backbone(config, weights, Path(source))
     clip.config._name_or_path = ""  # it would be saved, and may be a path of this machine
     preprocessing = {
         "image_processor_type": "CLIPImageProcessor",

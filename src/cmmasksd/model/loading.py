@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from cmmasksd.errors import UserError, reason, shown
@@ -24,7 +24,6 @@ from cmmasksd.files import safe_path
 from cmmasksd.model.configuration import read_backbone_config
 from cmmasksd.model.locating import checkpoint_file, files_of, is_checkpoint, open_clip_settings, read_json, require
 from cmmasksd.model.torchscript import is_torchscript, read_torchscript
-from cmmasksd.model.towers.clip import clip_config
 from cmmasksd.model.towers.families import FAMILIES
 from cmmasksd.model.towers.openai import to_transformers
 
@@ -37,14 +36,16 @@ def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreT
 
     Args:
         name: folder or hub id in transformers' format, "tiny", or a CLIP of OpenAI or open_clip (see `is_checkpoint`).
-        families: those to accept; a checkpoint is always a CLIP.
+        families: those to accept.
 
     Raises:
         UserError: there is no backbone of these families, or its weights do not fit its configuration.
     """
     if is_checkpoint(name):
         config, weights = read_checkpoint(name)
-        return build(CLIPModel, CLIPModel.from_pretrained, config, weights, Path(name), dtype=torch.float32)
+        if config.model_type not in families:
+            raise UserError(f"{name} is a {FAMILIES[config.model_type].label}: choose one with a ViT")
+        return build_backbone(config, weights, Path(name))
     folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
     if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
         folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
@@ -52,8 +53,13 @@ def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreT
     config, weights = read_backbone_config(folder, families), {}
     for file in _files_of_weights(folder):
         weights |= read_weights(file)
+    return build_backbone(config, weights, folder)
+
+
+def build_backbone(config: PreTrainedConfig, weights: dict[str, Tensor], source: Path) -> PreTrainedModel:
+    """`build` for the network of a family, in float32."""
     network: Any = FAMILIES[config.model_type].network
-    return build(network, network.from_pretrained, config, weights, folder, dtype=torch.float32)
+    return build(network, network.from_pretrained, config, weights, source, dtype=torch.float32)
 
 
 def load_clip(name: str | Path) -> CLIPModel:
@@ -62,7 +68,7 @@ def load_clip(name: str | Path) -> CLIPModel:
     return clip
 
 
-def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tuple[CLIPConfig, dict[str, Tensor]]:
+def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """Configuration and weights of a CLIP in the format of OpenAI or open_clip, converted to transformers'.
 
     Args:
@@ -71,7 +77,7 @@ def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tupl
             quick_gelu for OpenAI's archives and for names with "quickgelu", "openai" or "metaclip".
 
     Raises:
-        UserError: the file is damaged, or holds no ViT CLIP.
+        UserError: the file is damaged, or does not hold a CLIP.
     """
     file = checkpoint_file(name)
     archive = is_torchscript(file)
@@ -84,7 +90,7 @@ def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tupl
         quick_gelu = archive or "input_resolution" in weights or by_name is not None
     try:
         content, weights = to_transformers(weights, settings, quick_gelu=quick_gelu)
-        return clip_config(content), weights
+        return FAMILIES[content["model_type"]].config(content), weights
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 

@@ -226,9 +226,9 @@ class CMMaskSDProcessor:
         tokenizer = load_tokenizer(folder)
         if is_checkpoint(name):
             from cmmasksd.model.loading import read_checkpoint
-            from cmmasksd.model.towers.clip import encoder_sizes
 
-            sizes, (mean, std) = encoder_sizes(read_checkpoint(name)[0]), checkpoint_mean_and_std(folder)
+            config, _ = read_checkpoint(name)
+            sizes, (mean, std) = FAMILIES[config.model_type].sizes(config), checkpoint_mean_and_std(folder)
         else:
             family = FAMILIES.get(_kind(folder), FAMILIES["clip"])
             sizes, (mean, std) = _encoder_sizes(folder), _mean_and_std(folder, family.mean_and_std)

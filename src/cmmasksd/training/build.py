@@ -31,7 +31,7 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
             dropout=settings.dropout,
         )
         if is_checkpoint(source):
-            say(f"{source} is converted to transformers' format, with {model.config.backbone.vision_config.hidden_act}")
+            say(f"{source} is converted to transformers' format, with {model.config.backbone.text_config.hidden_act}")
         defaults = {"size": (128, 128), "resize": "warp", "max_tokens": 48}
     else:
         source = settings.weights

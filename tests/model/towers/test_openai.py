@@ -8,6 +8,7 @@ import struct
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -16,14 +17,14 @@ from safetensors.torch import save_file
 
 from cmmasksd.errors import UserError
 from cmmasksd.model.converting import convert
-from cmmasksd.model.loading import load_clip, read_checkpoint
+from cmmasksd.model.loading import load_backbone, load_clip, read_checkpoint
 from cmmasksd.model.locating import model_folder
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.pixels import CLIP_MEAN
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import tokenize
 from cmmasksd.model.torchscript import read_torchscript
-from cmmasksd.model.towers.clip import dual_encoder
+from cmmasksd.model.towers.families import FAMILIES
 from conftest import TINY_CONTEXT
 from model.towers.openai_clip import OpenAIClip
 
@@ -32,8 +33,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated; 
 KINDS = ("archive.pt", "openai.pt", "open_clip.safetensors", "open_clip.bin", "run.pt")
 
 
-def network(tokenizer, quick_gelu: bool) -> OpenAIClip:
-    return OpenAIClip(len(tokenizer), TINY_CONTEXT, quick_gelu)
+TOWERS = pytest.mark.parametrize("resnet", [False, True], ids=["vit", "resnet"])
+
+
+def network(tokenizer, quick_gelu: bool, resnet: bool = False) -> OpenAIClip:
+    return OpenAIClip(len(tokenizer), TINY_CONTEXT, quick_gelu, resnet)
 
 
 def save(clip: OpenAIClip, file: Path) -> Path:
@@ -59,8 +63,8 @@ def folder(tmp_path, tiny_tokenizer) -> Path:
 
 
 def assert_same(clip, theirs: OpenAIClip, tokenizer) -> None:
-    towers = dual_encoder(clip.eval())
-    pixels = torch.randn(2, 3, 32, 32)
+    towers = FAMILIES[clip.config.model_type].towers(clip.eval())
+    pixels = torch.randn(2, 3, theirs.size, theirs.size)
     tokens = tokenize(tokenizer, ["the red square on the left", "a zebra"])
     ids = torch.zeros(2, TINY_CONTEXT, dtype=torch.long)
     ids[:, : tokens.input_ids.shape[1]] = tokens.input_ids * tokens.attention_mask
@@ -68,6 +72,21 @@ def assert_same(clip, theirs: OpenAIClip, tokenizer) -> None:
         image, text = theirs(pixels, ids)
         assert torch.allclose(towers.image(pixels)[1], image, atol=1e-5 * image.abs().max())
         assert torch.allclose(towers.text(tokens).sentence, text, atol=1e-5 * text.abs().max())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_of_a_resnet(kind, folder, tiny_tokenizer):
+    quick_gelu = kind in ("archive.pt", "openai.pt")
+    theirs = network(tiny_tokenizer, quick_gelu, resnet=True)
+    clip: Any = load_backbone(save(theirs, folder / kind))
+    assert_same(clip, theirs, tiny_tokenizer)
+    config = clip.config
+    assert config.text_config.hidden_act == ("quick_gelu" if quick_gelu else "gelu")
+    assert (config.depths, config.width, config.image_size, config.num_attention_heads) == ([2, 1, 2, 3], 4, 96, 2)
+    assert (config.projection_dim, config.text_config.num_hidden_layers) == (48, 2)
+    assert clip.logit_scale.item() == 2.5
+    with pytest.raises(UserError, match="is a CLIP with a ResNet: choose one with a ViT"):
+        load_clip(folder / kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,13 +110,14 @@ def test_the_other_activation_would_show(folder, tiny_tokenizer):
         assert_same(clip, network(tiny_tokenizer, True), tiny_tokenizer)
 
 
-def test_half_precision(folder, tiny_tokenizer):
+@TOWERS
+def test_half_precision(resnet, folder, tiny_tokenizer):
     """OpenAI's archives hold half precision; ours are read into float32."""
-    theirs = network(tiny_tokenizer, True)
+    theirs = network(tiny_tokenizer, True, resnet)
     file = folder / "archive.pt"
     theirs.half()
     torch.jit.script(Holder(theirs)).save(str(file))
-    clip = load_clip(file)
+    clip = load_backbone(file)
     assert clip.dtype == torch.float32
     assert_same(clip, theirs.float(), tiny_tokenizer)
 
@@ -111,6 +131,8 @@ class Holder(torch.nn.Module):
             self.add_module(name, Holder(child))
         for name, parameter in module.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -182,13 +204,14 @@ def test_a_model_on_a_checkpoint(folder, tiny_tokenizer):
     assert str(folder) not in (folder / "model" / "config.json").read_text()
 
 
+@TOWERS
 @pytest.mark.parametrize("kind", KINDS[:3])
-def test_convert(kind, folder, tiny_tokenizer):
-    theirs = network(tiny_tokenizer, kind != "open_clip.safetensors")
+def test_convert(kind, resnet, folder, tiny_tokenizer):
+    theirs = network(tiny_tokenizer, kind != "open_clip.safetensors", resnet)
     out = folder / "out"
     convert(save(theirs, folder / kind), out)
-    assert_same(load_clip(out), theirs, tiny_tokenizer)
-    processor = CMMaskSDProcessor.from_backbone(out, (32, 32), patch_size=8, resize="warp", max_tokens=20)
+    assert_same(load_backbone(out), theirs, tiny_tokenizer)
+    processor = CMMaskSDProcessor.from_backbone(out, (32, 32), patch_size=16, resize="warp", max_tokens=20)
     assert processor.mean == pytest.approx(CLIP_MEAN)
     with pytest.raises(UserError, match="not an empty folder"):
         convert(folder / kind, out)
@@ -213,15 +236,16 @@ def cached(repository: Path, files: Path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(repository.parent))
 
 
+@TOWERS
 @pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
-def test_the_hub(weights, folder, tiny_tokenizer, tmp_path_factory, monkeypatch):
-    theirs = network(tiny_tokenizer, True)
+def test_the_hub(weights, resnet, folder, tiny_tokenizer, tmp_path_factory, monkeypatch):
+    theirs = network(tiny_tokenizer, True, resnet)
     save(theirs, folder / weights)
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 48, "quick_gelu": True}}))
     (folder / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_clip_224"}))  # as timm's
     cached(tmp_path_factory.mktemp("cache") / "models--someone--clip", folder, monkeypatch)
-    assert_same(load_clip("hf-hub:someone/clip"), theirs, tiny_tokenizer)
-    CMMaskSDProcessor.from_backbone("hf-hub:someone/clip", (32, 32), patch_size=8, resize="warp", max_tokens=20)
+    assert_same(load_backbone("hf-hub:someone/clip"), theirs, tiny_tokenizer)
+    CMMaskSDProcessor.from_backbone("hf-hub:someone/clip", (32, 32), patch_size=16, resize="warp", max_tokens=20)
     with pytest.raises(UserError, match="hf-hub:USER/NAME"):
         load_clip("someone/clip")
     with pytest.raises(UserError, match=r"--model\.backbone hf-hub:someone/clip"):
@@ -245,9 +269,9 @@ def test_a_checkpoint_in_place_of_a_model(folder, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        (lambda w: w | {"visual.layer1.0.conv1.weight": torch.ones(1)}, "ResNet"),
-        (lambda w: w | {"visual.trunk.blocks.0": torch.ones(1)}, "no ViT CLIP has"),
-        (lambda w: w | {"transformer.resblocks.0.ls_1.gamma": torch.ones(1)}, "no ViT CLIP has"),
+        (lambda w: w | {"visual.layer1.0.conv1.weight": torch.ones(1)}, "has the shape"),
+        (lambda w: w | {"visual.trunk.blocks.0": torch.ones(1)}, "no CLIP of OpenAI or open_clip has"),
+        (lambda w: w | {"transformer.resblocks.0.ls_1.gamma": torch.ones(1)}, "no CLIP of OpenAI or open_clip has"),
         (lambda w: {k: v for k, v in w.items() if k != "visual.conv1.weight"}, "is missing"),
         (lambda w: {k: v for k, v in w.items() if k != "ln_final.bias"}, "missing"),
         (lambda w: w | {"visual.conv1.weight": torch.ones(3)}, "has the shape"),
@@ -265,6 +289,47 @@ def test_other_weights(change, error, folder, tiny_tokenizer):
     torch.save(change(dict(network(tiny_tokenizer, False).weights())), file)
     with pytest.raises(UserError, match=error):
         load_clip(file)
+
+
+RESNET_SETTINGS = {
+    "embed_dim": 48,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 96, "layers": [2, 1, 2, 3], "width": 4, "patch_size": None},
+    "text_cfg": {"context_length": TINY_CONTEXT, "width": 64, "heads": 4, "layers": 2},
+}
+
+
+def test_open_clip_config_of_a_resnet(folder, tiny_tokenizer):
+    file = save(network(tiny_tokenizer, True, resnet=True), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": RESNET_SETTINGS}))
+    config: Any = load_backbone(file).config
+    assert (config.text_config.hidden_act, config.text_config.num_attention_heads) == ("quick_gelu", 4)
+    spoilt = RESNET_SETTINGS | {"vision_cfg": {"layers": [3, 4, 6, 3]}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": spoilt}))
+    with pytest.raises(UserError, match=r"layers \[3, 4, 6, 3\], the weights have \[2, 1, 2, 3\]"):
+        load_backbone(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda w: {k: v for k, v in w.items() if ".layer3." not in k}, r"depths\[2\] is 0"),
+        (lambda w: {k: v for k, v in w.items() if k != "visual.attnpool.c_proj.weight"}, "is missing"),
+        (lambda w: {k: v for k, v in w.items() if k != "visual.layer2.0.bn1.running_var"}, "1 weights .* missing"),
+        (lambda w: w | {"visual.attnpool.positional_embedding": torch.ones(9, 128)}, "not a square"),
+        (lambda w: w | {"visual.layer1.0.conv1.weight": torch.ones(3)}, "has the shape"),
+        (lambda w: w | {"visual.layer1.0.conv1.weight": torch.ones(5, 4, 1, 1)}, "width is 5"),
+        (lambda w: w | {"visual.layer1.0.conv1.weight": torch.ones(6, 4, 1, 1)}, "another shape"),
+        (lambda w: w | {"visual.layer4.7.conv1.weight": torch.ones(1)}, "missing|unexpected|another shape"),
+        (lambda w: w | {"visual.head.weight": torch.ones(1)}, "1 weights .* unexpected"),
+        (lambda w: w | {"visual.bn1.running_mean": torch.full((2,), float("nan"))}, "not finite"),
+    ],
+)
+def test_other_weights_of_a_resnet(change, error, folder, tiny_tokenizer):
+    file = folder / "weights.pt"
+    torch.save(change(dict(network(tiny_tokenizer, False, resnet=True).weights())), file)
+    with pytest.raises(UserError, match=error):
+        load_backbone(file)
 
 
 class Harmful:

@@ -285,8 +285,22 @@ def on_grid(positions: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
 
 def cell_pixels(pixel_values: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, N, 192), see `ImageFeatures.pixels`."""
-    fine = F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1]))
-    return F.pixel_unshuffle(fine, 8).flatten(2).transpose(1, 2)
+    return per_patch(F.adaptive_avg_pool2d(pixel_values, (8 * grid[0], 8 * grid[1])), 8)
+
+
+def per_patch(feature: Tensor, cells: int) -> Tensor:
+    """(B, channels, cells * h, cells * w) to (B, h * w, channels * cells * cells): each patch's part."""
+    return F.pixel_unshuffle(feature, cells).flatten(2).transpose(1, 2)
+
+
+def blank(pixel_values: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) whose other patches than `keep`, see `gather`, have the mean colour."""
+    if keep is None:
+        return pixel_values
+    size = pixel_values.shape[-1] // grid[1]
+    visible = keep.new_zeros(keep.shape[0], grid[0] * grid[1], dtype=torch.bool).scatter(1, keep, True)
+    visible = visible.unflatten(1, grid).repeat_interleave(size, 1).repeat_interleave(size, 2)  # (B, H, W)
+    return pixel_values.masked_fill(~visible[:, None], 0.0)
 
 
 def gather(values: Tensor, keep: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ which hides words through its attention mask. No forward hooks: threads may shar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,14 +49,20 @@ def clip_config(content: object) -> CLIPConfig:
         UserError: it is not a CLIP's, or a size is out of bounds.
     """
     clip = section(content, "clip_config")
-    sections = (("text_config", CLIPTextConfig, TEXT | _IDS), ("vision_config", CLIPVisionConfig, VISION))
-    towers: dict[str, Any] = {}
-    for name, kind, bounds in sections:
-        # the first CLIPs in transformers' format have a second section, which takes precedence
-        tower = section(clip.get(name), name) | section(clip.get(f"{name}_dict"), f"{name}_dict")
-        tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
-        towers[name] = bounded_tower(tower, bounds | _TOWER, name, kind)
-    return CLIPConfig(**bounded(clip, _CLIP), **towers)
+    text, vision = text_section(clip), _tower(clip, "vision_config", CLIPVisionConfig, VISION)
+    return CLIPConfig(**bounded(clip, _CLIP), text_config=text, vision_config=vision)  # pyright: ignore
+
+
+def text_section(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the text tower, from the content of a config.json."""
+    return _tower(clip, "text_config", CLIPTextConfig, TEXT | _IDS)
+
+
+def _tower(clip: Mapping[str, Any], name: str, kind: Any, bounds: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    # the first CLIPs in transformers' format have a second section, which takes precedence
+    tower = section(clip.get(name), name) | section(clip.get(f"{name}_dict"), f"{name}_dict")
+    tower = {key: value for key, value in tower.items() if value is not None or key not in _MAY_BE_NULL}
+    return bounded_tower(tower, {**bounds, **_TOWER}, name, kind)
 
 
 def dual_encoder(clip: CLIPModel) -> DualEncoder:
@@ -116,7 +123,7 @@ def _embed(embeddings: Any, pixel_values: Tensor) -> Tensor:
 class CLIPTextTower(TextTower):
     """CLIP's text transformer, token by token."""
 
-    def __init__(self, clip: CLIPModel) -> None:
+    def __init__(self, clip: Any) -> None:
         super().__init__()
         self.text_model: Any = clip.text_model
         self.text_projection = clip.text_projection

@@ -9,6 +9,7 @@ from __future__ import annotations
 from cmmasksd.model.towers.base import Family
 from cmmasksd.model.towers.clip import CLIP
 from cmmasksd.model.towers.lite import LITE
+from cmmasksd.model.towers.resnet import CLIP_RESNET
 from cmmasksd.model.towers.siglip import SIGLIP
 
-FAMILIES: dict[str, Family] = {"clip": CLIP, "siglip": SIGLIP, "lite": LITE}
+FAMILIES: dict[str, Family] = {"clip": CLIP, "siglip": SIGLIP, "lite": LITE, "clip_resnet": CLIP_RESNET}

@@ -17,7 +17,6 @@ the tokens, so that the tower also understands words that its training lacks.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -33,8 +32,10 @@ from cmmasksd.model.towers.base import (
     TextFeatures,
     TextTower,
     Tokens,
+    blank,
     cell_pixels,
     gather,
+    per_patch,
 )
 from cmmasksd.model.towers.bounds import TEXT, TOKEN_ID, bounded, section
 from cmmasksd.model.towers.efficientnet import STRIDE, EfficientNetLite, scales
@@ -168,12 +169,9 @@ class LiteImageTower(ImageTower):
         """See `ImageTower`. The image embedding is the mean of the kept patches. `keep` blanks the pixels of the other
         patches to the mean colour. The patches are already dense features, so `value_path` returns them again."""
         grid = (pixel_values.shape[-2] // STRIDE, pixel_values.shape[-1] // STRIDE)
-        if keep is not None:
-            visible = keep.new_zeros(keep.shape[0], grid[0] * grid[1], dtype=torch.bool).scatter(1, keep, True)
-            visible = visible.unflatten(1, grid).repeat_interleave(STRIDE, 1).repeat_interleave(STRIDE, 2)  # (B, H, W)
-            pixel_values = pixel_values.masked_fill(~visible[:, None], 0.0)
+        pixel_values = blank(pixel_values, keep, grid)
         joint, finer = self.network(pixel_values)
-        local = [F.pixel_unshuffle(feature, 4 >> level).flatten(2).mT for level, feature in enumerate(finer)]
+        local = [per_patch(feature, 4 >> level) for level, feature in enumerate(finer)]
         pixels = torch.cat([cell_pixels(pixel_values, grid), *local], dim=-1)  # (B, N, 192 + 16 c4 + 4 c8 + c16)
         patches, pixels = gather(joint.flatten(2).mT, keep), gather(pixels, keep)
         return ImageFeatures(patches, grid, patches if value_path else None, pixels=pixels), patches.mean(1)

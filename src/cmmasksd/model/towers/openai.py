@@ -1,6 +1,7 @@
-"""Checkpoints of ViT CLIPs by OpenAI and open_clip in transformers' format: other names, transposed projections.
+"""Checkpoints of CLIPs by OpenAI and open_clip in transformers' format: other names, transposed projections.
 
-Sizes follow from the shapes of the weights. Two things leave no trace in them: the number of attention heads, which is
+A CLIP with a ResNet, which transformers lacks, becomes a CLIPResNetModel, whose image tower has OpenAI's names. Sizes
+follow from the shapes of the weights. Two things leave no trace in them: the number of attention heads, which is
 width / 64 except in open_clip's largest image towers, and the activation. OpenAI's CLIPs have quick_gelu, those of
 open_clip have gelu unless their configuration or name says otherwise.
 """
@@ -18,7 +19,7 @@ from cmmasksd.errors import UserError, shown
 
 _HEAD_WIDTH = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
 """Width of an image tower -> width of a head, where it is not 64: open_clip's ViT-H, ViT-g, ViT-bigG and ViT-e."""
-_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "num_batches_tracked")
 _NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
@@ -60,14 +61,12 @@ def to_transformers(
         quick_gelu: the activation, else gelu.
 
     Returns:
-        content: content of a CLIP's config.json, not checked against bounds.
+        content: content of a config.json, not checked against bounds; `model_type` names the family.
         converted: the weights by transformers' names.
 
     Raises:
-        UserError: it is not a ViT CLIP, or has parts that transformers' CLIP lacks.
+        UserError: it is not a CLIP, or has parts that transformers' CLIP lacks.
     """
-    if any(name.startswith("visual.layer1.") for name in weights):
-        raise UserError("it is a CLIP with a ResNet: choose one with a ViT")
     for name, known in _SETTINGS.items():
         section = _section(settings, name) if name else settings
         if unknown := [key for key, value in section.items() if key not in known and value not in (None, False)]:
@@ -77,50 +76,78 @@ def to_transformers(
             )
     weights = {name.removeprefix("module."): value for name, value in weights.items()}
     weights = {name.removeprefix("text."): value for name, value in weights.items() if not name.endswith(_NOT_WEIGHTS)}
-    vision, text = _section(settings, "vision_cfg"), _section(settings, "text_cfg")
     act = "quick_gelu" if quick_gelu else "gelu"
-    width, _, patch_size, _ = _shape(weights, "visual.conv1.weight", 4)
-    positions, _ = _shape(weights, "visual.positional_embedding", 2)
-    side = math.isqrt(max(positions - 1, 0))
-    if side * side != positions - 1:
-        raise UserError(f"it has {positions - 1} patches, which are not a square: choose another CLIP")
+    resnet = any(name.startswith("visual.layer1.") for name in weights)
+    head_width = _section(settings, "vision_cfg").get("head_width")
+    content = _resnet(weights, head_width or 64) if resnet else _vit(weights, head_width, act)
     vocabulary, text_width = _shape(weights, "token_embedding.weight", 2)
-    content = {
-        "model_type": "clip",
-        "projection_dim": _shape(weights, "visual.proj", 2)[1],
-        "vision_config": _tower(weights, "visual.transformer.", width, act)
-        | {
-            "num_attention_heads": width // vision.get("head_width", _HEAD_WIDTH.get(width, 64)),
-            "image_size": side * patch_size,
-            "patch_size": patch_size,
-        },
-        "text_config": _tower(weights, "transformer.", text_width, act)
-        | {
-            "num_attention_heads": text.get("heads", text_width // 64),
-            "vocab_size": vocabulary,
-            "max_position_embeddings": _shape(weights, "positional_embedding", 2)[0],
-            "bos_token_id": vocabulary - 2,
-            "eos_token_id": vocabulary - 1,  # these CLIPs take the token with the largest id as the end
-            "pad_token_id": vocabulary - 1,
-        },
+    content["text_config"] = _tower(weights, "transformer.", text_width, act) | {
+        "num_attention_heads": _section(settings, "text_cfg").get("heads", text_width // 64),
+        "vocab_size": vocabulary,
+        "max_position_embeddings": _shape(weights, "positional_embedding", 2)[0],
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,  # these CLIPs take the token with the largest id as the end
+        "pad_token_id": vocabulary - 1,
+        "projection_dim": content["projection_dim"],
     }
-    for tower in ("vision_config", "text_config"):
-        content[tower]["projection_dim"] = content["projection_dim"]
     _check(settings, content)
     converted: dict[str, Tensor] = {}
     for name, value in weights.items():
-        converted |= _converted(name, value)
+        in_resnet = resnet and name.startswith("visual.")
+        converted |= {_in_resnet(name): value} if in_resnet else _converted(name, value)
     return content, converted
+
+
+def _vit(weights: Mapping[str, Tensor], head_width: int | None, act: str) -> dict[str, Any]:
+    """The content of a CLIP's config.json without its text tower."""
+    width, _, patch_size, _ = _shape(weights, "visual.conv1.weight", 4)
+    joint_width = _shape(weights, "visual.proj", 2)[1]
+    sizes = {
+        "num_attention_heads": width // (head_width or _HEAD_WIDTH.get(width, 64)),
+        "image_size": _side(weights, "visual.positional_embedding") * patch_size,
+        "patch_size": patch_size,
+        "projection_dim": joint_width,
+    }
+    vision = _tower(weights, "visual.transformer.", width, act) | sizes
+    return {"model_type": "clip", "projection_dim": joint_width, "vision_config": vision}
+
+
+def _resnet(weights: Mapping[str, Tensor], head_width: int) -> dict[str, Any]:
+    """The content of a CLIPResNetModel's config.json without its text tower."""
+    width = _shape(weights, "visual.layer1.0.conv1.weight", 4)[0]
+    blocks = {tuple(name.split(".")[1:3]) for name in weights if re.match(r"visual\.layer[1-4]\.\d", name)}
+    return {
+        "model_type": "clip_resnet",
+        "projection_dim": _shape(weights, "visual.attnpool.c_proj.weight", 2)[0],
+        "depths": [sum(stage == f"layer{number}" for stage, _ in blocks) for number in range(1, 5)],
+        "width": width,
+        "num_attention_heads": 32 * width // head_width,
+        "image_size": 32 * _side(weights, "visual.attnpool.positional_embedding"),
+    }
+
+
+def _side(weights: Mapping[str, Tensor], name: str) -> int:
+    """Patches per side of the image, from the position embeddings."""
+    positions, _ = _shape(weights, name, 2)
+    side = math.isqrt(max(positions - 1, 0))
+    if side * side != positions - 1:
+        raise UserError(f"it has {positions - 1} patches, which are not a square: choose another CLIP")
+    return side
 
 
 def _check(settings: Mapping[str, Any], content: Mapping[str, Any]) -> None:
     """Refuse the settings of another checkpoint."""
-    sizes = {"width": "hidden_size", "layers": "num_hidden_layers", "image_size": "image_size"}
-    sizes |= {"patch_size": "patch_size", "context_length": "max_position_embeddings", "vocab_size": "vocab_size"}
+    tower = {"width": "hidden_size", "layers": "num_hidden_layers"}
+    text = tower | {"context_length": "max_position_embeddings", "vocab_size": "vocab_size"}
+    vision = (
+        tower | {"patch_size": "patch_size"} if "vision_config" in content else {"width": "width", "layers": "depths"}
+    )
+    vision |= {"image_size": "image_size"}
     pairs = [("embed_dim", settings.get("embed_dim"), content["projection_dim"])]
-    for section, tower in (("vision_cfg", content["vision_config"]), ("text_cfg", content["text_config"])):
+    image_tower = content.get("vision_config", content)
+    for section, names, sizes in (("vision_cfg", vision, image_tower), ("text_cfg", text, content["text_config"])):
         given = _section(settings, section)
-        pairs += [(f"{section}.{key}", given[key], tower[size]) for key, size in sizes.items() if key in given]
+        pairs += [(f"{section}.{key}", given[key], sizes[name]) for key, name in names.items() if key in given]
     for key, given, actual in pairs:
         if given not in (None, actual):
             raise UserError(
@@ -140,10 +167,10 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
-    """The shape of a weight that every ViT CLIP has."""
+    """The shape of a weight that every such CLIP has."""
     if name not in weights or weights[name].ndim != dimensions:
         shape = f"has the shape {tuple(weights[name].shape)}" if name in weights else "is missing"
-        raise UserError(f"it is not a ViT CLIP of OpenAI or open_clip ({name} {shape}): choose another file")
+        raise UserError(f"it is not a CLIP of OpenAI or open_clip ({name} {shape}): choose another file")
     return tuple(weights[name].shape)
 
 
@@ -157,11 +184,17 @@ def _tower(weights: Mapping[str, Tensor], prefix: str, width: int, act: str) -> 
     }
 
 
+def _in_resnet(name: str) -> str:
+    """Our name of a weight of the ResNet."""
+    name = name.replace("running_mean", "mean").replace("running_var", "variance")
+    return name.replace("visual.", "vision_model.", 1)
+
+
 def _converted(name: str, value: Tensor) -> dict[str, Tensor]:
     """A weight by transformers' name, or the three that it is split into."""
     start = next((start for start in _NAMES if name.startswith(start)), None)
     if start is None or (name != start and not start.endswith(".")):
-        raise UserError(f"it holds {shown(name)}, which no ViT CLIP has: choose another CLIP")
+        raise UserError(f"it holds {shown(name)}, which no CLIP of OpenAI or open_clip has: choose another CLIP")
     renamed, rest = _NAMES[start], name.removeprefix(start)
     if start.endswith("resblocks."):
         index, _, rest = rest.partition(".")
@@ -173,7 +206,7 @@ def _converted(name: str, value: Tensor) -> dict[str, Tensor]:
             return {f"{renamed}self_attn.{part}_proj.{kind[1]}": third for part, third in parts}
         block = next((block for block in _BLOCK if rest.startswith(block)), None)
         if block is None:
-            raise UserError(f"it holds {shown(name)}, which no ViT CLIP has: choose another CLIP")
+            raise UserError(f"it holds {shown(name)}, which no CLIP of OpenAI or open_clip has: choose another CLIP")
         renamed, rest = renamed + _BLOCK[block], rest.removeprefix(block)
     if start in ("visual.proj", "text_projection"):
         value = value.T.contiguous() if value.ndim == 2 else value
