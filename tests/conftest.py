@@ -8,6 +8,7 @@ shows.
 import copy
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,14 +183,15 @@ def make_lite(vocabulary: int, seed: int = 0) -> "LiteModel":
     return lite
 
 
-def make_wordpiece_tokenizer() -> "PreTrainedTokenizerFast":
-    """BERT's kind of tokenizer, lower-casing: each of TINY_WORDS is one piece, any other word falls into letters."""
+def make_wordpiece_tokenizer(more: Iterable[str] = ()) -> "PreTrainedTokenizerFast":
+    """BERT's kind of tokenizer, lower-casing: each of TINY_WORDS is one piece, any other word falls into letters and
+    `more` pieces."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,."
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
-    pieces = dict.fromkeys([*special.values(), *TINY_WORDS, *letters, *("##" + letter for letter in letters)])
+    pieces = dict.fromkeys([*special.values(), *TINY_WORDS, *letters, *("##" + letter for letter in letters), *more])
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
