@@ -89,7 +89,8 @@ class Convolution(nn.Module):
     def _convolved(self, x: Tensor) -> Tensor:
         """In float32 where a depthwise convolution is trained on a CPU: its backward pass takes two to four times as
         long in bfloat16."""
-        if x.device.type != "cpu" or self.conv.groups == 1 or not (torch.is_grad_enabled() and self.conv.weight.requires_grad):
+        trained = torch.is_grad_enabled() and self.conv.weight.requires_grad
+        if self.conv.groups == 1 or x.device.type != "cpu" or not trained:
             return self.conv(x)
         with torch.autocast("cpu", enabled=False):
             return self.conv(x.float())
