@@ -32,7 +32,8 @@ class SplitConfig:
     """split, such as val, testA, testB or test"""
     root: Path | None = None
     """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
-    Studio file with sentences, or a folder of labelme files; not for scenes"""
+    Studio file with sentences, or a folder of labelme files; for instances, annotations without sentences: a file as for
+    `data expressions`, or a folder of folders with an instances.json each; not for scenes"""
     references: int = 1500
     """number of references (scenes only)"""
     scene_seed: int = 0
@@ -117,7 +118,9 @@ class DataConfig:
     """data set"""
     root: Path | None = None
     """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
-    Studio file with sentences, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); not for scenes"""
+    Studio file with sentences, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); for instances,
+    annotations without sentences: a file as for `data expressions`, or a folder of folders with an instances.json each
+    (all one set, or train, val and test); not for scenes"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "val"
