@@ -32,8 +32,8 @@ class SplitConfig:
     """split, such as val, testA, testB or test"""
     root: Path | None = None
     """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
-    Studio file with sentences, or a folder of labelme files; for instances, annotations without sentences: a file as for
-    `data expressions`, or a folder of folders with an instances.json each; not for scenes"""
+    Studio file with sentences, or a folder of labelme files; for instances, annotations without sentences: a file as
+    for `data expressions`, or a folder of folders with an instances.json each; not for scenes"""
     references: int = 1500
     """number of references (scenes only)"""
     scene_seed: int = 0
