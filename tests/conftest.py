@@ -6,7 +6,9 @@ shows.
 """
 
 import copy
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +99,25 @@ def randomise(network: "PreTrainedModel", seed: int = 0) -> "PreTrainedModel":
     return network.eval()
 
 
+def make_clipseg(vocabulary: int, seed: int = 0, vision: dict[str, int] | None = None, **sizes: Any) -> Any:
+    """transformers' CLIPSeg of 32x32 pixels in patches of 8 with random weights."""
+    import torch
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+
+    tower = {"num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    text = {"hidden_size": 32, "max_position_embeddings": TINY_CONTEXT, "vocab_size": vocabulary}
+    text |= {"bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
+    image = {"hidden_size": 48, "image_size": 32, "patch_size": 8}
+    decoder = {"extract_layers": [0, 1, 2], "reduce_dim": 16, "decoder_num_attention_heads": 2}
+    torch.manual_seed(seed)
+    config = CLIPSegConfig(
+        text_config=tower | text,
+        vision_config=tower | image | (vision or {}),
+        **{"projection_dim": 40, "decoder_intermediate_size": 32, **decoder, **sizes},
+    )
+    return randomise(CLIPSegForImageSegmentation(config), seed)
+
+
 def make_siglip(vocabulary: int, seed: int = 0) -> "SiglipModel":
     """A SigLIP of 32x32 pixels in patches of 8 with random weights. Its file names the wrong padding token, as SigLIP
     2's does."""
@@ -162,14 +183,15 @@ def make_lite(vocabulary: int, seed: int = 0) -> "LiteModel":
     return lite
 
 
-def make_wordpiece_tokenizer() -> "PreTrainedTokenizerFast":
-    """BERT's kind of tokenizer, lower-casing: each of TINY_WORDS is one piece, any other word falls into letters."""
+def make_wordpiece_tokenizer(more: Iterable[str] = ()) -> "PreTrainedTokenizerFast":
+    """BERT's kind of tokenizer, lower-casing: each of TINY_WORDS is one piece, any other word falls into letters and
+    `more` pieces."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,."
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"}
-    pieces = dict.fromkeys([*special.values(), *TINY_WORDS, *letters, *("##" + letter for letter in letters)])
+    pieces = dict.fromkeys([*special.values(), *TINY_WORDS, *letters, *("##" + letter for letter in letters), *more])
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -186,6 +208,18 @@ def tiny_lite_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, tokenizer = tmp_path_factory.mktemp("tiny-lite"), make_wordpiece_tokenizer()
     make_lite(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clipseg_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "CLIPTokenizer") -> Path:
+    """A tiny CLIPSeg for images of 40x40 pixels, with its files in transformers' format."""
+    folder = tmp_path_factory.mktemp("tiny-clipseg")
+    make_clipseg(len(tiny_tokenizer)).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    preprocessing = {"image_processor_type": "ViTImageProcessor", "size": {"height": 40, "width": 40}, "resample": 2}
+    preprocessing |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return folder
 
 

@@ -31,8 +31,8 @@ class SplitConfig:
     split: str
     """split, such as val, testA, testB or test"""
     root: Path | None = None
-    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file or a folder of labelme
-    files; not for scenes"""
+    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
+    Studio file with sentences, or a folder of labelme files; not for scenes"""
     references: int = 1500
     """number of references (scenes only)"""
     scene_seed: int = 0
@@ -116,8 +116,8 @@ class DataConfig:
     name: DatasetName = "scenes"
     """data set"""
     root: Path | None = None
-    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file or a folder of labelme
-    files (see cmmasksd/data/readers/manifest.py); not for scenes"""
+    """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
+    Studio file with sentences, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); not for scenes"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "val"
@@ -170,10 +170,10 @@ class ModelConfig:
 
     backbone: str = "tiny"
     """CLIP or SigLIP: folder or hub id in transformers' format; CLIP of OpenAI or open_clip as a file or
-    hf-hub:USER/NAME; or tiny, the shipped one"""
+    hf-hub:USER/NAME; EfficientNet-Lite with its text tower (model_type lite): folder; or tiny, the shipped CLIP"""
     weights: str | None = None
-    """trained model to start from: folder, hub id, or scenes, the shipped one. It brings its own backbone and decoder,
-    so that the keys of both are ignored"""
+    """trained model to start from: folder, hub id, or scenes, the shipped one; or a CLIPSeg of transformers, whose CLIP
+    stays frozen. It brings its own backbone and decoder, so that the keys of both are ignored"""
 
     # input; None: that of `weights`, or the default for a new model
     size: tuple[int, int] | None = None

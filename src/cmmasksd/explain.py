@@ -25,9 +25,9 @@ from cmmasksd.inference.outputs import slug
 from cmmasksd.inference.sources import refuse_url
 from cmmasksd.inference.visualize import heat, overlay
 from cmmasksd.model.locating import model_folder
-from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.placement import Placement
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.trained import TrainedModel, load_trained
 from cmmasksd.training.checkpoint import WEIGHTS
 
 SIDE = 256
@@ -70,7 +70,7 @@ class Explanation:
         return _row(panels)
 
 
-def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistillation:
+def load_objective(name: str | Path, model: TrainedModel) -> MaskedSelfDistillation:
     """The objective that a model was trained with, from the files that training wrote beside it.
 
     Args:
@@ -89,7 +89,7 @@ def load_objective(name: str | Path, model: CMMaskSDModel) -> MaskedSelfDistilla
         raise UserError(f"there is no {folder / 'config.yaml'}: give a folder that training wrote, such as runs/…/best")
     try:
         settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["distillation"]
-        objective = MaskedSelfDistillation(model, DistillationConfig(**settings), model.config.encoder.joint_width)
+        objective = MaskedSelfDistillation(model, DistillationConfig(**settings), model.patch_width)
         weights = load_file(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
         missing = objective.load_state_dict(weights, strict=False)
     except (yaml.YAMLError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
@@ -168,8 +168,8 @@ def write_figures(
     """
     refuse_url(image)
     pixels = read_image(image, exif=True)
-    network = CMMaskSDModel.from_pretrained(model)
-    objective, processor = load_objective(model, network), CMMaskSDProcessor.from_pretrained(model)
+    network, processor = load_trained(model)
+    objective = load_objective(model, network)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     for nth, explanation in enumerate(explain(objective, processor, pixels, texts), 1):

@@ -1,79 +1,32 @@
-"""The objective trains a network that is not ours: transformers' CLIPSeg behind an adapter of some forty lines.
+"""The objective trains a network that is not ours: transformers' CLIPSeg.
 
-CLIPSeg's decoder reads three blocks of the image tower and its class token; no word ever reaches it, only the sentence.
-The adapter is what a user would write for a network of their own.
+Its decoder reads three blocks of the image tower and its class token; no word ever reaches it, only the sentence.
 """
+
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+from torch import Tensor
 
 from cmmasksd.config import DistillationConfig
 from cmmasksd.distillation.objective import MaskedSelfDistillation
-from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
-
-WIDTH, TAPS = 32, [0, 1, 2]
-
-
-class CLIPSegAdapter(nn.Module):
-    """CLIPSeg as three calls. Its towers are frozen, as in its own forward pass.
-
-    `patches` are the tapped blocks side by side, so D is their number times the width; the class token is `context`,
-    which is never masked; and the correlation reads `dense`, the last block's patches in the joint space.
-    """
-
-    def __init__(self, network: CLIPSegForImageSegmentation) -> None:
-        super().__init__()
-        self.network = network
-
-    @torch.no_grad()
-    def encode_image(self, pixel_values: Tensor, *, value_path: bool = False) -> ImageFeatures:
-        clip, size = self.network.clip, self.network.config.vision_config.patch_size
-        out = clip.vision_model(pixel_values, output_hidden_states=True)
-        taps = torch.cat(
-            [out.hidden_states[i + 1] for i in self.network.extract_layers], dim=-1
-        )  # (B, 1 + N, 3 * width)
-        dense = None
-        if value_path:
-            dense = clip.visual_projection(clip.vision_model.post_layernorm(out.last_hidden_state[:, 1:]))
-        grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
-        return ImageFeatures(taps[:, 1:], grid, dense, context=taps[:, :1])
-
-    @torch.no_grad()
-    def encode_text(self, tokens: Tokens) -> TextFeatures:
-        clip = self.network.clip
-        out = clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-        words, sentence = clip.text_projection(out.last_hidden_state), clip.text_projection(out.pooler_output)
-        return TextFeatures(words, sentence, tokens.word_ids >= 0)
-
-    def decode(self, image: ImageFeatures, text: TextFeatures) -> Tensor:
-        taps = torch.cat([image.context, image.patches], dim=1)
-        activations = list(taps.chunk(len(self.network.extract_layers), dim=-1))
-        return self.network.decoder(activations, text.sentence).logits
+from cmmasksd.model.towers.base import Tokens
+from cmmasksd.model.towers.clipseg import CLIPSegForImageSegmentation
+from cmmasksd.model.trained import load_trained
 
 
 @pytest.fixture
-def adapter(tiny_tokenizer) -> CLIPSegAdapter:
+def network(tiny_clipseg_folder: Path) -> CLIPSegForImageSegmentation:
     torch.manual_seed(0)
-    tower = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
-    last = len(tiny_tokenizer) - 1
-    special = {"vocab_size": last + 1, "bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
-    config = CLIPSegConfig(
-        text_config=tower | special | {"max_position_embeddings": 24},
-        vision_config=tower | {"image_size": 32, "patch_size": 8},
-        projection_dim=24,
-        extract_layers=TAPS,
-        reduce_dim=16,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=32,
-    )
-    return CLIPSegAdapter(CLIPSegForImageSegmentation(config))
+    network: CLIPSegForImageSegmentation = load_trained(tiny_clipseg_folder)[0]
+    network.decoder.init_weights()
+    network.freeze_unused()
+    return network.train()
 
 
-def objective_for(adapter: CLIPSegAdapter, **settings: object) -> MaskedSelfDistillation:
-    settings = DistillationConfig(correlation="values", **settings)
-    return MaskedSelfDistillation(adapter, settings, dim=WIDTH * len(TAPS))
+def objective_for(network: CLIPSegForImageSegmentation, **settings: object) -> MaskedSelfDistillation:
+    return MaskedSelfDistillation(network, DistillationConfig(**settings), network.patch_width)
 
 
 @pytest.fixture
@@ -86,20 +39,9 @@ def batch(tiny_processor) -> tuple[Tensor, Tokens, Tensor]:
     return images, tiny_processor.tokens(["the red square", "the square on the left"]), masks
 
 
-@torch.no_grad()
-def test_the_adapter_is_clipseg(adapter, batch):
-    images, tokens, _ = batch
-    adapter.eval()
-    ours = adapter.decode(adapter.encode_image(images), adapter.encode_text(tokens))
-    theirs = adapter.network(
-        input_ids=tokens.input_ids, pixel_values=images, attention_mask=tokens.attention_mask
-    ).logits
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_it_trains_and_its_loss_falls(adapter, batch):
-    objective = objective_for(adapter)
-    trained = [p for name, p in objective.named_parameters() if "clip." not in name]
+def test_it_trains_and_its_loss_falls(network, batch):
+    objective = objective_for(network)
+    trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     start, optimizer = objective.mask_token.detach().clone(), torch.optim.AdamW(trained, lr=3e-3)
     history = []
     for _ in range(30):
@@ -115,17 +57,17 @@ def test_it_trains_and_its_loss_falls(adapter, batch):
     assert max(step["vmlsd"] for step in history) > 1e-6
     assert not torch.equal(objective.mask_token, start)
     assert all(p.grad is not None for p in trained)
-    assert all(p.grad is None for p in adapter.network.clip.parameters())
+    assert all(p.grad is None for p in network.clip.parameters())
 
 
 @pytest.mark.parametrize(
     "settings",
     [{}, {"vision": False}, {"language": False}, {"language_level": "feature"}, {"vision_guide": "sentence"}],
 )
-def test_its_main_branch_is_untouched(adapter, batch, settings):
+def test_its_main_branch_is_untouched(network, batch, settings):
     """The seg loss is that of CLIPSeg alone, whatever branches run beside it in the batched call."""
-    adapter.eval()
-    plain = objective_for(adapter, vision=False, language=False)(*batch)
-    losses = objective_for(adapter, **settings)(*batch)
+    network.eval()
+    plain = objective_for(network, vision=False, language=False)(*batch)
+    losses = objective_for(network, **settings)(*batch)
     assert losses["seg"].item() == pytest.approx(plain["seg"].item(), rel=1e-5)
     assert losses["loss"] > plain["loss"]

@@ -8,20 +8,24 @@ import functools
 import http.server
 import json
 import os
+import random
 import shutil
 import subprocess
+import sys
 import threading
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
-from unicodedata import ucd_3_2_0
+from unicodedata import category, combining, ucd_3_2_0
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import normalizers
 
 from cmmasksd.cli import main
+from cmmasksd.data.samples import is_blank
 from cmmasksd.data.scenes import SceneDataset
 from cmmasksd.errors import UserError
 from cmmasksd.export import site
@@ -33,6 +37,7 @@ from cmmasksd.model.presence import presence
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import load_tokenizer, tokenize
 from cmmasksd.serving.results import word_maps
+from conftest import make_wordpiece_tokenizer
 
 ORT = Path(__file__).parents[2] / "web/node_modules/onnxruntime-web/dist"
 SENTENCES = [
@@ -81,6 +86,66 @@ def test_the_javascript_tokenizer_equals_pythons(max_tokens: int):
             assert sentence.encode("utf-16-le")[2 * word["start"] : 2 * word["end"]].decode("utf-16-le") == word["text"]
     assert [word["text"] for word in found[1]["words"]][:5] == ["The", "LARGE", "star", "on", "the"]
     assert found[6]["words"][0]["text"] == "cafe\u0301"
+
+
+def _sentences() -> list[str]:
+    """Every assigned character (every 20th of the two largest kinds) in and beside words; then random sentences."""
+    kinds: dict[str, list[str]] = {}
+    for character in map(chr, range(sys.maxunicode + 1)):
+        kinds.setdefault(category(character), []).append(character)
+    del kinds["Cn"], kinds["Cs"]
+    kinds |= {kind: kinds[kind][::20] for kind in ("Lo", "Co")}
+    every = [character for kind in kinds.values() for character in kind]
+    sentences = [" ".join(f"{c}a b{c}c D{c} {c}" for c in every[at : at + 40]) for at in range(0, len(every), 40)]
+    rng = random.Random(0)
+    hard = [
+        *"the Blue SQUARE,.'-#@\u200b\u00ad\u0301\u0345\u0323\t\n\0\ufffd",
+        "[CLS]",
+        "##a",
+        "[UNK]",
+        "\u302e\u302f",
+        " ",
+    ]
+    for _ in range(3000):
+        words = (rng.choice([*kinds.values(), hard, hard, hard]) for _ in range(rng.randint(1, 60)))
+        sentences.append("".join(rng.choice(letters) for letters in words))
+    return [
+        *sentences,
+        *(n * letter for n in (99, 100, 101, 300) for letter in ("x", "é", "e\u0301", "ab ", "圆", "😀")),
+    ]
+
+
+@pytest.mark.parametrize("max_tokens", [6, 4096])
+def test_the_javascript_wordpiece_equals_transformers(max_tokens: int):
+    sentences = [*SENTENCES, *_sentences()]
+    letters = sorted(set(normalizers.BertNormalizer().normalize_str(" ".join(sentences))) - {" "})
+    rng = random.Random(1)
+    known = rng.sample(letters, len(letters) * 9 // 10)  # a word with another letter is unknown
+    pairs = ("".join(rng.choices(known, k=2)) for _ in range(1000))
+    more = [prefix + piece for piece in (*known, *pairs) for prefix in ("", "##")]
+    tokenizer = make_wordpiece_tokenizer(more)
+    tokenizer.model_max_length = 4096
+    settings = {"start_token": tokenizer.bos_token_id, "end_token": tokenizer.eos_token_id, "max_tokens": max_tokens}
+    encoded = node(
+        r"""const encode = tokenizer.makeTokenizer(file, settings);
+        const read = (sentence) => (/\p{Cn}/u.test(sentence) ? null : encode(sentence));
+        console.log(JSON.stringify(sentences.map(read)));""",
+        "tokenizer", file=json.loads(tokenizer.backend_tokenizer.to_str()), settings=settings, sentences=sentences,
+    )  # fmt: skip
+    assert isinstance(encoded, list)
+    assert encoded.count(None) < 0.05 * len(encoded)  # characters that this node does not know
+    for sentence, one in zip(sentences, encoded, strict=True):
+        if one is not None and not is_blank(sentence):
+            expected = tokenize(tokenizer, [sentence], max_tokens)
+            assert one["ids"] == expected.input_ids[0].tolist(), sentence
+            words = expected.words(0)
+            assert [word["pieces"] for word in one["words"]] == [word.tokens for word in words], sentence
+            if expected.truncated[0]:
+                words.pop()  # Python's ends with its last piece in view
+            for word, (start, end, _) in zip(one["words"], words, strict=False):
+                text = sentence[start:end]
+                if {combining(letter) for letter in word["text"] + text} <= {0, 230}:  # no marks that change places
+                    assert (word["text"], 2 * word["start"]) == (text, len(sentence[:start].encode("utf-16-le")))
 
 
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (97, 200), (301, 33), (1, 9), (2000, 3), (3, 2000)])
@@ -292,5 +357,5 @@ def test_a_tokenizer_of_another_make_is_refused(tmp_path: Path, monkeypatch: pyt
 
     tokenizer.backend_tokenizer.normalizer = NFC()  # pyright: ignore
     monkeypatch.setattr(site, "load_tokenizer", lambda name: tokenizer)
-    with pytest.raises(UserError, match="not CLIP's"):
+    with pytest.raises(UserError, match="neither CLIP's nor"):
         site.write_site("scenes", tmp_path / "out", ort=tmp_path)

@@ -20,7 +20,7 @@ from cmmasksd.data.masks import decode_segmentation
 from cmmasksd.data.readers.manifest import ManifestDataset
 from cmmasksd.errors import UserError
 from cmmasksd.inference.base import Segmentation
-from cmmasksd.inference.formats import overlay_all, to_coco, to_detections, to_labelme
+from cmmasksd.inference.formats import merge_coco, overlay_all, to_coco, to_detections, to_labelme
 from cmmasksd.inference.visualize import PALETTE
 
 HEIGHT, WIDTH = 24, 40
@@ -103,6 +103,14 @@ def test_coco_is_read_by_pycocotools(tmp_path_factory: pytest.TempPathFactory, g
         assert (annotation["area"], annotation["score"], annotation["presence"]) == (one.area, one.score, 0.5)
         x, y, width, height = annotation["bbox"]
         assert one.box == (x, y, x + width, y + height)
+
+
+def test_a_sentence_of_an_empty_mask_stays_as_a_category():
+    nothing = to_coco([segmentation(empty(), "a unicorn", 0.0)], file_name="b.jpg")
+    merged = merge_coco([to_coco(three(), file_name="a.jpg"), nothing])
+    assert [image["file_name"] for image in merged["images"]] == ["a.jpg", "b.jpg"]
+    assert [category["name"] for category in merged["categories"]] == ["the ring", "a unicorn", "corner"]
+    assert [(a["image_id"], a["category_id"]) for a in merged["annotations"]] == [(1, 1), (1, 3)]
 
 
 def test_labelme_is_read_as_own_data(tmp_path: Path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cmmasksd.config import DATASETS, DataConfig, ExpressionConfig, SplitConfig
 from cmmasksd.data.expressions.drawing import DrawnDataset
+from cmmasksd.data.readers.rows import OWN_DATA
 from cmmasksd.data.samples import ReferringDataset
 from cmmasksd.data.scenes import STYLES, SceneDataset
 from cmmasksd.errors import UserError, shown
@@ -34,10 +35,7 @@ def open_dataset(config: SplitConfig) -> ReferringDataset:
         return generate(instance_files(_annotations(root)), _SENTENCES, only=split).splits[0]
     if name == "manifest":
         if root is None:
-            raise UserError(
-                "manifest is your own data: say with --root (when training: --data.root) which .jsonl or .csv file, or "
-                "which folder of labelme files"
-            )
+            raise UserError(f"manifest is your own data: name by --root (when training: --data.root) a {OWN_DATA}")
         from cmmasksd.data.readers.manifest import ManifestDataset
 
         return ManifestDataset(root, split)

@@ -84,10 +84,21 @@ def image_size(source: str | Path | bytes, *, exif: bool = False) -> tuple[int, 
     """(height, width) of an image file from its header, without decoding it; see `read_image`."""
     with _opened(source, _FORMATS) as (image, _):
         width, height = image.size
-        # in search of a late EXIF block, Pillow would unpack the whole PNG
-        known = exif and (image.format != "PNG" or "exif" in image.info)
-        turned = known and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return (width, height) if turned else (height, width)
+        return (width, height) if exif and _orientation(image) >= 5 else (height, width)
+
+
+def stored_size(source: str | Path | bytes) -> tuple[tuple[int, int], int]:
+    """(height, width) of the stored pixels of an image file from its header, and its EXIF orientation, 1 (upright)
+    to 8; from 5 on, it exchanges the sides."""
+    with _opened(source, _FORMATS) as (image, _):
+        return (image.height, image.width), _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    # in search of a late EXIF block, Pillow would unpack the whole PNG
+    known = image.format != "PNG" or "exif" in image.info
+    value = image.getexif().get(ExifTags.Base.Orientation, 1) if known else 1
+    return value if value in range(1, 9) else 1
 
 
 def is_turned(source: str | Path | bytes) -> bool:

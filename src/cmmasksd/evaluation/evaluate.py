@@ -22,8 +22,8 @@ from cmmasksd.errors import UserError
 from cmmasksd.evaluation.items import ScoringItem, ScoringItems
 from cmmasksd.evaluation.protocols import ORIGINAL, ScoringProtocol
 from cmmasksd.evaluation.results import ExpressionScore, SplitScores
-from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.trained import TrainedModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -66,7 +66,7 @@ def make_accelerator(trackers: Sequence[str] = (), folder: Path | None = None) -
 
 
 def evaluate(
-    model: CMMaskSDModel,
+    model: TrainedModel,
     processor: CMMaskSDProcessor,
     data: ReferringDataset,
     *,
@@ -141,7 +141,7 @@ def _loader(items: ScoringItems, rank: int, world: int, workers: int) -> DataLoa
 
 @torch.no_grad()
 def _score_block(
-    model: CMMaskSDModel, processor: CMMaskSDProcessor, block: list[ScoringItem], protocol: ScoringProtocol
+    model: TrainedModel, processor: CMMaskSDProcessor, block: list[ScoringItem], protocol: ScoringProtocol
 ) -> Iterator[ExpressionScore]:
     """Encode the block's images once, decode every sentence, count pixels at the original size.
 

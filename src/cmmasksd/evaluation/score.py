@@ -12,8 +12,7 @@ from cmmasksd.evaluation.evaluate import evaluate, make_accelerator
 from cmmasksd.evaluation.protocols import ORIGINAL
 from cmmasksd.evaluation.results import SplitScores, write_results
 from cmmasksd.model.locating import model_folder, weights_digest
-from cmmasksd.model.modeling import CMMaskSDModel
-from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.trained import load_trained
 
 
 def score(config: ScoreConfig, out: str | Path | None = None) -> SplitScores:
@@ -35,8 +34,8 @@ def score(config: ScoreConfig, out: str | Path | None = None) -> SplitScores:
     protocol = replace(ORIGINAL, threshold=config.threshold)
     data = open_dataset(config)
     accelerator = make_accelerator()
-    model = CMMaskSDModel.from_pretrained(config.model).to(accelerator.device)
-    processor = CMMaskSDProcessor.from_pretrained(config.model)
+    model, processor = load_trained(config.model)
+    model.to(accelerator.device)  # pyright: ignore (its decorator hides the method)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not cost the scores
     result = evaluate(model, processor, data, protocol=protocol, accelerator=accelerator, workers=config.workers)

@@ -14,10 +14,10 @@ from cmmasksd.errors import UserError
 from cmmasksd.export.graphs import placement_tensors, sentences
 from cmmasksd.inference.export_settings import GRAPHS
 from cmmasksd.inference.onnx import OnnxSegmenter, open_sessions
-from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.placement import place
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.towers.base import Tokens
+from cmmasksd.model.trained import TrainedModel
 
 PARITY = 1e-4
 """Maximum difference of a logit from torch's, in float32."""
@@ -46,7 +46,7 @@ def load(folder: Path, format: str) -> dict[str, Callable[[Sequence[Tensor]], li
 
 
 @torch.no_grad()
-def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, int]) -> float:
+def difference(model: TrainedModel, graphs: dict[str, Any], grid: tuple[int, int]) -> float:
     """Maximum difference of a logit from torch, over several image sizes and numbers and lengths of sentences."""
     generator = torch.Generator().manual_seed(0)
     sizes = model.config.encoder
@@ -63,7 +63,9 @@ def difference(model: CMMaskSDModel, graphs: dict[str, Any], grid: tuple[int, in
         ids, attention, is_word = sentences(model, count, length, generator)
         tokens = Tokens(ids, attention, torch.where(is_word, 0, -1), is_word[:, 0])
         expected = model.decode(model.encode_image(pixels), model.encode_text(tokens))
-        (logits,) = graphs["decoder"]([*graphs["image"]([pixels]), *graphs["text"]([ids, attention]), is_word])
+        features = [*graphs["image"]([pixels]), *graphs["text"]([ids, attention]), is_word]
+        values = dict(zip((*model.image_features, *model.text_features, "word_mask"), features, strict=True))
+        (logits,) = graphs["decoder"]([values[name] for name in model.decoder_inputs])
         if logits.shape != expected.shape:
             return float("inf")
         worst = max(worst, float((logits - expected).abs().max().nan_to_num(nan=float("inf"))))
@@ -87,7 +89,7 @@ def restore_difference(processor: CMMaskSDProcessor, graphs: dict[str, Any]) -> 
     return worst
 
 
-def agreement(model: CMMaskSDModel, processor: CMMaskSDProcessor, folder: Path) -> float:
+def agreement(model: TrainedModel, processor: CMMaskSDProcessor, folder: Path) -> float:
     """Mean IoU of the masks of an export with torch's on generated scenes; pairs of empty masks do not count."""
     from cmmasksd.data.scenes import SceneDataset
     from cmmasksd.inference.predictor import Segmenter

@@ -15,6 +15,10 @@ loses nothing (the shipped models are saved so), and computed in float32.
     restore.onnx  logits (K, 4h, 4w), original (H, W), canvas (H, W), content (top, left, height, width)
                   -> restored logits, probability (K, H, W) at the original size
 
+A CLIPSeg has patches, context (B, 1, D) and joint (B, h, w, D), which only the maps of words need, as features of an
+image; words and sentence as those of a sentence; its decoder takes patches, context and sentence, and its logits are of
+the canvas's size.
+
 `--format pt2` writes programs of torch.export instead. `torch.export.load` unpickles: load only your own.
 """
 
@@ -35,8 +39,8 @@ from cmmasksd.export.checks import INT8_IOU, PARITY, agreement, difference, load
 from cmmasksd.export.graphs import example, graphs
 from cmmasksd.export.onnx import quantise, trace, write_onnx
 from cmmasksd.inference.export_settings import EXPORT_FILE, FORMAT_VERSION, GRAPHS, TOKENIZER_FILE, ExportSettings
-from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.trained import TrainedModel, load_trained
 
 
 def export(
@@ -67,7 +71,8 @@ def export(
         raise UserError("--int8 quantises ONNX graphs: use --format onnx")
     _require_packages(format)
     check_target(out)
-    model, processor = CMMaskSDModel.from_pretrained(name).eval(), CMMaskSDProcessor.from_pretrained(name)
+    model, processor = load_trained(name)
+    model.eval()
     grid = (processor.size[0] // processor.patch_size, processor.size[1] // processor.patch_size)
     if min(grid) < 2:
         raise UserError(
@@ -153,7 +158,7 @@ def _move(folder: Path, out: Path) -> None:
 
 def _settings(
     name: str | Path,
-    model: CMMaskSDModel,
+    model: TrainedModel,
     processor: CMMaskSDProcessor,
     format: Literal["onnx", "pt2"],
     int8: bool,

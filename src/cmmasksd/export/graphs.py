@@ -9,50 +9,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.placement import Placement
 from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
+from cmmasksd.model.trained import TrainedModel
+
+_PER_PATCH = ("patches", "pixels", "joint")
+_IMAGE = (*_PER_PATCH, "context")
 
 
 class ImageGraph(nn.Module):
     """The image encoder with its grid as a shape."""
 
-    def __init__(self, model: CMMaskSDModel) -> None:
+    def __init__(self, model: TrainedModel) -> None:
         super().__init__()
-        self.tower = model.towers.image
+        self.tower, self.outputs = model.towers.image, model.image_features
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         features, _ = self.tower(pixel_values)
-        assert features.pixels is not None
-        return features.patches.unflatten(1, features.grid), features.pixels.unflatten(1, features.grid)
+        values = {name: getattr(features, name) for name in self.outputs}
+        return tuple(v.unflatten(1, features.grid) if name in _PER_PATCH else v for name, v in values.items())
 
 
 class TextGraph(nn.Module):
     """The text encoder; the mask of words comes from the tokenizer."""
 
-    def __init__(self, model: CMMaskSDModel) -> None:
+    def __init__(self, model: TrainedModel) -> None:
         super().__init__()
-        self.tower = model.towers.text
+        self.tower, self.outputs = model.towers.text, model.text_features
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         features = self.tower(Tokens(input_ids, attention_mask, input_ids, attention_mask[:, 0]))
-        assert features.embedded is not None
-        return features.words, features.sentence, features.embedded
+        return tuple(getattr(features, name) for name in self.outputs)
 
 
 class DecoderGraph(nn.Module):
-    """Decoder and mask head, pair by pair."""
+    """The decoder, pair by pair; with its mask head, if it has one."""
 
-    def __init__(self, model: CMMaskSDModel) -> None:
+    def __init__(self, model: TrainedModel) -> None:
         super().__init__()
-        self.decoder = model.decoder
+        self.decoder, self.inputs = model.decoder, model.decoder_inputs
 
-    def forward(
-        self, patches: Tensor, pixels: Tensor, words: Tensor, sentence: Tensor, embedded: Tensor, word_mask: Tensor
-    ) -> Tensor:
-        grid = (patches.shape[1], patches.shape[2])
-        image = ImageFeatures(patches.flatten(1, 2), grid, pixels=pixels.flatten(1, 2))
-        return self.decoder(image, TextFeatures(words, sentence, word_mask, embedded))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        given: dict[str, Any] = dict(zip(self.inputs, inputs, strict=True))
+        grid = (given["patches"].shape[1], given["patches"].shape[2])
+        image = {name: v.flatten(1, 2) if name in _PER_PATCH else v for name, v in given.items() if name in _IMAGE}
+        text: dict[str, Any] = {"words": None, "word_mask": None}
+        text |= {name: v for name, v in given.items() if name not in _IMAGE}
+        return self.decoder(ImageFeatures(grid=grid, **image), TextFeatures(**text))
 
 
 class RestoreGraph(nn.Module):
@@ -104,10 +107,10 @@ class Graph:
     module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    shapes: tuple[dict[int, Any], ...]  # dynamic sizes of the inputs
+    shapes: tuple[Any, ...]  # dynamic sizes of the inputs, nested like the arguments of the module
 
 
-def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
+def graphs(model: TrainedModel) -> dict[str, Graph]:
     """The graphs of a model by name, see GRAPHS in inference/export_settings.py."""
     from torch.export import Dim
 
@@ -115,25 +118,27 @@ def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
     # A grid of one row or column would need another program: there h * w equals h or w, which the tracer tells apart.
     batch, h, w = Dim("batch", min=1), Dim("h", min=2), Dim("w", min=2)
     tokens = Dim("tokens", min=2, max=sizes.max_tokens)
-    per_token = {0: batch, 1: tokens}
+    per_token, per_patch = {0: batch, 1: tokens}, {0: batch, 1: h, 2: w}
+    shapes: dict[str, Any] = dict.fromkeys(_PER_PATCH, per_patch)
+    shapes |= dict.fromkeys(("words", "embedded", "word_mask"), per_token)
     return {
         "image": Graph(
             ImageGraph(model),
             ("pixel_values",),
-            ("patches", "pixels"),
+            model.image_features,
             ({0: batch, 2: sizes.patch_size * h, 3: sizes.patch_size * w},),
         ),
         "text": Graph(
             TextGraph(model),
             ("input_ids", "attention_mask"),
-            ("words", "sentence", "embedded"),
+            model.text_features,
             (per_token, per_token),
         ),
         "decoder": Graph(
             DecoderGraph(model),
-            ("patches", "pixels", "words", "sentence", "embedded", "word_mask"),
+            model.decoder_inputs,
             ("logits",),
-            ({0: batch, 1: h, 2: w}, {0: batch, 1: h, 2: w}, per_token, {0: batch}, per_token, per_token),
+            (tuple(shapes.get(name, {0: batch}) for name in model.decoder_inputs),),
         ),
         "restore": Graph(
             RestoreGraph(),
@@ -145,7 +150,7 @@ def graphs(model: CMMaskSDModel) -> dict[str, Graph]:
 
 
 @torch.no_grad()
-def example(key: str, model: CMMaskSDModel) -> tuple[Tensor, ...]:
+def example(key: str, model: TrainedModel) -> tuple[Tensor, ...]:
     """Inputs to trace with; all sizes differ, so that the tracer does not take one for another."""
     pixels = torch.randn(2, 3, *(side * model.config.encoder.patch_size for side in (5, 7)))
     ids, attention, is_word = sentences(model, 2, 9)
@@ -156,7 +161,9 @@ def example(key: str, model: CMMaskSDModel) -> tuple[Tensor, ...]:
     if key == "restore":
         placement = Placement(original=(11, 13), canvas=(20, 28), content=(3, 0, 14, 28))
         return (torch.randn(2, 5, 7), *placement_tensors(placement))
-    return (*ImageGraph(model)(pixels), *TextGraph(model)(ids, attention), is_word)
+    image, text = ImageGraph(model), TextGraph(model)
+    values = dict(zip((*image.outputs, *text.outputs), (*image(pixels), *text(ids, attention)), strict=True))
+    return tuple((values | {"word_mask": is_word})[name] for name in model.decoder_inputs)
 
 
 def placement_tensors(placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +172,7 @@ def placement_tensors(placement: Placement) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sentences(
-    model: CMMaskSDModel, count: int, length: int, generator: torch.Generator | None = None
+    model: TrainedModel, count: int, length: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Random sentences, the n-th n tokens shorter: ids, attention mask and mask of words, all (count, length).
 

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from cmmasksd.errors import UserError
 from cmmasksd.export.export import check_target, export
@@ -49,7 +50,8 @@ def write_site(
         The content of `model/export.json`.
 
     Raises:
-        UserError: as `export`, or onnxruntime-web is missing, or the tokenizer is not CLIP's; nothing is written then.
+        UserError: as `export`, or onnxruntime-web is missing, or the page cannot read the tokenizer; nothing is
+            written then.
     """
     ort = ort or next((folder for folder in _DIST_FOLDERS if folder.is_dir()), _DIST_FOLDERS[0])
     if missing := [file for file in ORT_FILES if not (ort / file).is_file()]:
@@ -58,9 +60,12 @@ def write_site(
             " by --ort"
         )
     check_target(out, marker=Path("model") / EXPORT_FILE)
-    tokenizer = getattr(load_tokenizer(name), "backend_tokenizer", None)
-    if tokenizer is None or not _is_clips(json.loads(tokenizer.to_str())):
-        raise UserError(f"the tokenizer of {name} is not CLIP's, which is the only one that the page reads")
+    tokenizer: Any = load_tokenizer(name)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not (_is_clips(content) or _is_wordpiece(content)) or len(tokenizer("")["input_ids"]) != 2:  # start and end
+        raise UserError(
+            f"the tokenizer of {name} is neither CLIP's nor a lower-casing WordPiece, the only ones that the page reads"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parts:
         folder = Path(parts)
@@ -79,7 +84,7 @@ def write_site(
 
 
 def _is_clips(tokenizer: dict) -> bool:
-    """Whether tokenizer.js implements this tokenizer."""
+    """Whether tokenizer.js implements this tokenizer as CLIP's."""
     normalizers = (tokenizer.get("normalizer") or {}).get("normalizers", [])
     splitters = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [])
     model, post = tokenizer["model"], tokenizer.get("post_processor") or {}
@@ -96,4 +101,18 @@ def _is_clips(tokenizer: dict) -> bool:
         and not any(
             model.get(key) for key in ("dropout", "continuing_subword_prefix", "byte_fallback", "ignore_merges")
         )
+    )
+
+
+def _is_wordpiece(tokenizer: dict) -> bool:
+    """Whether tokenizer.js implements this tokenizer as BERT's."""
+    normalizer, model = tokenizer["normalizer"] or {}, tokenizer["model"]
+    return (
+        normalizer.get("type") == "BertNormalizer"
+        and all(normalizer[step] for step in ("clean_text", "handle_chinese_chars", "lowercase"))
+        and normalizer["strip_accents"] is not False  # null: as `lowercase`
+        and tokenizer["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+        and model["type"] == "WordPiece"
+        and model["unk_token"] in model["vocab"]
+        and all(token["special"] for token in tokenizer["added_tokens"])
     )

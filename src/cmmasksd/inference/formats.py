@@ -1,8 +1,11 @@
 """Segmentations in the formats of other tools (COCO, labelme, supervision), and one image of them all.
 
 All functions take the list that `Segmenter.segment` returns, the segmentations of one image. Sentences become the names
-of categories and labels. An empty mask gives no annotation. Boxes are (x0, y0, x1, y1) here and in supervision,
-half-open, but [x, y, width, height] in COCO.
+of categories and labels. Boxes are (x0, y0, x1, y1) here and in supervision, half-open, but [x, y, width, height] in
+COCO.
+
+An empty mask gives no annotation, since these formats have no object without pixels, and a model that misses an object
+must not teach that there is none. COCO keeps the image and the category, so that the object can be drawn.
 
 Unusual: polygons run along the edges of the pixels, so tools that fill them by pycocotools get the exact mask back. A
 hole is joined to its outline by a cut of no width, since neither format has holes.
@@ -73,10 +76,11 @@ def merge_coco(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     images, annotations = [], []
     for image_id, part in enumerate(parts, start=1):
         names = {category["id"]: category["name"] for category in part["categories"]}
+        for name in names.values():  # also those of empty masks
+            categories.setdefault(name, len(categories) + 1)
         images.append(part["images"][0] | {"id": image_id})
         for annotation in part["annotations"]:
-            name = names[annotation["category_id"]]
-            category_id = categories.setdefault(name, len(categories) + 1)
+            category_id = categories[names[annotation["category_id"]]]
             ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id}
             annotations.append(annotation | ids)
     return {

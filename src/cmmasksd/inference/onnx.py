@@ -130,7 +130,8 @@ class OnnxSegmenter(BaseSegmenter):
 
     def _run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
         session = self.sessions[graph]
-        outputs: Any = session.run(None, values)
+        feed = {node.name: values[node.name] for node in session.get_inputs()}
+        outputs: Any = session.run(None, feed)
         return dict(zip((output.name for output in session.get_outputs()), outputs, strict=True))
 
     # -- what the processor does, in numpy

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cmmasksd.model.modeling import CMMaskSDModel
     from cmmasksd.model.processing import CMMaskSDProcessor
     from cmmasksd.model.towers.base import ImageFeatures, TextFeatures, Tokens
+    from cmmasksd.model.trained import TrainedModel
 
 
 class Segmenter(BaseSegmenter):
@@ -44,7 +44,7 @@ class Segmenter(BaseSegmenter):
 
     def __init__(
         self,
-        model: CMMaskSDModel,
+        model: TrainedModel,
         processor: CMMaskSDProcessor,
         *,
         device: str | None = None,
@@ -53,7 +53,7 @@ class Segmenter(BaseSegmenter):
     ) -> None:
         super().__init__(threshold, min_score)
         self.device = _device(device)
-        self.model = model.eval()
+        self.model: TrainedModel = model.eval()
         self.model.to(self.device)  # pyright: ignore (its decorator hides the method)
         self.processor = processor
 
@@ -61,15 +61,14 @@ class Segmenter(BaseSegmenter):
     def from_pretrained(
         cls, name: str | Path, *, device: str | None = None, threshold: float = 0.5, min_score: float = MIN_SCORE
     ) -> Segmenter:
-        """Load a model that `cmmasksd train` wrote, by folder or hub id.
+        """Load a model that `cmmasksd train` wrote or a CLIPSeg in transformers' format, by folder or hub id.
 
         Raises:
             UserError: there is no such model, or its weights are incomplete.
         """
-        from cmmasksd.model.modeling import CMMaskSDModel
-        from cmmasksd.model.processing import CMMaskSDProcessor
+        from cmmasksd.model.trained import load_trained
 
-        model, processor = CMMaskSDModel.from_pretrained(name), CMMaskSDProcessor.from_pretrained(name)
+        model, processor = load_trained(name)
         return cls(model, processor, device=device, threshold=threshold, min_score=min_score)
 
     # -- the hooks of BaseSegmenter

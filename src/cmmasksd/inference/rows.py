@@ -199,7 +199,7 @@ def _model_digest(folder: Path) -> str:
     """SHA-256 of the files in a model's folder (of training or of an export) that determine its predictions."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".onnx", ".data"):
+        if file.suffix in (".json", ".safetensors", ".bin", ".txt", ".onnx", ".data"):
             digest.update(file.name.encode() + bytes.fromhex(sha256(file)))
     return digest.hexdigest()
 

@@ -20,7 +20,7 @@ from cmmasksd.errors import UserError, shown
 from cmmasksd.model.locating import MODEL_TYPE, read_json
 from cmmasksd.model.towers.base import EncoderSizes
 from cmmasksd.model.towers.bounds import bounded
-from cmmasksd.model.towers.families import FAMILIES
+from cmmasksd.model.towers.families import FAMILIES, NETWORKS
 from cmmasksd.model.towers.lite import LiteConfig
 from cmmasksd.model.towers.resnet import CLIPResNetConfig
 
@@ -118,19 +118,19 @@ def read_config(folder: Path, **sizes: Any) -> CMMaskSDConfig:
 
 
 def read_backbone_config(folder: Path, families: Container[str] = FAMILIES) -> PreTrainedConfig:
-    """The configuration of a backbone in a folder.
+    """The configuration of a network in transformers' format.
 
     Args:
-        folder: the folder.
-        families: those to accept.
+        folder: its folder.
+        families: those of NETWORKS to accept.
 
     Raises:
         UserError: config.json is of another kind of model, or a size is out of bounds.
     """
-    names = " or ".join(family.label for name, family in FAMILIES.items() if name in families)
+    names = " or ".join(family.label for name, family in NETWORKS.items() if name in families)
     remedy = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
     content = _of_type(folder, families, f"{names}: {remedy}")
-    return _in_file(folder, lambda: FAMILIES[content["model_type"]].config(content))
+    return _in_file(folder, lambda: NETWORKS[content["model_type"]].config(content))
 
 
 def _of_type(folder: Path, known: Container[str], expected: str) -> dict[str, Any]:

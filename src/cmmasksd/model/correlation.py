@@ -18,7 +18,7 @@ from cmmasksd.model.towers.base import ImageFeatures, TextFeatures
 
 def _patches(image: ImageFeatures, source: Literal["patches", "values"]) -> Tensor:
     if source == "patches":
-        return image.patches
+        return image.patches if image.joint is None else image.joint
     if image.dense is None:
         raise ValueError("encode_image(…, value_path=True) is needed for a correlation from the values")
     return image.dense

@@ -20,15 +20,20 @@ from transformers import CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.files import safe_path
 from cmmasksd.model.configuration import read_backbone_config
-from cmmasksd.model.locating import checkpoint_file, files_of, is_checkpoint, open_clip_settings, read_json, require
+from cmmasksd.model.locating import (
+    REMEDY,
+    WEIGHTS,
+    checkpoint_file,
+    files_of,
+    is_checkpoint,
+    open_clip_settings,
+    require,
+    weight_files,
+)
 from cmmasksd.model.torchscript import is_torchscript, read_torchscript
-from cmmasksd.model.towers.families import FAMILIES
+from cmmasksd.model.towers.families import FAMILIES, NETWORKS
 from cmmasksd.model.towers.openai import to_transformers
-
-WEIGHTS = "model.safetensors"
-_REMEDY = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
 
 
 def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreTrainedModel:
@@ -36,7 +41,7 @@ def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreT
 
     Args:
         name: folder or hub id in transformers' format, "tiny", or a CLIP of OpenAI or open_clip (see `is_checkpoint`).
-        families: those to accept.
+        families: those of NETWORKS to accept.
 
     Raises:
         UserError: there is no backbone of these families, or its weights do not fit its configuration.
@@ -49,16 +54,16 @@ def load_backbone(name: str | Path, families: Container[str] = FAMILIES) -> PreT
     folder = files_of(name, ("config.json", "model*.safetensors", "model.safetensors.index.json"))
     if not (folder / WEIGHTS).is_file() and not (folder / f"{WEIGHTS}.index.json").is_file():
         folder = files_of(name, ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json"))
-    require(folder, ("config.json",), _REMEDY)
+    require(folder, ("config.json",), REMEDY)
     config, weights = read_backbone_config(folder, families), {}
-    for file in _files_of_weights(folder):
+    for file in weight_files(folder):
         weights |= read_weights(file)
     return build_backbone(config, weights, folder)
 
 
 def build_backbone(config: PreTrainedConfig, weights: dict[str, Tensor], source: Path) -> PreTrainedModel:
     """`build` for the network of a family, in float32."""
-    network: Any = FAMILIES[config.model_type].network
+    network: Any = NETWORKS[config.model_type].network
     return build(network, network.from_pretrained, config, weights, source, dtype=torch.float32)
 
 
@@ -93,23 +98,6 @@ def read_checkpoint(name: str | Path, *, quick_gelu: bool | None = None) -> tupl
         return FAMILIES[content["model_type"]].config(content), weights
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-
-
-def _files_of_weights(folder: Path) -> list[Path]:
-    """The weights of a backbone: one file, or the files in its folder that an index names."""
-    names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
-    name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
-    if not name.endswith(".json"):
-        require(folder, (name,), _REMEDY)
-        return [folder / name]
-    index = folder / name
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index}: weight_map is {shown(weight_map)}, expected an object: get the file again")
-    in_cache = folder.resolve().parent.name == "snapshots"  # of the hub: every file is a link to a blob beside it
-    files = {safe_path(folder, file, f"{index}: weight", outward_links=in_cache) for file in weight_map.values()}
-    require(folder, sorted(str(file.relative_to(folder)) for file in files), "get the missing files too")
-    return sorted(files)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

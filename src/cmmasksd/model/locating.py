@@ -5,6 +5,7 @@ Only the files named here are downloaded: weights without pickle, JSON, YAML. No
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from cmmasksd.assets import located
 from cmmasksd.errors import UserError, reason, shown
-from cmmasksd.files import sha256
+from cmmasksd.files import safe_path, sha256
 
 MODEL_TYPE = "cmmasksd"
 """`model_type` in the config.json of our models."""
@@ -30,6 +31,9 @@ TOKENIZER_FILES = (
 HUB_PREFIX = "hf-hub:"
 """What open_clip's names of models on the hub begin with."""
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+WEIGHTS = "model.safetensors"
+REMEDY = "choose a backbone in transformers' format, or name one in open_clip's hf-hub:USER/NAME"
+PREPROCESSOR = "preprocessor_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 JSON_BYTES, TOKENIZER_BYTES = 1 << 20, 64 << 20
@@ -68,7 +72,7 @@ def model_folder(
         "local_files_only": local_files_only,
         "force_download": force_download,
     }
-    return files_of(name, FILES, **hub)
+    return files_of(name, (*FILES, *TOKENIZER_FILES, PREPROCESSOR), **hub)
 
 
 def files_of(name: str | Path, patterns: Iterable[str], **hub: Any) -> Path:
@@ -209,6 +213,35 @@ def no_panic() -> Iterator[None]:
         raise ValueError(f"the tokenizers library failed: {error}") from None
 
 
+def model_type(folder: Path) -> str:
+    """The `model_type` in config.json; "" where there is none."""
+    if not (folder / "config.json").is_file():
+        return ""
+    return str(read_json(folder / "config.json").get("model_type", ""))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a model in transformers' format: one file, or the files in its folder that an index names.
+
+    Raises:
+        UserError: a file is missing.
+    """
+    names = [name for kind in (WEIGHTS, "pytorch_model.bin") for name in (kind, f"{kind}.index.json")]
+    name = next((name for name in names if (folder / name).is_file()), WEIGHTS)
+    if not name.endswith(".json"):
+        require(folder, (name,), REMEDY)
+        return [folder / name]
+    index = folder / name
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: weight_map is {shown(weight_map)}, expected an object: get the file again")
+    in_cache = folder.resolve().parent.name == "snapshots"  # of the hub: every file is a link to a blob beside it
+    files = {safe_path(folder, file, f"{index}: weight", outward_links=in_cache) for file in weight_map.values()}
+    require(folder, sorted(str(file.relative_to(folder)) for file in files), "get the missing files too")
+    return sorted(files)
+
+
 def weights_digest(folder: Path) -> str:
     """SHA-256 of a model's weights. Results store it, so that a card cannot show another model's scores."""
-    return sha256(folder / "model.safetensors")
+    digests = [sha256(file) for file in weight_files(folder)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -21,8 +21,8 @@ from cmmasksd.errors import UserError
 from cmmasksd.model.configuration import CMMaskSDConfig, read_config
 from cmmasksd.model.decoder import FusionDecoder
 from cmmasksd.model.initialisation import init_decoder, init_layer
-from cmmasksd.model.loading import WEIGHTS, build, load_backbone, read_weights
-from cmmasksd.model.locating import model_folder, require
+from cmmasksd.model.loading import build, load_backbone, read_weights
+from cmmasksd.model.locating import WEIGHTS, model_folder, require
 from cmmasksd.model.mask_head import MaskHead
 from cmmasksd.model.tokenizing import load_tokenizer
 from cmmasksd.model.towers.base import EncoderSizes, ImageFeatures, TextFeatures, Tokens
@@ -83,6 +83,9 @@ class CMMaskSDModel(PreTrainedModel):
     base_model_prefix = "cmmasksd"
     main_input_name = "pixel_values"
     _supports_sdpa = True
+    image_features = ("patches", "pixels")
+    text_features = ("words", "sentence", "embedded")
+    decoder_inputs = (*image_features, *text_features, "word_mask")
 
     config: CMMaskSDConfig
 
@@ -108,6 +111,11 @@ class CMMaskSDModel(PreTrainedModel):
     def stride(self) -> float:
         """Pixels of the input per logit."""
         return self.config.encoder.patch_size / 4
+
+    @property
+    def patch_width(self) -> int:
+        """Width of `ImageFeatures.patches`."""
+        return self.config.encoder.joint_width
 
     def encode_image(
         self, pixel_values: Tensor, *, keep: Tensor | None = None, value_path: bool = False

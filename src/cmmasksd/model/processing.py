@@ -18,10 +18,12 @@ from cmmasksd.errors import UserError, shown
 from cmmasksd.model.locating import (
     MODEL_TYPE,
     OPEN_CLIP_CONFIG,
+    PREPROCESSOR,
     TOKENIZER_FILES,
     backbone_folder,
     is_checkpoint,
     model_folder,
+    model_type,
     open_clip_settings,
     read_json,
     require,
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILE_NAME = "processor_config.json"
-_PREPROCESSING = ("preprocessor_config.json", FILE_NAME)
+_PREPROCESSING = (PREPROCESSOR, FILE_NAME)
 
 
 class CMMaskSDProcessor:
@@ -170,7 +172,7 @@ class CMMaskSDProcessor:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **hub: Any) -> CMMaskSDProcessor:
-        """Read what `save_pretrained` wrote, from a folder or a hub id.
+        """Read what `save_pretrained` wrote, from a folder or a hub id; or the processor of a CLIPSeg.
 
         Args:
             name: a folder, a hub id, or a shipped model.
@@ -182,6 +184,10 @@ class CMMaskSDProcessor:
         hub = {key: value for key, value in hub.items() if key not in ("trust_remote_code", "_from_auto")}
         folder = model_folder(name, **hub)  # AutoProcessor also passes the two keys above
         file = folder / FILE_NAME
+        if model_type(folder) == "clipseg" and not (
+            file.is_file() and read_json(file).get("processor_class") == cls.__name__
+        ):
+            return cls._of_clipseg(folder)
         require(folder, (FILE_NAME, "tokenizer.json", "tokenizer_config.json"))
         settings = read_json(file)
         settings.pop("processor_class", None)
@@ -220,7 +226,7 @@ class CMMaskSDProcessor:
         Raises:
             UserError: the tokenizer or these values cannot be read, or the tokenizer does not fit the backbone.
         """
-        from cmmasksd.model.towers.families import FAMILIES
+        from cmmasksd.model.towers.families import NETWORKS
 
         folder = backbone_folder(name, (*TOKENIZER_FILES, "config.json", *_PREPROCESSING, OPEN_CLIP_CONFIG))
         tokenizer = load_tokenizer(folder)
@@ -228,9 +234,9 @@ class CMMaskSDProcessor:
             from cmmasksd.model.loading import read_checkpoint
 
             config, _ = read_checkpoint(name)
-            sizes, (mean, std) = FAMILIES[config.model_type].sizes(config), checkpoint_mean_and_std(folder)
+            sizes, (mean, std) = NETWORKS[config.model_type].sizes(config), checkpoint_mean_and_std(folder)
         else:
-            family = FAMILIES.get(_kind(folder), FAMILIES["clip"])
+            family = NETWORKS.get(model_type(folder), NETWORKS["clip"])
             sizes, (mean, std) = _encoder_sizes(folder), _mean_and_std(folder, family.mean_and_std)
             if family.lower_case:
                 lower_case(tokenizer)
@@ -238,6 +244,23 @@ class CMMaskSDProcessor:
             check_tokenizer(tokenizer, sizes, folder)
             tokenizer.model_max_length = min(tokenizer.model_max_length, sizes.max_tokens)
         return cls(tokenizer, size, patch_size=patch_size, resize=resize, max_tokens=max_tokens, mean=mean, std=std)
+
+    @classmethod
+    def _of_clipseg(cls, folder: Path) -> CMMaskSDProcessor:
+        """The processor of a CLIPSeg that transformers' own is saved beside: it warps every image to one size."""
+        file, settings = _preprocessing(folder)
+        if file is None:
+            raise UserError(f"{folder} lacks {PREPROCESSOR}: get it too, it has the size and mean of the images")
+        size, sizes = settings.get("size"), _encoder_sizes(folder)
+        size = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
+        assert sizes is not None
+        try:
+            canvas = canvas_of(size, sizes.patch_size)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+        return cls.from_backbone(
+            folder, canvas, patch_size=sizes.patch_size, resize="warp", max_tokens=sizes.max_tokens
+        )
 
 
 def checkpoint_mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -257,34 +280,34 @@ def checkpoint_mean_and_std(folder: Path) -> tuple[tuple[float, ...], tuple[floa
 def _mean_and_std(
     folder: Path, default: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of a backbone's pixels; transformers 5 writes them into a part of the second file."""
-    file = next((folder / name for name in _PREPROCESSING if (folder / name).is_file()), None)
-    if file is None:
-        return default
-    settings = read_json(file)
-    if file.name == FILE_NAME:
-        settings = settings.get("image_processor", {})
-    if not isinstance(settings, dict):
-        raise UserError(f"{file}: image_processor is {shown(settings)}, expected an object")
+    """Mean and standard deviation of a backbone's pixels."""
+    file, settings = _preprocessing(folder)
     try:
         return mean_and_std(settings.get("image_mean", default[0]), settings.get("image_std", default[1]), "image_")
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
 
+def _preprocessing(folder: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The file with the settings of transformers' image processor, and these; transformers 5 writes them into a part of
+    the second file. None and nothing where there is no such file."""
+    file = next((folder / name for name in _PREPROCESSING if (folder / name).is_file()), None)
+    if file is None:
+        return None, {}
+    settings = read_json(file)
+    if file.name == FILE_NAME:
+        settings = settings.get("image_processor", {})
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: image_processor is {shown(settings)}, expected an object")
+    return file, settings
+
+
 def _encoder_sizes(folder: Path) -> EncoderSizes | None:
     """Sizes of the model in a folder; None where there is no model, or one of another kind."""
     from cmmasksd.model.configuration import read_backbone_config, read_config
-    from cmmasksd.model.towers.families import FAMILIES
+    from cmmasksd.model.towers.families import NETWORKS
 
-    kind = _kind(folder)
-    if kind in FAMILIES:
-        return FAMILIES[kind].sizes(read_backbone_config(folder))
+    kind = model_type(folder)
+    if kind in NETWORKS:
+        return NETWORKS[kind].sizes(read_backbone_config(folder, NETWORKS))
     return read_config(folder).encoder if kind == MODEL_TYPE else None
-
-
-def _kind(folder: Path) -> str:
-    """The `model_type` in config.json; "" where there is none."""
-    if not (folder / "config.json").is_file():
-        return ""
-    return str(read_json(folder / "config.json").get("model_type", ""))

@@ -126,7 +126,10 @@ def check_folder(folder: Path) -> None:
     """
     require(folder)
     if (kind := read_json(folder / "config.json").get("model_type")) != MODEL_TYPE:
-        raise UserError(f"{folder} holds a {shown(kind)} model, not {MODEL_TYPE!r}: give the folder of a trained model")
+        raise UserError(
+            f"{folder} holds a {shown(kind)} model, and cards describe {MODEL_TYPE!r} only: give such a folder, or "
+            "upload this one with `hf upload`"
+        )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

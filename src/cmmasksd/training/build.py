@@ -7,10 +7,11 @@ from cmmasksd.errors import UserError
 from cmmasksd.model.locating import is_checkpoint
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.trained import TrainedModel, load_trained
 from cmmasksd.training.log import say
 
 
-def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
+def build(config: Config) -> tuple[TrainedModel, CMMaskSDProcessor]:
     """The model to train and its processor: `config.model.weights`, or a new model on the configured backbone.
 
     Sets `size`, `resize` and `max_tokens` of `config.model` to what they resolve to where they are None.
@@ -21,7 +22,7 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     settings = config.model
     if settings.weights is None:
         source, trained = settings.backbone, None
-        model = CMMaskSDModel.from_backbone(
+        model: TrainedModel = CMMaskSDModel.from_backbone(
             source,
             decoder_width=settings.decoder_width,
             decoder_layers=settings.decoder_layers,
@@ -35,7 +36,7 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
         defaults = {"size": (128, 128), "resize": "warp", "max_tokens": 48}
     else:
         source = settings.weights
-        model, trained = CMMaskSDModel.from_pretrained(source), CMMaskSDProcessor.from_pretrained(source)
+        model, trained = load_trained(source)
         defaults = {"size": trained.size, "resize": trained.resize, "max_tokens": trained.max_tokens}
     for name, default in defaults.items():
         given = getattr(settings, name)
@@ -46,6 +47,12 @@ def build(config: Config) -> tuple[CMMaskSDModel, CMMaskSDProcessor]:
     assert settings.size is not None
     assert settings.resize is not None
     assert settings.max_tokens is not None
+    distillation = config.distillation
+    if distillation.language and distillation.language_level == "feature" and "word_mask" not in model.decoder_inputs:
+        raise UserError(
+            f"distillation.language_level feature hides words from the decoder, and that of {source} reads the "
+            "sentence alone: use input"
+        )
     model.freeze_unused()
     if config.training.freeze_image:
         model.towers.image.requires_grad_(False)

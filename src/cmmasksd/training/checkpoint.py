@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from cmmasksd.errors import UserError, reason
 from cmmasksd.files import sha256, whole_folder
-from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
+from cmmasksd.model.trained import TrainedModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +71,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def save_model(
     folder: Path,
-    model: CMMaskSDModel,
+    model: TrainedModel,
     processor: CMMaskSDProcessor,
     config_yaml: str,
     *,

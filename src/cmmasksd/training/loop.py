@@ -72,7 +72,7 @@ def _run(config: Config, stop: Sigterm) -> dict[str, Any]:
     batch_size, accumulate = split_batch(training, world)
     set_seed(training.seed)  # the same weights in every process
     model, processor = build(config)
-    objective = MaskedSelfDistillation(model, distillation, model.config.encoder.joint_width)
+    objective = MaskedSelfDistillation(model, distillation, model.patch_width)
     groups = parameter_groups(
         objective, lr=training.lr, clip_lr_scale=training.clip_lr_scale, weight_decay=training.weight_decay
     )

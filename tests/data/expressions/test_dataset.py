@@ -138,7 +138,11 @@ def test_exif_orientation_is_followed_where_masks_are_drawn_on_the_turned_image(
     lying = [Instance("gizmo", (stored[..., 0] > 100))]
     other = write_instances(tmp_path / "stored", [(np.ascontiguousarray(stored), lying)] * 2)
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "stored/images/1.png", exif=exif)
-    for file, name in ((path, "a"), (other, "b")):
+    square = np.full((HEIGHT, HEIGHT, 3), 120, np.uint8)
+    square[:40] = COLOURS["red"]
+    third = write_instances(tmp_path / "square", [(square, [Instance("gizmo", square[..., 0] > 130)])] * 2)
+    Image.fromarray(np.ascontiguousarray(np.rot90(square))).save(tmp_path / "square/images/1.png", exif=exif)
+    for file, name in ((path, "a"), (other, "b"), (third, "c")):
         out = tmp_path / "out" / f"{name}.jsonl"
         assert run("--instances", file, "--out", out, "--val", 0, "--keep", 1) == 0
         data = ManifestDataset(out, "all")

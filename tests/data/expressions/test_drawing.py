@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cmmasksd.config import AugmentConfig, DataConfig
 from cmmasksd.data.datasets import open_dataset, open_training_dataset
 from cmmasksd.data.expressions.drawing import DrawnDataset, crop, mirror
 from cmmasksd.errors import UserError
-from data.expressions.layouts import COLOURS, instance, random_scene, write_instances
+from data.expressions.layouts import COLOURS, HEIGHT, WIDTH, instance, random_scene, write_instances
 
 NOTHING = AugmentConfig(flip=0, crop=0, paste=0, light=0, no_target=0)
 
@@ -119,6 +120,22 @@ def test_an_object_that_a_crop_halves_is_named_no_more():
     image, turned = mirror(pixels, scene)
     assert turned[1].mask[2:118, -30:-2].all()
     assert turned[1].mask.sum() == scene[1].mask.sum()
+
+
+def test_a_photograph_that_exif_turns_is_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene = [instance("gizmo", 10, 40, 50, 80)]
+    pixels = np.full((HEIGHT, WIDTH, 3), 120, np.uint8)
+    pixels[scene[0].mask] = COLOURS["red"]
+    path = write_instances(tmp_path, [(pixels, scene)] * 6)
+    for file in (tmp_path / "images").iterdir():
+        Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(file, exif=exif)
+    draws = all_draws(opened(path))
+    assert draws
+    for image, expressions in draws:
+        assert image.shape == (HEIGHT, WIDTH, 3)
+        assert all((image[mask] == COLOURS["red"]).all() for _, mask in expressions if mask.any())
 
 
 def test_light_changes_the_image_and_not_the_sentences(root):

@@ -50,10 +50,28 @@ def write_images(folder: Path) -> None:
         Image.fromarray(pixels).save(folder / name)
 
 
+HALF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+}
+"""EXIF orientations that keep the size, and what undoes them."""
+
+
+def lay_down(file: Path, turn: int) -> None:
+    """Store an image as a camera does that writes this EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    with Image.open(file) as image:
+        image.transpose(HALF_TURNS[turn]).save(file, exif=exif)
+
+
 class ReaderContract:
     """Subclasses write a sample."""
 
     sentences = True
+    any_tool = False
+    """whether files of tools that ignore EXIF have this format, too"""
 
     def write(self, folder: Path) -> Path:
         """Write images and annotations; returns what users name."""
@@ -93,6 +111,32 @@ class ReaderContract:
         data = ManifestDataset(out, "all")
         assert {data.mask(r).tobytes() for r in data} == {mask.tobytes() for mask in (CUP, PLATE, OTHER)}
         assert "3 sentences for 3 objects of 2 images" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("turn", HALF_TURNS)
+    def test_masks_lie_on_the_upright_image(self, path: Path, caplog: pytest.LogCaptureFixture, turn: int):
+        file = AnnotatedImages(path)
+        assert [file.is_upright(image) for image in file.images] == [False, False]
+        for image in file.images:
+            assert image.path is not None
+            lay_down(image.path, turn)
+        assert [file.is_upright(image) for image in file.images] == [True, True]
+        assert len(caplog.records) == self.any_tool
+        assert all(f"EXIF orientation {turn}" in record.getMessage() for record in caplog.records)
+
+    def test_a_photograph_of_two_lies_down(self, path: Path, tmp_path: Path):
+        photograph = AnnotatedImages(path).images[0].path
+        assert photograph is not None
+        lay_down(photograph, 3)
+        out = tmp_path / "made.jsonl"
+        given = ["--instances", str(path), "--out", str(out), "--val", "0", "--keep", "0"]
+        assert cli.main(["data", "expressions", *given]) == 0
+        data = ManifestDataset(out, "all")
+        masks = {data.mask(r).tobytes(): data.image(r) for r in data}
+        assert (masks[CUP.tobytes()][CUP] == (200, 30, 30)).all()
+        assert (masks[OTHER.tobytes()][OTHER] == (200, 30, 30)).all()
+        if self.sentences:
+            data = ManifestDataset(path, "all")
+            assert (data.image(data[0])[CUP] == (200, 30, 30)).all()
 
     def files(self, path: Path) -> list[Path]:
         """The files of the annotations."""
@@ -171,6 +215,8 @@ class ReaderContract:
 
 
 class TestCoco(ReaderContract):
+    any_tool = True
+
     def write(self, folder: Path) -> Path:
         write_images(folder / "images")
         flat = {name: [float(v) for point in points for v in point] for name, points in CORNERS.items()}
@@ -224,6 +270,22 @@ class TestCoco(ReaderContract):
         path.write_text(json.dumps(content))
         with pytest.raises(UserError, match="cmmasksd data expressions --instances"):
             ManifestDataset(path, "all")
+
+    def test_a_path_is_looked_for_in_the_named_folder(self, path: Path, tmp_path: Path):
+        images = path.parent / "images"
+        content = json.loads(path.read_text())
+        content["images"][0]["file_name"] = "../a.png"
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"not a path inside {images}:"):
+            AnnotatedImages(path, images)
+
+    @pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+    def test_an_entry_that_is_no_object_is_named(self, path: Path, key: str):
+        content = json.loads(path.read_text())
+        content[key].insert(1, 7)
+        path.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"entry 2 of '{key}' is 7"):
+            AnnotatedImages(path)
 
 
 class TestYolo(ReaderContract):
@@ -319,6 +381,17 @@ class TestCvat(ReaderContract):
         (annotation,) = file.images[0].annotations
         np.testing.assert_array_equal(file.mask(file.images[0], annotation), CUP | PLATE)
         assert annotation.expressions == ("the red cup", "cup on the left", "the blue plate")
+
+    def test_shapes_without_mask_are_counted(
+        self, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    ):
+        path.write_text(path.read_text().replace("<points", '<polyline label="cup" points="1,1;2,2"/><points'))
+        left_out = {"points shapes without mask": 1, "polyline shapes without mask": 1}
+        assert AnnotatedImages(path).left_out == left_out
+        assert cli.main(["data", "expressions", "--instances", str(path), "--out", str(tmp_path / "made.jsonl")]) == 0
+        assert "polyline shapes without mask (1)" in capsys.readouterr().out
+        ManifestDataset(path, "all")
+        assert "points shapes without mask (1)" in caplog.text
 
     def test_boxes_and_ellipses(self, path: Path):
         shapes = (
@@ -442,6 +515,14 @@ class TestLabelStudio(ReaderContract):
         mask = file.mask(file.images[1], disc_like)
         assert mask is not None
         assert abs(mask.sum() - np.pi * 40) < 12
+
+    def test_key_points_are_counted(self, path: Path):
+        tasks = json.loads(path.read_text())
+        tasks[1]["annotations"][0]["result"].append(
+            {"id": "k", "type": "keypointlabels", "value": {"x": 5, "y": 5, "keypointlabels": ["cup"]}}
+        )
+        path.write_text(json.dumps(tasks))
+        assert AnnotatedImages(path).left_out == {"keypoint shapes without mask": 1}
 
     def test_the_small_export_is_refused(self, path: Path):
         path.write_text('[{"image": "/data/upload/1/a.png", "label": [], "id": 1}]')

@@ -20,7 +20,7 @@ from cmmasksd.data.expressions.generate import describe_all, describe_nothing, u
 from cmmasksd.data.expressions.instances import InstanceFile
 from cmmasksd.data.expressions.meaning import Meaning
 from cmmasksd.data.expressions.words import Vocabulary
-from cmmasksd.data.images import image_size, read_image
+from cmmasksd.data.images import read_image
 from cmmasksd.data.readers.annotated import AnnotatedImage, Annotation
 from cmmasksd.data.samples import Expression, Reference, ReferenceList
 from cmmasksd.errors import UserError
@@ -131,6 +131,7 @@ def generate(
 
     with tqdm(total=len(names), desc="expressions", unit="image", disable=None) as progress:
         for place, file in enumerate(files):
+            left_out.update(file.left_out)
             for image in file.images:
                 progress.update()
                 image_id += 1
@@ -139,7 +140,7 @@ def generate(
                 if image.path is not None and not image.path.is_file():
                     left_out["images without a file"] += 1
                     continue
-                upright = image.path is not None and _is_upright(image)
+                upright = image.path is not None and file.is_upright(image)
                 instances = file.instances(image)
                 left_out["masks without area"] += len(image.annotations) - len(instances)
                 pixels = None if image.path is None else read_image(image.path, exif=upright)
@@ -177,20 +178,6 @@ def _no_target(
     number = int(wanted) + (rng.random() < wanted % 1)
     descriptions = [describe_nothing(meaning, file.categories, rng) for _ in range(number)]
     return dict.fromkeys(description.text for description in descriptions if description is not None)
-
-
-def _is_upright(image: AnnotatedImage) -> bool:
-    """Whether the masks of an image are drawn on the image as EXIF turns it, rather than on its stored pixels."""
-    assert image.path is not None
-    size = image.height, image.width
-    if image_size(image.path) == size:
-        return False
-    if (turned := image_size(image.path, exif=True)) == size:
-        return True
-    raise UserError(
-        f"image {image.path} is {turned[1]}x{turned[0]} pixels and its annotations are for "
-        f"{image.width}x{image.height}: use the images that were annotated"
-    )
 
 
 def _deal(names: Iterable[str], val: float, test: float) -> dict[str, str]:

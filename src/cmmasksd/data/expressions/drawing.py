@@ -136,13 +136,7 @@ class DrawnDataset:
         file, photograph = self._photographs[index]
         if photograph.path is None:
             raise UserError(f"{file.path} has no image files beside it: put them into its folder or into images")
-        image = read_image(photograph.path)
-        if image.shape[:2] != (photograph.height, photograph.width):
-            raise UserError(
-                f"image {photograph.path} is {image.shape[1]}x{image.shape[0]} pixels and its annotations are for "
-                f"{photograph.width}x{photograph.height}: use the images that were annotated"
-            )
-        return image
+        return read_image(photograph.path, exif=file.is_upright(photograph))
 
     def _paste(
         self, file: InstanceFile, image: np.ndarray, instances: list[Instance], rng: random.Random

@@ -12,6 +12,7 @@ such as a connected component of a class) and `order` (the depth order of COCO-A
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cmmasksd.data.images import MAX_PIXELS
+from cmmasksd.data.images import MAX_PIXELS, stored_size
 from cmmasksd.data.masks import decode_segmentation, mask_to_rle, usable_segmentation
 from cmmasksd.data.readers.cvat import read_cvat
 from cmmasksd.data.readers.fields import text, whole_number
@@ -33,6 +34,8 @@ from cmmasksd.data.readers.yolo import read_yolo
 from cmmasksd.data.samples import require_expression
 from cmmasksd.errors import UserError, shown
 from cmmasksd.files import safe_path
+
+log = logging.getLogger(__name__)
 
 _YOLO_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 
@@ -74,6 +77,7 @@ class AnnotatedImages:
         path: the file.
         images: images in the order of the file.
         categories: class -> number of annotations in the file, for all classes that it labels.
+        left_out: number of shapes that have no mask, by reason.
         image_folder: None where no image file was found.
 
     Raises:
@@ -87,6 +91,7 @@ class AnnotatedImages:
         if image_folder is not None and not image_folder.is_dir():
             raise UserError(f"image folder {image_folder} does not exist: check the path")
         self._content = b""  # of a COCO file, whose polygons stay JSON
+        self._assumed_upright = False
         if path.is_dir():
             path = next((path / name for name in _YOLO_FILES if (path / name).is_file()), path)
         self.path = path
@@ -104,6 +109,7 @@ class AnnotatedImages:
         else:
             self._content = path.read_bytes()
             records = Records(*parse_instances(self._content, path, ("images", "annotations", "categories")))
+        self.left_out = records.left_out
         images, annotations = records.images, records.annotations
         names = _categories(records.categories, path, class_name)
         by_image = _annotations(annotations, names, path)
@@ -118,7 +124,8 @@ class AnnotatedImages:
                 raise UserError(f"{where} is {size[1]}x{size[0]} pixels: expected 1 to {MAX_PIXELS} pixels")
             if image_id in files:
                 raise UserError(f"{where} appears twice: remove one of them")
-            safe_path(path.parent, record.get("file_name"), f"{where}: file_name", outward_links=True)
+            folder = image_folder or path.parent
+            safe_path(folder, record.get("file_name"), f"{where}: file_name", outward_links=True)
             files[image_id] = record["file_name"].replace("\\", "/"), *size
         if absent := sorted(by_image.keys() - files.keys()):
             raise UserError(f"{path}: an annotation names image {absent[0]}, which is not in the file: add the image")
@@ -130,6 +137,33 @@ class AnnotatedImages:
                 where = f"{path}: image {image_id}: file_name"
                 file = safe_path(self.image_folder, name, where, outward_links=True)
             self.images.append(AnnotatedImage(name, file, height, width, tuple(by_image.get(image_id, ()))))
+
+    def is_upright(self, image: AnnotatedImage) -> bool:
+        """Whether the masks of an image are drawn on it as EXIF turns it, rather than on its stored pixels.
+
+        The size tells, unless EXIF turns by 180°, mirrors, or turns a square. Then the answer is yes: labelling tools
+        (CVAT, Label Studio, labelme) show images upright, and trainers of YOLO read them so. A COCO file may come from
+        elsewhere, so the first such image is logged.
+
+        Raises:
+            UserError: the image is damaged, or of another size than its annotations.
+        """
+        assert image.path is not None
+        size, (stored, turn) = (image.height, image.width), stored_size(image.path)
+        upright = stored[::-1] if turn >= 5 else stored
+        if size not in (stored, upright):
+            raise UserError(
+                f"image {image.path} is {upright[1]}x{upright[0]} pixels and its annotations are for "
+                f"{image.width}x{image.height}: use the images that were annotated"
+            )
+        if turn > 1 and stored == upright and self._content and not self._assumed_upright:
+            self._assumed_upright = True
+            log.warning(
+                "%s is taken to be annotated upright, as labelling tools show it, since its size does not tell (EXIF "
+                "orientation %d): if %s is about the stored pixels, remove the orientation from its images",
+                *(image.path, turn, self.path),
+            )
+        return turn > 1 and size == upright
 
     def mask(self, image: AnnotatedImage, annotation: Annotation) -> np.ndarray | None:
         """The mask of an annotation, (H, W) bool; None where it has no area.
@@ -230,6 +264,11 @@ def expression_rows(path: Path) -> Iterator[Row]:
         )
     if file.image_folder is None:
         raise UserError(f"{path} has no image file beside it or in images: put the file there")
+    if file.left_out:
+        log.warning("%s: left out: %s", path, ", ".join(f"{reason} ({n})" for reason, n in file.left_out.items()))
+    for image in {image.file_name: image for image, _ in annotated}.values():
+        if image.path is not None and image.path.is_file():
+            file.is_upright(image)
     for image, annotation in annotated:
         where = f"{path}: annotation {annotation.ann_id}"
         mask = None if annotation.segmentation is None else file.mask(image, annotation)

@@ -1,7 +1,7 @@
 """CVAT's XML "for images 1.1": polygons, masks, ellipses and boxes; sentences in an attribute such as `expression`.
 
 Shapes of one label with the same group id (not 0) are one object. Points, polylines, cuboids and skeletons have no mask
-and are left out.
+and are counted as left out.
 
 A file with a DTD is refused: only a DTD can declare entities, whose expansion exhausts memory or reads other files.
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 _SHAPES = ("polygon", "mask", "ellipse", "box")
+_WITHOUT_MASK = ("points", "polyline", "cuboid", "skeleton")
 
 
 def read_cvat(path: Path) -> Records:
@@ -41,6 +42,7 @@ def read_cvat(path: Path) -> Records:
         if min(height, width) < 1 or height * width > MAX_PIXELS:
             raise UserError(f"{where} is {width}x{height} pixels: expected 1 to {MAX_PIXELS} pixels")
         image_id = records.add_image(name, height, width)
+        records.left_out.update(f"{s.tag} shapes without mask" for s in image if s.tag in _WITHOUT_MASK)
         objects: dict[object, list[tuple[str, Element]]] = {}
         for shape_number, shape in enumerate((s for s in image if s.tag in _SHAPES), start=1):
             group = shape.get("group_id") or "0"

@@ -19,7 +19,7 @@ from cmmasksd.data.images import MAX_PIXELS
 from cmmasksd.data.masks import usable_segmentation
 from cmmasksd.data.readers.fields import parse_json, whole_number
 from cmmasksd.data.samples import Reference
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 from cmmasksd.files import safe_path
 
 
@@ -94,8 +94,10 @@ def parse_instances(
     lists = []
     for key in keys:
         records = parsed.get(key) if isinstance(parsed, dict) else None
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        if not isinstance(records, list):
             raise UserError(f"{path} has no list {key!r}: expected COCO's instances format")
+        if wrong := [nth for nth, record in enumerate(records, start=1) if not isinstance(record, dict)]:
+            raise UserError(f"{path}: entry {wrong[0]} of {key!r} is {shown(records[wrong[0] - 1])}: expected {{...}}")
         lists.append(records)
     return lists
 

@@ -1,7 +1,7 @@
 """Label Studio's JSON: polygons, brushes, ellipses and rectangles; sentences in a TextArea per region.
 
-Of several annotations of a task, the first that was not cancelled is read. Key points have no mask and are left out.
-The images are found by the last part of their URL, with or without the prefix that uploads get.
+Of several annotations of a task, the first that was not cancelled is read. Key points and vectors have no mask and are
+counted as left out. The images are found by the last part of their URL, with or without the prefix that uploads get.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cmmasksd.data.readers.records import Records, ellipse, numbers, read_bytes,
 from cmmasksd.errors import UserError, shown
 
 _SHAPES = ("polygon", "brush", "ellipse", "rectangle")
+_WITHOUT_MASK = ("keypoint", "vector")
 
 
 def read_label_studio(path: Path, folder: Path | None) -> Records:
@@ -67,6 +68,8 @@ def _add_task(records: Records, name: str, results: list[dict[str, Any]], where:
                 raise UserError(f"{where} is {size[1]}x{size[0]} pixels: expected 1 to {MAX_PIXELS} pixels")
             sizes.add(size)
             shapes[region] = shape
+        elif shape in _WITHOUT_MASK:
+            records.left_out[f"{shape} shapes without mask"] += 1
         values.setdefault(region, {}).update(value)
     if not sizes:
         return

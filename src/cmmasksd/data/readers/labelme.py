@@ -133,7 +133,10 @@ def _objects(file: Path, root: Path) -> tuple[Path, list[list[tuple[int, dict[st
     content = parse_json(file.read_bytes(), str(file), "save it again with labelme")
     shapes = content.get("shapes") if isinstance(content, dict) else None
     if not isinstance(shapes, list) or not isinstance(content.get("imagePath"), str):
-        raise UserError(f"{file} is not a labelme file (no 'shapes' or no 'imagePath'): move it out of {root}")
+        raise UserError(
+            f"{file} is not a labelme file (no 'shapes' or no 'imagePath'): move it out of {root}, or give the file "
+            "itself if it is COCO's or Label Studio's"
+        )
     name = posixpath.join(file.parent.relative_to(root).as_posix(), content["imagePath"].replace("\\", "/"))
     image = safe_path(root, name, f"{file}: imagePath")
     objects: dict[object, list[tuple[int, dict[str, Any]]]] = {}

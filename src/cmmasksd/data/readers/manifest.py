@@ -42,7 +42,7 @@ from cmmasksd.data.images import image_size, read_image, read_mask
 from cmmasksd.data.masks import decode_segmentation, mask_to_rle
 from cmmasksd.data.readers.annotated import expression_rows
 from cmmasksd.data.readers.labelme import labelme_mask, labelme_rows
-from cmmasksd.data.readers.rows import ALL, SPLITS, SUFFIXES, Row, Shapes, read_rows
+from cmmasksd.data.readers.rows import ALL, OWN_DATA, SPLITS, SUFFIXES, Row, Shapes, read_rows
 from cmmasksd.data.readers.splits import with_splits
 from cmmasksd.data.samples import Expression, Reference, ReferenceList
 from cmmasksd.errors import UserError, shown
@@ -141,7 +141,7 @@ def _all_rows(root: Path) -> list[Row]:
     elif root.is_file():
         rows = read_rows(root, masks=True)
     elif not root.is_dir():
-        raise UserError(f"{root} does not exist: give a .jsonl or .csv file, or a folder of labelme files")
+        raise UserError(f"{root} does not exist: give a {OWN_DATA}")
     elif manifests := sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES):
         for file in manifests:
             if len(manifests) > 1 and file.stem not in SPLITS:
@@ -153,7 +153,7 @@ def _all_rows(root: Path) -> list[Row]:
     elif labels := sorted(root.rglob("*.json")):
         rows = [row for file in labels for row in labelme_rows(file, root)]
     else:
-        raise UserError(f"{root} holds no manifest (.jsonl or .csv) and no labelme file (.json): check the path")
+        raise UserError(f"{root} holds no manifest (.jsonl or .csv) and no labelme file (.json): give a {OWN_DATA}")
     if not rows:
         raise UserError(f"{root} has no row: give it at least one image with a sentence")
     return rows

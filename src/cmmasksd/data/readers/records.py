@@ -6,6 +6,7 @@ Every tool's file becomes COCO's three lists, which `annotated` checks: sizes, p
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +25,13 @@ _SENTENCE_KEYS = ("expressions", "expression", "sentences", "sentence", "caption
 
 @dataclass
 class Records:
-    """COCO's lists of images, annotations and categories; `expressions` of an annotation are its sentences."""
+    """COCO's lists of images, annotations and categories; `expressions` of an annotation are its sentences. `left_out`
+    counts shapes that are no annotation, by reason."""
 
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
     categories: list[dict[str, Any]] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
     _ids: dict[str, int] = field(default_factory=dict, init=False)
 
     def add_image(self, name: object, height: int, width: int) -> int:

@@ -18,6 +18,8 @@ ALL = "all"
 """The split of all rows."""
 SUFFIXES = (".jsonl", ".csv")
 """File suffixes of manifests."""
+OWN_DATA = ".jsonl or .csv file, COCO, CVAT or Label Studio file with sentences, or folder of labelme files"
+"""What `manifest` reads, for messages."""
 
 _MASKS = ("mask", "polygon", "rle")
 _KEYS = ("image", "expressions", "text", *_MASKS, "split", "id")
@@ -66,7 +68,7 @@ def read_rows(file: Path, *, masks: bool = False) -> list[Row]:
         raise UserError(f"manifest {file} does not exist: check the path")
     read = {".jsonl": _jsonl, ".csv": _csv}.get(file.suffix.lower())
     if read is None:
-        raise UserError(f"{file} is not a manifest: give a .jsonl or .csv file (or a folder of labelme files)")
+        raise UserError(f"{file} is not a manifest: give a {OWN_DATA}")
     try:
         return [_row(record, where, file, masks) for where, record in read(file)]
     except UnicodeDecodeError:

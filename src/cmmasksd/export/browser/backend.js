@@ -72,12 +72,13 @@ export async function segment(blob, sentences, onProgress = () => {}, signal = u
     const { ids, words } = tokenize(text), L = ids.length;
     const sentence = await sessions.text.run({ input_ids: integers(ids, 1), attention_mask: integers(ids.map(() => 1), 1) });
     const word_mask = new ort.Tensor("bool", Uint8Array.from(ids, (_, at) => at > 0 && at < L - 1), [1, L]);
-    const { logits } = await sessions.decoder.run({ ...image, ...sentence, word_mask });
+    const features = { ...image, ...sentence, word_mask };
+    const { logits } = await sessions.decoder.run(Object.fromEntries(sessions.decoder.inputNames.map((name) => [name, features[name]])));
     const probability = (await restore(logits, mapSize)).probability.data;
     const inMask = probability.filter((value) => value > 0.5);
     const maps = [];
     for (const { pieces, ...word } of words) {
-      const { restored } = await restore(correlation(image.patches, sentence.words, pieces), wordSize);
+      const { restored } = await restore(correlation(image.joint ?? image.patches, sentence.words, pieces), wordSize);
       maps.push({ ...word, map: stretched(restored.data, wordSize) });
     }
     results.push({

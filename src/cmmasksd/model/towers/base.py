@@ -107,6 +107,7 @@ class ImageFeatures:
         hidden: (B, N) bool, patches that a masked view replaced by its mask token. None: no patch is hidden.
         whole: (B, N, D) `patches` of the same images before any was hidden, where `hidden` is given: a decoder that
             compares a patch with all others takes their mean and deviation from here.
+        joint: (B, N, D) the patches in the joint space, for the correlation, where `patches` lie in another, else None.
     """
 
     patches: Tensor
@@ -116,19 +117,20 @@ class ImageFeatures:
     pixels: Tensor | None = None
     hidden: Tensor | None = None
     whole: Tensor | None = None
+    joint: Tensor | None = None
 
     def __len__(self) -> int:
         return self.patches.shape[0]
 
     def select(self, index: Tensor) -> ImageFeatures:
         """The features of images `index` (K,) int64, in that order: one image repeated for each of its expressions."""
-        parts = (self.dense, self.context, self.pixels, self.hidden, self.whole)
+        parts = (self.dense, self.context, self.pixels, self.hidden, self.whole, self.joint)
         return ImageFeatures(self.patches[index], self.grid, *(None if part is None else part[index] for part in parts))
 
     @staticmethod
     def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-        """The images of several records of the same grid, one after the other, for the decoder: `dense` is left out.
-        If any record hides patches, those of the others are marked as not hidden."""
+        """The images of several records of the same grid, one after the other, for the decoder: `dense` and
+        `joint` are left out. If any record hides patches, those of the others are marked as not hidden."""
 
         def column(name: str) -> Tensor | None:
             values = [getattr(part, name) for part in parts]

@@ -12,12 +12,12 @@ which hides words through its attention mask. No forward hooks: threads may shar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 from cmmasksd.model.pixels import CLIP_MEAN, CLIP_STD
 from cmmasksd.model.towers.base import (
@@ -48,9 +48,24 @@ def clip_config(content: object) -> CLIPConfig:
     Raises:
         UserError: it is not a CLIP's, or a size is out of bounds.
     """
-    clip = section(content, "clip_config")
-    text, vision = text_section(clip), _tower(clip, "vision_config", CLIPVisionConfig, VISION)
-    return CLIPConfig(**bounded(clip, _CLIP), text_config=text, vision_config=vision)  # pyright: ignore
+    return CLIPConfig(**clip_sizes(section(content, "clip_config"), CLIPTextConfig, CLIPVisionConfig))
+
+
+def clip_sizes(clip: Mapping[str, Any], text_kind: Any, vision_kind: Any) -> dict[str, Any]:
+    """The sizes of a CLIP's configuration, each within bounds.
+
+    Args:
+        clip: content of its config.json.
+        text_kind, vision_kind: classes of its towers' configurations, which have the defaults.
+
+    Raises:
+        UserError: a size is out of bounds.
+    """
+    towers = {
+        "text_config": _tower(clip, "text_config", text_kind, TEXT | _IDS),
+        "vision_config": _tower(clip, "vision_config", vision_kind, VISION),
+    }
+    return bounded(clip, _CLIP) | towers
 
 
 def text_section(clip: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +85,7 @@ def dual_encoder(clip: CLIPModel) -> DualEncoder:
     return DualEncoder(CLIPImageTower(clip), CLIPTextTower(clip))
 
 
-def encoder_sizes(config: CLIPConfig) -> EncoderSizes:
+def encoder_sizes(config: PreTrainedConfig) -> EncoderSizes:
     """What the rest of the package needs to know of a CLIP's configuration."""
     clip: Any = config
     text = clip.text_config
@@ -82,7 +97,7 @@ def encoder_sizes(config: CLIPConfig) -> EncoderSizes:
 class CLIPImageTower(ImageTower):
     """CLIP's vision transformer, patch by patch."""
 
-    def __init__(self, clip: CLIPModel) -> None:
+    def __init__(self, clip: Any) -> None:
         super().__init__()
         self.vision_model: Any = clip.vision_model
         self.visual_projection = clip.visual_projection
@@ -92,24 +107,41 @@ class CLIPImageTower(ImageTower):
     ) -> tuple[ImageFeatures, Tensor]:
         """See `ImageTower`. The image embedding is the class token's; `keep` drops patches before the first block, as
         MAE does; `value_path` gives the values of the last block's attention (MaskCLIP's dense features)."""
-        vision = self.vision_model
-        size = vision.config.patch_size
+        projected, dense, _ = self.encode(pixel_values, keep, value_path)
+        size = self.vision_model.config.patch_size
         grid = (pixel_values.shape[-2] // size, pixel_values.shape[-1] // size)
+        pixels = gather(cell_pixels(pixel_values, grid), keep)
+        return ImageFeatures(projected[:, 1:], grid, dense, pixels=pixels), projected[:, 0]
+
+    def encode(
+        self, pixel_values: Tensor, keep: Tensor | None, value_path: bool, taps: Container[int] = ()
+    ) -> tuple[Tensor, Tensor | None, dict[int, Tensor]]:
+        """Class token and n patches.
+
+        Args:
+            pixel_values, keep, value_path: see `forward`.
+            taps: indices of blocks whose output is also returned.
+
+        Returns:
+            (B, 1 + n, D) in the joint space; (B, n, D) of the value path; (B, 1 + n, width) of each tapped block.
+        """
+        vision, tapped = self.vision_model, {}
         hidden = _embed(vision.embeddings, pixel_values)  # (B, 1 + N, width)
         if keep is not None:
             index = torch.cat([keep.new_zeros(keep.shape[0], 1), keep + 1], dim=1)  # the class token always stays
             hidden = gather(hidden, index)
-        hidden, last = vision.pre_layrnorm(hidden), vision.encoder.layers[-1]
-        for layer in vision.encoder.layers[:-1]:
-            hidden = layer(hidden, attention_mask=None)
-        entering, hidden = hidden, last(hidden, attention_mask=None)
+        entering = hidden = vision.pre_layrnorm(hidden)
+        for block, layer in enumerate(vision.encoder.layers):
+            entering, hidden = hidden, layer(hidden, attention_mask=None)
+            if block in taps:
+                tapped[block] = hidden
         projected = self.visual_projection(vision.post_layernorm(hidden))  # (B, 1 + n, D)
         dense = None
         if value_path:
+            last = vision.encoder.layers[-1]
             values = last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(entering[:, 1:])))
             dense = self.visual_projection(vision.post_layernorm(values))
-        pixels = gather(cell_pixels(pixel_values, grid), keep)
-        return ImageFeatures(projected[:, 1:], grid, dense, pixels=pixels), projected[:, 0]
+        return projected, dense, tapped
 
 
 def _embed(embeddings: Any, pixel_values: Tensor) -> Tensor:
