@@ -242,6 +242,7 @@ class TestCLIPResNet(FamilyContract):
     def test_site(self, backbone: Path, tmp_path: Path):
         """Its tokenizer is CLIP's, so the page runs it."""
         pytest.importorskip("onnxscript", reason="the extra export is not installed")
+        pytest.importorskip("onnxruntime", reason="the extra export is not installed")
         from cmmasksd.export import site
 
         model = CMMaskSDModel.from_backbone(backbone, **TINY_SIZES)
