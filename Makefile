@@ -1,4 +1,4 @@
-# make demo: install, train on generated scenes, score, write runs/demo/report.html
+# make demo: install, segment photographs, train on generated scenes, score, write runs/demo/report.html
 # make test: install the development tools, run the test suite
 # make docs: build the documentation site into site/
 
@@ -10,7 +10,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 
 .PHONY: demo test lint docs clean
 
-demo: .venv/installed
+demo: .venv/installed-demo
 	$(BIN)/cmmasksd demo --config scenes-tiny --training.out runs/demo $(if $(wildcard runs/demo/last/state.pt),--resume)
 
 test: .venv/installed-dev
@@ -29,6 +29,10 @@ docs: .venv/installed-docs
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/installed-demo: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

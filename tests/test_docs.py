@@ -20,7 +20,7 @@ from PIL import Image
 
 from cmmasksd import cli
 from cmmasksd.assets import located
-from cmmasksd.data.scenes.examples import write_examples
+from cmmasksd.data.examples import write_examples
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -120,6 +120,7 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Image.fromarray(rng.integers(0, 256, (180, 240, 3), dtype=np.uint8)).save(path)
 
     draw(Path("image.jpg"))
+    draw(Path("photo.jpg"))
     write_examples(Path("."))
     # what a page may use without making it: a network of the reader's, a model's folder
     namespace: dict[str, object] = {"network": tiny_model, "scenes": located("scenes"), "__name__": "__page__"}

@@ -32,7 +32,8 @@ class SplitConfig:
     """split, such as val, testA, testB or test"""
     root: Path | None = None
     """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
-    Studio file with sentences, or a folder of labelme files; not for scenes"""
+    Studio file with sentences, or a folder of labelme files; for instances, annotations without sentences: a file as
+    for `data expressions`, or a folder of folders with an instances.json each; not for scenes"""
     references: int = 1500
     """number of references (scenes only)"""
     scene_seed: int = 0
@@ -50,7 +51,7 @@ class ScoreConfig(SplitConfig):
     """A model and the split that it is scored on."""
 
     model: str
-    """folder of a trained model, hub id, or scenes, the shipped model"""
+    """folder of a trained model, hub id, or a shipped model: photos or scenes"""
     threshold: float = 0.5
     """probability above which a pixel is in the mask"""
     workers: int = 0
@@ -117,7 +118,9 @@ class DataConfig:
     """data set"""
     root: Path | None = None
     """folder that holds refcoco/… and images/train2014/…; for manifest, a .jsonl or .csv file, a COCO, CVAT or Label
-    Studio file with sentences, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); not for scenes"""
+    Studio file with sentences, or a folder of labelme files (see cmmasksd/data/readers/manifest.py); for instances,
+    annotations without sentences: a file as for `data expressions`, or a folder of folders with an instances.json each
+    (all one set, or train, val and test); not for scenes"""
     train_split: str = "train"
     """split to train on"""
     val_split: str = "val"
@@ -172,8 +175,8 @@ class ModelConfig:
     """CLIP or SigLIP: folder or hub id in transformers' format; CLIP of OpenAI or open_clip as a file or
     hf-hub:USER/NAME; EfficientNet-Lite with its text tower (model_type lite): folder; or tiny, the shipped CLIP"""
     weights: str | None = None
-    """trained model to start from: folder, hub id, or scenes, the shipped one; or a CLIPSeg of transformers, whose CLIP
-    stays frozen. It brings its own backbone and decoder, so that the keys of both are ignored"""
+    """trained model to start from: folder, hub id, or a shipped one, photos or scenes; or a CLIPSeg of transformers,
+    whose CLIP stays frozen. It brings its own backbone and decoder, so that the keys of both are ignored"""
 
     # input; None: that of `weights`, or the default for a new model
     size: tuple[int, int] | None = None

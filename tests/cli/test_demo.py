@@ -22,6 +22,8 @@ def test_demo_twice(
         shown = capsys.readouterr().out
         assert "scenes val" in shown
         assert "scenes testB" in shown
+        assert "Photographs, segmented by the shipped model" in shown
+        assert (tmp_path / "report.html").read_text().count('class="drawing"') == 4
         assert (tmp_path / "report.html").stat().st_size > 5000
         seen.append([(tmp_path / name).read_bytes() for name in kept])
         for split in ("val", "testB"):
@@ -29,3 +31,4 @@ def test_demo_twice(
     assert seen[0] == seen[1]  # the second time it only scores
     assert main("demo", *micro, "--training.out", tmp_path) == 2
     assert "already holds a run: resume it with --resume" in capsys.readouterr().err
+    assert "scenes val" in (tmp_path / "report.html").read_text()  # the page of the run is as it was

@@ -30,7 +30,7 @@ MISTAKES = [
     ("train --config syntax.yaml", "line 2"),
     (
         "train --config absent.yaml",
-        "no file absent.yaml and no such configuration: choose from refcoco+-vit-b16, refcoco",
+        "no file absent.yaml and no such configuration: choose from photos, photos-tune, refcoco+-vit-b16",
     ),
     ("train --config configs/scenes-tiny.yaml", "no such configuration: choose from "),
     ("demo --config refcoco", "scenes-tiny"),
@@ -80,7 +80,7 @@ MISTAKES = [
     (EVALUATE + " --data refcoco --split val", "--root"),
     (EVALUATE + " --data refcoco --split val --root absent", "absent"),
     (EVALUATE + " --data refcoco --split tset --root {release}", "val"),
-    (EVALUATE + " --data manifest --split val", "which .jsonl or .csv file"),
+    (EVALUATE + " --data manifest --split val", "a .jsonl or .csv file"),
     (EVALUATE + " --data manifest --split val --root absent.jsonl", "absent.jsonl does not exist"),
     (EVALUATE + " --data manifest --split testA --root empty", "choose one of train, val, test, all"),
     (EVALUATE + " --data refcoco+ --split val --root {release}", "refcoco+"),

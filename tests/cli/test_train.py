@@ -2,19 +2,23 @@
 
 import json
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from cli.commands import lines, main
 from cmmasksd.data.masks import mask_to_polygons
 from cmmasksd.data.readers.refer import ReferDataset
 from cmmasksd.data.scenes import SceneDataset
+from data.expressions.layouts import random_scene, write_instances
 
 
 def test_print_config(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -156,6 +160,38 @@ def test_train_evaluate_and_report_on_own_data(kind: str, micro: list[str], tmp_
     page = tmp_path / "page.html"
     assert main("report", *model, "--results", tmp_path / "test", "--root", root, "--out", page) == 0
     assert "manifest test" in page.read_text()
+
+
+def test_train_evaluate_and_report_on_masks_with_class_names(micro: list[str], tmp_path: Path):
+    """Sentences are made while training; presence is trained by those that name nothing."""
+    rng, images = random.Random(3), []
+    while len(images) < 16:
+        scene, pixels = random_scene(rng, ["dog", "cat", "couch"], certain=True)
+        if scene:
+            images.append((pixels, scene))
+    root = write_instances(tmp_path / "own", images)
+    given = ["--data.name=instances", f"--data.root={root}", "--data.per_image=4", "--distillation.presence=0.2"]
+    assert main("train", *micro, *given, "--training.freeze_image=true", "--training.out", tmp_path / "run") == 0
+    row = lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["presence"] > 0
+    weights = [load_file(folder / "model.safetensors") for folder in (tmp_path / "run" / "last", backbone(micro))]
+    trained = {name.removeprefix("clip."): value for name, value in weights[0].items()}
+    for name, value in weights[1].items():  # the image tower is as it was, the text tower is not
+        if name.startswith("vision_model.") and value.is_floating_point():
+            torch.testing.assert_close(trained[name], value.float(), msg=name)
+    name = "text_model.final_layer_norm.weight"
+    assert not torch.equal(trained[name], weights[1][name].float())
+    model = ["--model", tmp_path / "run" / "best"]
+    assert (
+        main("evaluate", *model, "--data", "instances", "--root", root, "--split", "val", "--out", tmp_path / "v") == 0
+    )
+    assert json.loads((tmp_path / "v" / "results.json").read_text())["expressions"] > 0
+    assert main("report", *model, "--results", tmp_path / "v", "--root", root, "--out", tmp_path / "page.html") == 0
+    assert "instances val" in (tmp_path / "page.html").read_text()
+
+
+def backbone(micro: list[str]) -> Path:
+    return Path(next(text.split("=")[1] for text in micro if text.startswith("--model.backbone=")))
 
 
 @pytest.mark.slow

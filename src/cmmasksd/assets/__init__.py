@@ -3,6 +3,7 @@
 from pathlib import Path
 
 SHIPPED = {
+    "photos": "photos-model",  # segmentation of photographs
     "tiny": "tiny-clip",  # the small CLIP that `cmmasksd pretrain` made
     "scenes": "scenes-model",  # segmentation of generated scenes, grown from it
 }

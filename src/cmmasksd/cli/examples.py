@@ -5,7 +5,10 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 HELP = "write example images"
-DESCRIPTION = "Write example images, and print sentences to try on them."
+DESCRIPTION = (
+    "Write example images, and print sentences to try on them: generated scenes for --model scenes and, with the extra "
+    "`demo`, photographs."
+)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -13,7 +16,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def run(settings: Namespace) -> None:
-    from cmmasksd.data.scenes.examples import write_examples
+    from cmmasksd.data.examples import write_examples
 
     for file, sentences in write_examples(settings.out):
         print(f"{file}: {', '.join(map(repr, sentences))}")

@@ -12,7 +12,7 @@ DESCRIPTION = "Show what the masked branches see: the correlation, what is maske
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder that training wrote, or scenes, the shipped model")
+    parser.add_argument("--model", required=True, help="folder that training wrote, or scenes, a shipped model")
     parser.add_argument("--image", type=Path, required=True, help="image file")
     parser.add_argument("--text", action="append", type=str, required=True, help="sentence about an object; repeatable")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder for the figures")

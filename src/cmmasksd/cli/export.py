@@ -14,7 +14,7 @@ DESCRIPTION = "Export a model as graphs that run without this package: two encod
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--model", default="photos", help=MODEL)
     parser.add_argument("--out", type=Path, required=True, help="folder for the files; replaces an export in it")
     parser.add_argument(
         "--format",

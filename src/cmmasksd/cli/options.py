@@ -14,7 +14,7 @@ from jsonargparse import (
 from cmmasksd.config import Config, DataConfig, DistillationConfig, ModelConfig, TrainingConfig
 from cmmasksd.errors import UserError
 
-MODEL = "folder of a trained model, hub id, or scenes, the shipped model"
+MODEL = "folder of a trained model, hub id, or a shipped model: photos, for photographs, or scenes, for coloured shapes"
 DEVICE = "device, such as cpu or cuda; default: a GPU if there is one"
 CONFIGS = Path(__file__).parents[1] / "configs"
 MAX_SEED = 2**63 - 1

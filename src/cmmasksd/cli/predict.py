@@ -20,7 +20,7 @@ DESCRIPTION = "Segment the objects that sentences name in an image."
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--model", default="photos", help=MODEL)
     parser.add_argument(
         "--image",
         required=True,

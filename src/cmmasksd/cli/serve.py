@@ -16,7 +16,7 @@ DESCRIPTION = "Serve a model as a web page and an HTTP API. If CMMASKSD_API_KEY 
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--model", default="scenes", help=MODEL)
+    parser.add_argument("--model", default="photos", help=MODEL)
     parser.add_argument("--device", type=str | None, help=DEVICE)
     parser.add_class_arguments(ServeSettings, skip={"allowed_hosts"})
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from cmmasksd.config import DATASETS, DataConfig, ExpressionConfig, SplitConfig
@@ -28,11 +29,7 @@ def open_dataset(config: SplitConfig) -> ReferringDataset:
             raise UserError("the split 'pretrain' has captions only: choose one of train, val, testA, testB")
         return SceneDataset(name, split, config.references, seed=config.scene_seed, scene_size=config.scene_size)
     if name == "instances":
-        from cmmasksd.data.expressions.dataset import generate, instance_files
-
-        if split not in ("train", "val"):
-            raise UserError(f"instances has no split {shown(split)}: choose train, or val, a tenth of the images")
-        return generate(instance_files(_annotations(root)), _SENTENCES, only=split).splits[0]
+        return _described(_annotations(root), split)
     if name == "manifest":
         if root is None:
             raise UserError(f"manifest is your own data: name by --root (when training: --data.root) a {OWN_DATA}")
@@ -60,10 +57,27 @@ def open_training_dataset(config: DataConfig) -> ReferringDataset | DrawnDataset
     """
     if config.name != "instances":
         return open_dataset(config.training)
-    from cmmasksd.data.expressions.dataset import instance_files, split_photographs
+    from cmmasksd.data.expressions.dataset import files_of_split, instance_files, split_photographs
 
-    photographs = split_photographs(instance_files(_annotations(config.root)), config.train_split, _SENTENCES)
+    root = _annotations(config.root)
+    if files := files_of_split(root, config.train_split):
+        photographs = [(file, image) for file in files for image in file.images]
+    else:
+        photographs = split_photographs(instance_files(root), config.train_split, _SENTENCES)
     return DrawnDataset(config.train_split, photographs, config.augment)
+
+
+def _described(root: Path, split: str) -> ReferringDataset:
+    """A split of annotated images with fixed sentences."""
+    from cmmasksd.data.expressions.dataset import files_of_split, generate, instance_files
+
+    if files := files_of_split(root, split):
+        data = generate(files, replace(_SENTENCES, val=0)).splits[0]
+        data.split = split
+        return data
+    if split not in ("train", "val"):
+        raise UserError(f"instances has no split {shown(split)}: choose train, or val, a tenth of the images")
+    return generate(instance_files(root), _SENTENCES, only=split).splits[0]
 
 
 def _annotations(root: Path | None) -> Path:

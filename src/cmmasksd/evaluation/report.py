@@ -49,6 +49,7 @@ def report(
     *,
     root: str | Path | None = None,
     metrics: str | Path | None = None,
+    drawings: Sequence[tuple[str, np.ndarray]] = (),
 ) -> Path:
     """Write the page of a scored model.
 
@@ -58,6 +59,7 @@ def report(
         out: the HTML file.
         root: folder of the data, as given to scoring.
         metrics: `metrics.jsonl` of the training, for its curves.
+        drawings: see `write_report`.
 
     Returns:
         The path of the page.
@@ -86,6 +88,7 @@ def report(
         examples=collect_examples(data, segmenter, chosen),
         curves=curves,
         facts={"model": str(model)},
+        drawings=drawings,
     )
 
 
@@ -97,6 +100,7 @@ def write_report(
     examples: Mapping[str, Sequence[Example]],
     curves: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, Any] | None = None,
+    drawings: Sequence[tuple[str, np.ndarray]] = (),
 ) -> Path:
     """Write the page at once.
 
@@ -107,6 +111,7 @@ def write_report(
         examples: SECTIONS' keys -> examples, shown in the order given.
         curves: the rows of `metrics.jsonl`, see `run_charts`.
         facts: label -> value, listed under the title (checkpoint, model, date).
+        drawings: photographs with masks drawn on them, (H, W, 3) uint8, and their names; they come first.
 
     Returns:
         The path.
@@ -125,6 +130,7 @@ def write_report(
     page = environment.get_template(TEMPLATE).render(
         title=title,
         facts=facts,
+        drawings=[(name, _data_uri(drawing)) for name, drawing in drawings],
         columns=("split", *METRIC_NAMES, "expressions"),
         results=[(row_name(result), [*percentages(result), f"{result['expressions']:,}"]) for result in results],
         notes=[*protocol_lines(results), *_extras(results)],

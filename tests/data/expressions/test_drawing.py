@@ -54,6 +54,25 @@ def test_splits_share_no_image(root):
     assert sorted(index for group in data.groups() for index in group) == list(range(len(data)))
 
 
+def test_splits_with_folders_of_their_own(tmp_path):
+    rng, scenes = random.Random(2), []
+    while len(scenes) < 6:
+        scene, pixels = random_scene(rng, ["dog", "cat"], certain=True)
+        if scene:
+            scenes.append((pixels, scene))
+    write_instances(tmp_path / "train", scenes[:4])
+    write_instances(tmp_path / "valid", scenes[4:], name="_annotations.coco.json")
+    config = DataConfig(name="instances", root=tmp_path, augment=NOTHING)
+    data, val = open_training_dataset(config), open_dataset(config.validation)
+    assert len(data.groups()) == 4
+    assert val.split == "val"
+    held_out = {pixels.tobytes() for pixels, _ in scenes[4:]}
+    assert {val.image(reference).tobytes() for reference in map(val.__getitem__, range(len(val)))} <= held_out
+    config.val_split = "test"
+    with pytest.raises(UserError, match="has no folder of the split 'test': it has train, val"):
+        open_dataset(config.validation)
+
+
 def test_a_draw_depends_on_chance_alone(root):
     data = opened(root, AugmentConfig(paste=1.0))
     again = pickle.loads(pickle.dumps(data))

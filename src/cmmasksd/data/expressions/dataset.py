@@ -23,7 +23,7 @@ from cmmasksd.data.expressions.words import Vocabulary
 from cmmasksd.data.images import read_image
 from cmmasksd.data.readers.annotated import AnnotatedImage, Annotation
 from cmmasksd.data.samples import Expression, Reference, ReferenceList
-from cmmasksd.errors import UserError
+from cmmasksd.errors import UserError, shown
 
 SPLITS = ("train", "val", "test")
 
@@ -72,14 +72,35 @@ class Generated:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
+_COCO_FILES = ("instances.json", "_annotations.coco.json")  # the second is Roboflow's
+_SPLIT_OF_FOLDER = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
 def instance_files(root: Path) -> list[InstanceFile]:
     """The annotation files of a data set.
 
     Args:
-        root: a file or folder as `InstanceFile` takes it, or a folder with several folders that hold an instances.json.
+        root: a file or folder as `InstanceFile` takes it, or a folder of folders that hold an instances.json.
     """
-    inside = sorted(root.glob("*/instances.json")) if root.is_dir() else []
-    return [InstanceFile(path) for path in inside or [root]]
+    return [InstanceFile(path) for path in _in_folders(root) or [root]]
+
+
+def files_of_split(root: Path, split: str) -> list[InstanceFile]:
+    """The annotation files of a split that has a folder of its own (train; val or valid; test); empty if none has.
+
+    Raises:
+        UserError: other splits have a folder, and this one has none.
+    """
+    folders = {_SPLIT_OF_FOLDER.get(path.parent.name): path for path in _in_folders(root)}
+    if None in folders or not folders:
+        return []
+    if split not in folders:
+        raise UserError(f"{root} has no folder of the split {shown(split)}: it has {', '.join(map(str, folders))}")
+    return [InstanceFile(folders[split])]
+
+
+def _in_folders(root: Path) -> list[Path]:
+    return sorted(path for name in _COCO_FILES for path in root.glob(f"*/{name}")) if root.is_dir() else []
 
 
 def split_photographs(
