@@ -239,6 +239,23 @@ class TestCLIPResNet(FamilyContract):
     def backbone(cls, tiny_clip_resnet_folder: Path) -> Path:
         return tiny_clip_resnet_folder
 
+    def test_site(self, backbone: Path, tmp_path: Path):
+        """Its tokenizer is CLIP's, so the page runs it."""
+        pytest.importorskip("onnxscript", reason="the extra export is not installed")
+        pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+        from cmmasksd.export import site
+
+        model = CMMaskSDModel.from_backbone(backbone, **TINY_SIZES)
+        model.save_pretrained(tmp_path / "model")
+        size = {"patch_size": 16, "resize": "warp", "max_tokens": 20}
+        CMMaskSDProcessor.from_backbone(backbone, (64, 64), **size).save_pretrained(tmp_path / "model")
+        for name in site.ORT_FILES:
+            (tmp_path / name).write_text("")
+        settings = site.write_site(tmp_path / "model", tmp_path / "out", ort=tmp_path)
+        assert settings.patch_size == 16
+        assert (tmp_path / "out" / "model" / "image.onnx").is_file()
+        assert (tmp_path / "out" / "index.html").is_file()
+
 
 class TestLite(FamilyContract):
     prefix = "lite"

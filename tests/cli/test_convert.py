@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cli.commands import main, photo
-from cmmasksd.model.loading import load_clip
+from cmmasksd.model.loading import load_backbone, load_clip
 from conftest import TINY_CONTEXT
 from model.towers.openai_clip import OpenAIClip
 
@@ -34,6 +34,17 @@ def test_converting(checkpoint: Path, tiny_clip_folder: Path, tmp_path: Path, ca
     assert load_clip(tmp_path / "gelu").config.vision_config.hidden_act == "gelu"
     assert main("convert", checkpoint, "--out", out) == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_converting_a_resnet(tiny_tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture):
+    clip = OpenAIClip(len(tiny_tokenizer), TINY_CONTEXT, quick_gelu=True, resnet=True)
+    torch.save(clip.state_dict(), tmp_path / "RN50.pt")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert main("convert", tmp_path / "RN50.pt", "--out", tmp_path / "clip") == 0
+    line = capsys.readouterr().out
+    assert "image tower ResNet with [2, 1, 2, 3] blocks, 4 wide; text tower 2 layers x 64, 1 heads" in line
+    assert "patches of 16 in 96 x 96 pixels; joint space 48; quick_gelu" in line
+    assert load_backbone(tmp_path / "clip").config.model_type == "clip_resnet"
 
 
 def test_training_on_a_checkpoint(

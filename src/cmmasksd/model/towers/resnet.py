@@ -177,12 +177,14 @@ class ModifiedResNet(nn.Module):
         # the mean of each cell and its three neighbours to the right and below
         every_cell = nn.Sequential(nn.ReplicationPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
         pools, into = (nn.Identity(), nn.AvgPool2d(2), nn.AvgPool2d(2), every_cell), width
+        stages: list[nn.Module] = []
         for stage, (depth, pool) in enumerate(zip(config.depths, pools, strict=True)):
             blocks = [Bottleneck(into, width << stage, pool)]
             into = 4 * width << stage
             dilation = 2 if stage == 3 else 1
             blocks += [Bottleneck(into, width << stage, nn.Identity(), dilation=dilation) for _ in range(depth - 1)]
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.attnpool = AttentionPool(into, config.num_attention_heads, config.image_size // 32, config.projection_dim)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
