@@ -98,9 +98,9 @@ def test_programs_of_torch_export(tiny_model_folder: Path, tiny_model: CMMaskSDM
 def test_graphs_that_differ_are_refused(traced: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = CMMaskSDModel.from_pretrained("scenes")
     with torch.no_grad():
-        model.decoder.head.kernel.bias[-1] += 1e-3
+        model.decoder.head.kernel.bias[-1] += 1e-2
     monkeypatch.setattr(exporting.CMMaskSDModel, "from_pretrained", lambda name: model)
-    with pytest.raises(UserError, match=r"differ from torch's by 0\.001"):
+    with pytest.raises(UserError, match=r"differ from torch's by 0\.0"):
         export("scenes", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -98,8 +98,8 @@ def export(
         for key, value in parity.items():
             if not value <= PARITY:
                 raise UserError(
-                    f"the exported {key} of {name} differ from torch's by {value:.2g}, more than {PARITY:g}:"
-                    " nothing was written; please report it with the versions of torch and onnxruntime"
+                    f"the exported {key} of {name} differ from torch's by {value:.2g} (of the largest, if above 1), "
+                    f"more than {PARITY:g}: nothing was written; please report it with the versions of torch and onnxruntime"
                 )
         settings = _settings(name, model, processor, format, int8, parity)
         if int8:
