@@ -23,6 +23,7 @@ from cmmasksd.inference.onnx import OnnxSegmenter, open_sessions
 from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.towers.base import Tokens
+from cmmasksd.model.trained import load_trained
 
 pytest.importorskip("onnx", reason="the extra export is not installed")
 pytest.importorskip("onnxruntime", reason="the extra export is not installed")
@@ -96,10 +97,10 @@ def test_programs_of_torch_export(tiny_model_folder: Path, tiny_model: CMMaskSDM
 
 
 def test_graphs_that_differ_are_refused(traced: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = CMMaskSDModel.from_pretrained("scenes")
+    model, processor = load_trained("scenes")
     with torch.no_grad():
         model.decoder.head.kernel.bias[-1] += 1e-2
-    monkeypatch.setattr(exporting.CMMaskSDModel, "from_pretrained", lambda name: model)
+    monkeypatch.setattr(exporting, "load_trained", lambda name: (model, processor))
     with pytest.raises(UserError, match=r"differ from torch's by 0\.0"):
         export("scenes", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -99,7 +99,8 @@ def export(
             if not value <= PARITY:
                 raise UserError(
                     f"the exported {key} of {name} differ from torch's by {value:.2g} (of the largest, if above 1), "
-                    f"more than {PARITY:g}: nothing was written; please report it with the versions of torch and onnxruntime"
+                    f"more than {PARITY:g}: nothing was written; please report it with the versions of torch and "
+                    "onnxruntime"
                 )
         settings = _settings(name, model, processor, format, int8, parity)
         if int8:
