@@ -165,6 +165,14 @@ def test_light_changes_the_image_and_not_the_sentences(root):
     assert [text for text, _ in before.expressions] == [text for text, _ in after.expressions]
 
 
+def test_photographs_on_which_nothing_can_be_named(tmp_path):
+    pixels = np.full((120, 160, 3), 90, np.uint8)
+    write_instances(tmp_path, [(pixels, [instance("dog", 5, 5, 8, 8), instance("dog", 50, 50, 54, 54)])] * 12)
+    data = opened(tmp_path / "instances.json")
+    with pytest.raises(UserError, match="nothing on 8 photographs can be named"):
+        data.draw(data.groups()[0], random.Random(0))
+
+
 def test_what_is_wrong_is_said(tmp_path):
     with pytest.raises(UserError, match="instances is your own data: say with --root"):
         open_training_dataset(DataConfig(name="instances"))

@@ -29,7 +29,8 @@ from cmmasksd.errors import UserError
 TOGETHER = 4
 """References of an image are multiples of this."""
 _MOST = 12
-_TRIES = 6
+_TRIES = 8
+"""Photographs to try where nothing can be named, and places to try for a pasted object."""
 
 
 class Drawn(NamedTuple):
@@ -103,8 +104,18 @@ class DrawnDataset:
             rng: the only source of chance.
 
         Raises:
-            UserError: an image or annotation is damaged.
+            UserError: an image or annotation is damaged, or nothing on many photographs can be named.
         """
+        for _ in range(_TRIES):
+            drawn = self._draw(references, rng)
+            if drawn.expressions:
+                return drawn
+            references = [rng.randrange(len(self))]  # of another photograph
+        raise UserError(
+            f"nothing on {_TRIES} photographs can be named: `cmmasksd data expressions` says why, such as too small"
+        )
+
+    def _draw(self, references: Sequence[int], rng: random.Random) -> Drawn:
         index = self._photograph_of[references[0]]
         file, photograph = self._photographs[index]
         image, instances = self._read(index), file.instances(photograph)
@@ -124,12 +135,10 @@ class DrawnDataset:
         for description in descriptions[: len(references)]:
             assert description.target is not None
             expressions.append((description.text, instances[description.target].mask))
-        if not expressions or rng.random() < settings.no_target:
+        if expressions and rng.random() < settings.no_target:
             nothing = describe_nothing(meaning, file.categories, rng)
             if nothing is not None:
                 expressions = [*expressions[: len(references) - 1], (nothing.text, np.zeros(image.shape[:2], bool))]
-        if not expressions:  # a photograph that shows nothing that can be named
-            return self.draw([rng.randrange(len(self))], rng)
         return Drawn(_relit(image, settings.light, rng), expressions)
 
     def _read(self, index: int) -> np.ndarray:
