@@ -6,9 +6,14 @@ shows.
 """
 
 import copy
+import functools
+import http.server
 import json
 import os
-from collections.abc import Iterable
+import shutil
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
     from transformers import CLIPModel, CLIPTokenizer, PreTrainedModel, PreTrainedTokenizerFast, SiglipModel
 
     from cmmasksd.model.modeling import CMMaskSDModel
@@ -315,3 +321,40 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "scenes"
     assert main(["export", "--model", "scenes", "--out", str(out)]) == 0
     return out
+
+
+ORT = Path(__file__).parents[1] / "web/node_modules/onnxruntime-web/dist"
+
+
+def require_ort() -> None:
+    """Skip a test of the static site where onnxruntime-web is missing."""
+    if not ORT.is_dir():
+        pytest.skip("onnxruntime-web is not installed, the site is NOT tested: npm install --prefix web")
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a plain file server, as `python -m http.server`."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    thread.join(60)
+    server.server_close()
+
+
+@pytest.fixture(scope="module")  # an open one stops the event loops of other modules
+def browser() -> "Iterator[Browser]":
+    """Headless Chromium (`CMMASKSD_CHROMIUM`, or `chromium` in the PATH)."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    path = os.environ.get("CMMASKSD_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("no Chromium: install Debian's chromium, or name another by CMMASKSD_CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=180_000)

@@ -1,8 +1,10 @@
 """What works on every family of backbones, from training to the exported graphs: inherit FamilyContract and give it a
 `backbone`, the folder of a tiny one in transformers' format."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -19,7 +21,10 @@ from cmmasksd.model.modeling import CMMaskSDModel
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.training import loop
 from cmmasksd.training.loop import train
-from conftest import TINY_SIZES
+from conftest import ORT, TINY_SIZES, require_ort, served
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 SENTENCES = ["the red square", "a Blue circle on the left", "right"]
 
@@ -189,18 +194,54 @@ class FamilyContract:
         for name, value in before.state_dict().items():
             assert torch.equal(value, after.state_dict()[name]), name
 
-    def test_onnx(self, trained: Path, tmp_path: Path):
-        """The export compares every graph with torch by itself; here the predictions."""
+    @pytest.fixture(scope="class")
+    @classmethod
+    def exported(cls, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """The model as ONNX; the export compares every graph with torch by itself."""
         pytest.importorskip("onnxscript", reason="the extra export is not installed")
         pytest.importorskip("onnxruntime", reason="the extra export is not installed")
         from cmmasksd.export.export import export
+
+        out = tmp_path_factory.mktemp("exported") / "onnx"
+        export(trained / "best", out)
+        return out
+
+    def test_onnx(self, trained: Path, exported: Path):
         from cmmasksd.inference.onnx import OnnxSegmenter
 
-        export(trained / "best", tmp_path / "onnx")
-        exported = OnnxSegmenter.from_pretrained(tmp_path / "onnx")
-        torch_segmenter = Segmenter.from_pretrained(trained / "best", device="cpu")
-        for a, b in zip(torch_segmenter.segment(image(), SENTENCES), exported.segment(image(), SENTENCES), strict=True):
+        expected = Segmenter.from_pretrained(trained / "best", device="cpu").segment(image(), SENTENCES)
+        for a, b in zip(expected, OnnxSegmenter.from_pretrained(exported).segment(image(), SENTENCES), strict=True):
             np.testing.assert_allclose(a.probability, b.probability, atol=1e-4)
+
+    def test_site(
+        self, trained: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, browser: "Browser"
+    ):
+        """The page in a browser."""
+        require_ort()
+        from cmmasksd.export import site
+        from cmmasksd.inference.export_settings import ExportSettings
+
+        monkeypatch.setattr(site, "export", lambda name, to, **_: ExportSettings.read(shutil.copytree(exported, to)))
+        site.write_site(trained / "best", tmp_path / "site", ort=ORT)
+        Image.fromarray(image()).save(tmp_path / "image.png")
+        sentences = [*SENTENCES, "A café, the zebra's ＢＬＵＥ circle " + "on the right " * 10]
+        with served(tmp_path / "site") as address:
+            page = browser.new_page()
+            page.set_default_timeout(180_000)
+            page.goto(address)
+            results = page.wait_for_function(  # unlike evaluate, it has a timeout
+                """async ([bytes, sentences]) => {
+                    const { segment } = await import("./backend.js");
+                    const { results } = await segment(new Blob([Uint8Array.from(bytes)]), sentences);
+                    return results.map(({ text, probability }) => ({ text, values: Array.from(probability.data) }));
+                }""",
+                arg=[list((tmp_path / "image.png").read_bytes()), sentences],
+            ).json_value()
+            page.close()
+        expected = Segmenter.from_pretrained(trained / "best", device="cpu").segment(image(), sentences)
+        for found, result in zip(results, expected, strict=True):
+            assert found["text"] == result.text
+            assert np.abs(np.array(found["values"]) - 255 * result.probability.ravel()).max() < 1
 
 
 class TestCLIP(FamilyContract):
@@ -220,7 +261,7 @@ class TestSigLIP(FamilyContract):
     def backbone(cls, tiny_siglip_folder: Path) -> Path:
         return tiny_siglip_folder
 
-    def test_no_site(self, trained: Path, tmp_path: Path):
+    def test_site(self, trained: Path, tmp_path: Path):
         """The page does not read SigLIP's tokenizers."""
         from cmmasksd.export import site
 

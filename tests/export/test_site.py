@@ -4,18 +4,15 @@ Node runs the parts, Chromium the whole. Where node, Chromium, playwright or onn
 and say what to install.
 """
 
-import functools
-import http.server
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
-import threading
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from unicodedata import category, combining, ucd_3_2_0
 
 import numpy as np
@@ -37,9 +34,11 @@ from cmmasksd.model.presence import presence
 from cmmasksd.model.processing import CMMaskSDProcessor
 from cmmasksd.model.tokenizing import load_tokenizer, tokenize
 from cmmasksd.serving.results import word_maps
-from conftest import make_wordpiece_tokenizer
+from conftest import ORT, make_wordpiece_tokenizer, require_ort, served
 
-ORT = Path(__file__).parents[2] / "web/node_modules/onnxruntime-web/dist"
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 SENTENCES = [
     "red circle", "The LARGE   star\ton the left\n", "second-biggest circle's edge", "it's don't we'll I'm they've",
     "12 3 star 4567", "café naïve Ångström", "cafe\u0301 in two parts", "ΟΔΥΣΣΕΥΣ Σ", "İstanbul ǅ ß ẞ ﬀ", "红色的圆",
@@ -201,53 +200,26 @@ def test_the_javascript_presence_equals_pythons(size: tuple[int, int]):
 
 
 @pytest.fixture(scope="module")
-def written(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def address(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The site, made of an export that is there already."""
-    if not ORT.is_dir():
-        pytest.skip("onnxruntime-web is not installed, the site is NOT tested: npm install --prefix web")
+    require_ort()
     out = tmp_path_factory.mktemp("site") / "site"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(site, "export", lambda name, to, **how: ExportSettings.read(shutil.copytree(exported, to)))
         site.write_site("scenes", out, ort=ORT)
-    return out
+    with served(out) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def address(written: Path) -> Iterator[str]:
-    """A plain file server, as `python -m http.server`."""
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(written)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    thread.join(60)
-    server.server_close()
-
-
-@pytest.fixture(scope="module")
-def page(address: str) -> Iterator:
-    """The site opened in headless Chromium."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.skip("playwright is not installed, the site is NOT tested: pip install playwright")
-    if (chromium := os.environ.get("CMMASKSD_CHROMIUM") or shutil.which("chromium")) is None:
-        pytest.skip("chromium is not installed, the site is NOT tested: apt-get install chromium")
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=180_000)
-        page = browser.new_page()
-        page.set_default_timeout(180_000)
-        page.foreign, page.mistakes = [], []
-        page.on("request", lambda request: request.url.startswith(address) or page.foreign.append(request.url))
-        page.on("pageerror", lambda error: page.mistakes.append(str(error)))
-        page.goto(address)
-        yield page
-        browser.close()
+def page(browser: "Browser", address: str) -> Any:
+    page: Any = browser.new_page()
+    page.set_default_timeout(180_000)
+    page.foreign, page.mistakes = [], []
+    page.on("request", lambda request: request.url.startswith(address) or page.foreign.append(request.url))
+    page.on("pageerror", lambda error: page.mistakes.append(str(error)))
+    page.goto(address)
+    return page
 
 
 @pytest.fixture(scope="module")

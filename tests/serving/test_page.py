@@ -6,9 +6,7 @@ Needs Chromium (`CMMASKSD_CHROMIUM`, or `chromium` in the PATH) and playwright; 
 import base64
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +19,7 @@ pytest.importorskip("httpx", reason="httpx is not installed")
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 import httpx
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from cmmasksd.cli import main
 from cmmasksd.data.masks import decode_segmentation
@@ -30,15 +28,6 @@ from cmmasksd.inference.predictor import Segmenter
 from cmmasksd.serving.settings import ServeSettings
 
 PATIENCE = 120_000  # milliseconds; a busy machine is slow, and nothing here is a measurement
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    path = os.environ.get("CMMASKSD_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.skip("no Chromium: install Debian's chromium, or name another by CMMASKSD_CHROMIUM")
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
