@@ -108,7 +108,8 @@ class AnnotatedImages:
             records = read_label_studio(path, image_folder)
         else:
             self._content = path.read_bytes()
-            records = Records(*parse_instances(self._content, path, ("images", "annotations", "categories")))
+            parts = parse_instances(self._content, path, ("images", "annotations", "categories"))
+            records = Records(parts[0], parts[1], parts[2])
         self.left_out = records.left_out
         images, annotations = records.images, records.annotations
         names = _categories(records.categories, path, class_name)
