@@ -23,7 +23,7 @@ def test_demo_twice(
         assert "scenes val" in shown
         assert "scenes testB" in shown
         assert "Photographs, segmented by the shipped model" in shown
-        assert (tmp_path / "report.html").read_text().count('class="drawing"') == 4
+        assert (tmp_path / "report.html").read_text().count('class="drawing"') == 3
         assert (tmp_path / "report.html").stat().st_size > 5000
         seen.append([(tmp_path / name).read_bytes() for name in kept])
         for split in ("val", "testB"):
