@@ -209,7 +209,8 @@ def test_words_sentence_and_embeddings(lite, tokenizer):
     assert torch.equal(features.sentence, features.words[:, 0])
     assert tokens.input_ids[:, 0].tolist() == [2, 2, 2]
     network = lite.text_model
-    expected = network.vector_in(network.vectors[tokens.input_ids]) + network.word_embedding(tokens.input_ids)
+    expected = network.vector_in(network.vectors[tokens.input_ids])
+    expected = expected + network.learned_in(network.word_embedding(tokens.input_ids))
     assert features.embedded is not None
     close(features.embedded, expected)
     assert torch.equal(features.word_mask, tokens.word_ids >= 0)
@@ -232,7 +233,7 @@ def test_learned_vectors_are_dropped_in_training_only(lite, tokenizer):
     tokens, network = tokenize(tokenizer, SENTENCES), lite.text_model
     with torch.no_grad():
         fixed = network.vector_in(network.vectors[tokens.input_ids])
-        learned = network.word_embedding(tokens.input_ids)
+        learned = network.learned_in(network.word_embedding(tokens.input_ids))
         torch.manual_seed(0)
         embedded = network.train()(tokens.input_ids, tokens.attention_mask)[1]
     dropped = (embedded - fixed).abs().amax(-1) < 1e-6
