@@ -19,11 +19,11 @@ from PIL import Image
 from cmmasksd.data.images import ImageInput, as_pixels
 from cmmasksd.data.masks import mask_to_box, mask_to_polygons, mask_to_rle
 from cmmasksd.data.samples import require_expression
-from cmmasksd.errors import UserError, shown
+from cmmasksd.errors import UserError, require_between, shown
 from cmmasksd.files import whole_file
 from cmmasksd.inference.visualize import FILL, PALETTE, Color, Drawing, label_text
 from cmmasksd.model.placement import Placement, threshold_to_logit
-from cmmasksd.model.presence import MIN_SCORE, check_min_score
+from cmmasksd.model.presence import MIN_SCORE
 
 DECODE_TOGETHER = 32
 """Sentences per call of the decoder; bounds the memory."""
@@ -155,7 +155,8 @@ class BaseSegmenter(ABC):
 
     def __init__(self, threshold: float, min_score: float = MIN_SCORE) -> None:
         threshold_to_logit(threshold)  # a wrong one is refused here, not at the first image
-        self.threshold, self.min_score = threshold, check_min_score(min_score)
+        require_between("min_score", min_score, 0, 1)
+        self.threshold, self.min_score = threshold, min_score
 
     @overload
     def __call__(self, image: list[ImageInput], texts: Sequence[str] | str) -> list[list[Segmentation]]: ...
@@ -236,7 +237,9 @@ class BaseSegmenter(ABC):
             thresholds, min_scores: one per image; None: the segmenter's.
         """
         levels = [threshold_to_logit(value) for value in thresholds or [self.threshold] * len(encoded.images)]
-        minimums = [check_min_score(value) for value in min_scores or [self.min_score] * len(encoded.images)]
+        minimums = min_scores or [self.min_score] * len(encoded.images)
+        for value in minimums:
+            require_between("min_score", value, 0, 1)
         for part in slices(len(encoded.texts), DECODE_TOGETHER):
             owners = encoded.owner[part]
             for text, owner, (logits, probability, presence) in zip(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cmmasksd.errors import UserError
-
 if TYPE_CHECKING:  # the command line reads MIN_SCORE, and exported models run without torch
     import numpy as np
     from torch import Tensor
@@ -41,14 +39,3 @@ def presence_numpy(logits: np.ndarray) -> np.ndarray:
     cells = logits.astype(np.float32).reshape(len(logits), -1)
     count = max(1, cells.shape[1] // SHARE)
     return np.exp(-np.logaddexp(0, -np.partition(cells, -count)[:, -count:])).mean(1)
-
-
-def check_min_score(min_score: float) -> float:
-    """The presence below which a sentence is not found.
-
-    Raises:
-        UserError: it is not between 0 and 1.
-    """
-    if not 0 <= min_score <= 1:
-        raise UserError(f"min_score must be between 0 and 1, got {min_score}")
-    return min_score

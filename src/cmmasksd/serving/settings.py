@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from cmmasksd.errors import UserError
-from cmmasksd.model.presence import MIN_SCORE, check_min_score
+from cmmasksd.errors import UserError, require_between
+from cmmasksd.model.presence import MIN_SCORE
 
 KEY_VARIABLE = "CMMASKSD_API_KEY"
 """Environment variable of the key; an option would show it to everybody who lists processes."""
@@ -89,7 +89,7 @@ class ServeSettings:
         for name in ("timeout", "body_timeout"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name} must be above 0 seconds, got {getattr(self, name)}")
-        check_min_score(self.min_score)
+        require_between("min_score", self.min_score, 0, 1)
         if not 0 <= self.max_wait <= 1:
             raise UserError(f"--max_wait must be between 0 and 1 second, got {self.max_wait}")
         if not 0 <= self.port < 65536:
